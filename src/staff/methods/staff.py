@@ -1,0 +1,144 @@
+"""STAFF: speculate on a draft, verify on the target, share the budget out (arXiv 2410.01296)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from staff.methods.strata import allocate, check_scores, set_hardest_aside, split
+from staff.types import Region, Selection
+
+PICKS = ("top", "random")
+NORMALISATIONS = (None, "minmax")
+
+
+def staff(
+    scores: np.ndarray,
+    *,
+    budget: int,
+    rng: np.random.Generator,
+    verify: Callable[[np.ndarray], np.ndarray] | None = None,
+    num_regions: int = 50,
+    verification_budget: int = 10,
+    allocation: str = "released",
+    pick: str = "top",
+    hard_cutoff: float = 0.1,
+    normalise: str | None = None,
+) -> Selection:
+    """Choose a coreset by speculative score, its budget shared out by what the target says (STAFF, Algorithm 1).
+
+    1. The hardest floor(hard_cutoff * n) samples are set aside; the rest are cut into K regions of equal width.
+    2. From each region B_i of more than b_v samples, b_v are drawn and scored on the target:
+       V_i = sum of target scores / sum of draft scores over those drawn (Eq. 3).
+    3. Regions, smallest first, get a budget in proportion to V_i (Eq. 4, see `strata.allocate`).
+    4. Each region gives that many samples. What the budgets leave over is drawn at random from uncut samples not
+       taken, then from the hardest ones, easiest first, so that the coreset has exactly m samples. (The released
+       code never returns a cut sample and fails where it would have to.)
+
+    The draws, the picks and the fill each have a random stream of their own, so what is verified depends neither on
+    the budget nor on `pick`: one set of target scores serves every pruning rate.
+
+    Args:
+        scores: (n,) speculative scores >= 0, higher is harder.
+        budget: m, in samples, 0 <= m <= n.
+        rng: the source of all randomness.
+        verify: positions (k,) sorted -> target scores (k,); called once. None: V_i = 1 everywhere.
+        num_regions: K.
+        verification_budget: b_v, samples of a region that the target scores; regions of b_v or fewer are not verified.
+        allocation: "released" or "paper", the budget rule.
+        pick: "top", highest score first as released, or "random", inside a region.
+        hard_cutoff: fraction of the pool set aside as hardest, in [0, 1).
+        normalise: "minmax" verifies the whole pool and scales both sides to [0, 1] before the ratio, as the released
+            script does. For experiments: it needs the very pass over the target that STAFF avoids.
+
+    Returns:
+        Selection with regions; `filled` and `filled_from_cut` count step 4.
+
+    Raises:
+        ValueError: nan among the scores, an unknown option, or a region whose drawn draft scores are all 0 while the
+            target's are not (V_i would be infinite).
+    """
+    scores = check_scores(scores)
+    if not 0 <= budget <= len(scores):
+        raise ValueError(f"the budget must be between 0 and the pool's {len(scores)} samples; found {budget}")
+    if (scores < 0).any():
+        raise ValueError("scores must not be negative: an effort score is a norm")
+    if pick not in PICKS:
+        raise ValueError(f"pick must be one of {', '.join(PICKS)}; found {pick!r}")
+    if normalise not in NORMALISATIONS:
+        raise ValueError(f"normalise must be one of {NORMALISATIONS}; found {normalise!r}")
+    if verification_budget < 1:
+        raise ValueError(f"verification_budget must be 1 or more; found {verification_budget}")
+    draws, picks, fill = rng.spawn(3)
+
+    kept, cut = set_hardest_aside(scores, hard_cutoff)
+    edges, region_of_kept = split(scores[kept], num_regions)
+    by_region = kept[np.argsort(region_of_kept, kind="stable")]
+    sizes = np.bincount(region_of_kept, minlength=num_regions)
+    members = np.split(by_region, np.cumsum(sizes)[:-1])
+
+    verified, ratios = _verify_regions(scores, members, verify, verification_budget, normalise, draws)
+    budgets = allocate(ratios, sizes, budget, allocation)
+
+    is_taken = np.zeros(len(scores), bool)
+    for positions, region_budget in zip(members, budgets, strict=True):
+        is_taken[_pick(scores, positions, int(region_budget), pick, picks)] = True
+    missing = budget - np.count_nonzero(is_taken)
+    spare = kept[~is_taken[kept]]
+    filled = fill.choice(spare, min(missing, len(spare)), replace=False) if missing else spare[:0]
+    from_cut = cut[: missing - len(filled)]
+    is_taken[filled] = is_taken[from_cut] = True
+
+    region_of = np.full(len(scores), -1, np.int64)
+    region_of[kept] = region_of_kept
+    selected = np.bincount(region_of[is_taken & (region_of >= 0)], minlength=num_regions)
+    drawn = np.bincount(region_of[verified[region_of[verified] >= 0]], minlength=num_regions)
+    regions = tuple(
+        Region(*map(float, edges[i : i + 2]), int(sizes[i]), int(drawn[i]), float(ratios[i]), int(budgets[i]), int(selected[i]))
+        for i in range(num_regions)
+    )
+    return Selection(np.flatnonzero(is_taken), regions, region_of, verified, len(filled), len(from_cut))
+
+
+def _verify_regions(scores, members, verify, verification_budget, normalise, draws):
+    """Draw b_v samples of every region that has more, score them all in one call, return (verified, ratios)."""
+    if verify is None:
+        return np.empty(0, np.int64), np.ones(len(members))
+    drawn = {i: _draw(positions, verification_budget, draws) for i, positions in enumerate(members) if len(positions) > verification_budget}
+    ratios = np.full(len(members), np.nan)
+    if not drawn:
+        return np.empty(0, np.int64), ratios
+    verified = np.sort(np.concatenate(list(drawn.values())))
+    asked = np.arange(len(scores)) if normalise == "minmax" else verified
+    target_scores = np.full(len(scores), np.nan)
+    target_scores[asked] = verify(asked)
+    if not np.isfinite(target_scores[asked]).all() or (target_scores[asked] < 0).any():
+        bad = asked[~(target_scores[asked] >= 0) | np.isinf(target_scores[asked])]
+        raise ValueError(f"the target gave no usable score to {len(bad)} of {len(asked)} samples (positions {bad[:5].tolist()})")
+    if normalise == "minmax":
+        scores, target_scores = _minmax(scores), _minmax(target_scores)
+    for i, positions in drawn.items():
+        above, below = target_scores[positions].sum(), scores[positions].sum()
+        if below == 0 and above > 0:
+            raise ValueError(
+                f"region {i} has draft scores of 0 where the target's are not (positions {positions[:5].tolist()}): "
+                "V_i would be infinite; a draft that has learnt these samples by heart was tuned too long"
+            )
+        ratios[i] = above / below if below > 0 else 1.0
+    return asked, ratios
+
+
+def _draw(positions, verification_budget, draws):
+    return draws.choice(positions, verification_budget, replace=False)
+
+
+def _pick(scores, positions, region_budget, pick, picks):
+    if pick == "random":
+        return picks.choice(positions, region_budget, replace=False)
+    return positions[np.argsort(-scores[positions], kind="stable")[:region_budget]]
+
+
+def _minmax(scores):
+    spread = scores.max() - scores.min()
+    return (scores - scores.min()) / spread if spread else np.zeros_like(scores)
