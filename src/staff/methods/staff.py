@@ -95,7 +95,15 @@ def staff(
     selected = np.bincount(region_of[is_taken & (region_of >= 0)], minlength=num_regions)
     drawn = np.bincount(region_of[verified[region_of[verified] >= 0]], minlength=num_regions)
     regions = tuple(
-        Region(*map(float, edges[i : i + 2]), int(sizes[i]), int(drawn[i]), float(ratios[i]), int(budgets[i]), int(selected[i]))
+        Region(
+            lower=float(edges[i]),
+            upper=float(edges[i + 1]),
+            size=int(sizes[i]),
+            verified=int(drawn[i]),
+            ratio=float(ratios[i]),
+            budget=int(budgets[i]),
+            selected=int(selected[i]),
+        )
         for i in range(num_regions)
     )
     return Selection(np.flatnonzero(is_taken), regions, region_of, verified, len(filled), len(from_cut))
@@ -111,8 +119,11 @@ def _verify_regions(scores, members, verify, verification_budget, normalise, dra
         return np.empty(0, np.int64), ratios
     verified = np.sort(np.concatenate(list(drawn.values())))
     asked = np.arange(len(scores)) if normalise == "minmax" else verified
+    answer = np.asarray(verify(asked))
+    if answer.shape != asked.shape:
+        raise ValueError(f"verify was asked for {len(asked)} positions and must give one score for each; found shape {answer.shape}")
     target_scores = np.full(len(scores), np.nan)
-    target_scores[asked] = verify(asked)
+    target_scores[asked] = answer
     if not np.isfinite(target_scores[asked]).all() or (target_scores[asked] < 0).any():
         bad = asked[~(target_scores[asked] >= 0) | np.isinf(target_scores[asked])]
         raise ValueError(f"the target gave no usable score to {len(bad)} of {len(asked)} samples (positions {bad[:5].tolist()})")

@@ -24,7 +24,7 @@ def check_scores(scores: np.ndarray) -> np.ndarray:
 
 
 def set_hardest_aside(scores: np.ndarray, hard_cutoff: float) -> tuple[np.ndarray, np.ndarray]:
-    """Part the hardest samples from the rest: floor(hard_cutoff * n) of the highest scores.
+    """Part the hardest samples from the rest: floor(hard_cutoff * n) of the highest scores, never all of them.
 
     Args:
         scores: (n,) float64, higher is harder.
@@ -36,8 +36,9 @@ def set_hardest_aside(scores: np.ndarray, hard_cutoff: float) -> tuple[np.ndarra
     """
     if not 0 <= hard_cutoff < 1:
         raise ValueError(f"hard_cutoff is the fraction of the pool set aside as hardest, in [0, 1); found {hard_cutoff}")
-    num_cut = int(hard_cutoff * len(scores))
-    if num_cut == 0:
+    # 1e-9: 0.29 * 100 is 28.999999999999996, and 29 samples
+    num_cut = min(int(hard_cutoff * len(scores) + 1e-9), len(scores) - 1)
+    if num_cut <= 0:
         return np.arange(len(scores)), np.empty(0, np.int64)
     # the cut in linear time, then its ties by position: a full sort of 20,000,000 scores would take seconds
     threshold = np.partition(scores, len(scores) - num_cut)[len(scores) - num_cut]
