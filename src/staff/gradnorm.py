@@ -1,0 +1,263 @@
+"""Per-sample gradient norms from one pass over a batch (STAFF, Eq. 2). torch alone.
+
+The gradient of a linear weight W (O, I) on one sample is G = sum over tokens of g_t a_t^T, with a_t what goes into the
+layer and g_t the loss gradient at what comes out. Both are there after an ordinary backward pass, so the norm of G
+needs no gradient per sample to be stored. No other parameter needs a gradient: the graph begins at the first site.
+
+Axes: B batch, T tokens, I in, O out, N response tokens of a batch, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+CHUNK_BYTES = 32 * 2**20  # float32 working memory of one step of a chunked product: stays near the cache
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A linear weight whose gradient counts.
+
+    Attributes:
+        module: maps (B, T, I) to (B, T, O) by a weight; (O, I) or transposed, the norm is the same.
+        rows: (R,) int64 outputs that count, None for all: a fused projection holds queries and keys too.
+        name: where it is, for messages.
+    """
+
+    module: nn.Module
+    rows: Tensor | None = None
+    name: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """What turns hidden states into logits: cap * tanh(z / cap) of z = scale * (W h + bias).
+
+    Attributes:
+        module: the output embedding, with `weight` (V, H) and perhaps `bias` (V,).
+        scale: a constant on the logits (Cohere, Granite); 1 for most.
+        cap: the soft cap of the logits (Gemma 2); None for most.
+    """
+
+    module: nn.Module
+    scale: float = 1.0
+    cap: float | None = None
+
+
+class record_sites:
+    """Within the block, keep what goes into each site and what comes out of it; `squared_norms` ends the pass.
+
+        with record_sites(sites) as recorded:
+            losses = ...           # one a sample, of a forward pass through the model
+            squares = recorded.squared_norms(losses.sum())
+
+    No parameter may require a gradient. The first site's output becomes the leaf of the graph, so everything below it
+    runs as under no_grad. A module that a forward pass calls more than once has its calls added up.
+    """
+
+    def __init__(self, sites: Sequence[Site]):
+        self._sites = sites
+        self._calls: list[list[tuple[Tensor, Tensor]]] = [[] for _ in sites]
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self):
+        for site, calls in zip(self._sites, self._calls, strict=True):
+            self._handles.append(site.module.register_forward_hook(_keep_in(calls)))
+        return self
+
+    def __exit__(self, *_):
+        for handle in self._handles:
+            handle.remove()
+
+    def squared_norms(self, total: Tensor) -> Tensor:
+        """Squared gradient norm of each sample over all sites.
+
+        Args:
+            total: (), the sum over the batch of one loss a sample. The samples must not see each other.
+
+        Returns:
+            (B,) in float32, or float64 where the model is.
+        """
+        return torch.stack(self.squared_norms_by_site(total)).sum(0)
+
+    def squared_norms_by_site(self, total: Tensor) -> list[Tensor]:
+        """As `squared_norms`, one (B,) for each site in order."""
+        outputs = [output for calls in self._calls for _, output in calls]
+        grads = iter(torch.autograd.grad(total, outputs, allow_unused=True))
+        squares = []
+        for site, calls in zip(self._sites, self._calls, strict=True):
+            if not calls:
+                raise ValueError(f"{site.name or 'a site'} was not reached by the forward pass: no gradient to measure")
+            inputs, outs = [], []
+            for layer_input, output in calls:
+                grad = next(grads)
+                grad = torch.zeros_like(output) if grad is None else grad
+                inputs.append(layer_input)
+                outs.append(grad if site.rows is None else grad[..., site.rows])
+            squares.append(squared_norm_of_products(torch.cat(inputs, 1), torch.cat(outs, 1)))
+        return squares
+
+
+def _keep_in(calls):
+    def keep(module, args, output):
+        if not output.requires_grad:
+            output.requires_grad_(True)  # the graph begins here
+        calls.append((args[0].detach(), output))
+
+    return keep
+
+
+def squared_norm_of_products(layer_input: Tensor, grad_output: Tensor) -> Tensor:
+    """Squared Frobenius norm of sum_t g_t a_t^T for each sample, by the cheaper of two ways.
+
+    Instantiated: form the (O, I) matrix, 2 T O I operations. Gram: <A A^T, G G^T> over the (T, T) products of the
+    tokens, 2 T^2 (I + O). Same number; short samples and wide layers favour the second.
+
+    Args:
+        layer_input: a, (B, T, I).
+        grad_output: g, (B, T, O), zero at padding.
+
+    Returns:
+        (B,) in float32, or float64 where the inputs are. Sums are taken in that type whatever the model's.
+    """
+    batch, tokens, inner = layer_input.shape
+    outer = grad_output.shape[-1]
+    wide = torch.promote_types(grad_output.dtype, torch.float32)
+    gram = tokens * (inner + outer) < outer * inner
+    floats_a_sample = 2 * tokens * tokens if gram else outer * inner
+    floats_a_sample += tokens * (inner + outer)
+    step = max(1, CHUNK_BYTES // (floats_a_sample * wide.itemsize))
+    squares = []
+    for start in range(0, batch, step):
+        a = layer_input[start : start + step].to(wide)
+        g = grad_output[start : start + step].to(wide)
+        if gram:
+            product = (a @ a.mT).mul_(g @ g.mT).sum((1, 2))
+            squares.append(product.clamp_(min=0))  # a sum of squares; rounding must not make it negative
+        else:
+            squares.append((g.mT @ a).square_().sum((1, 2)))
+    return torch.cat(squares)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenScores:
+    """What the head says of each response token, all (N,), in float32 or float64.
+
+    Attributes:
+        loss: cross-entropy, -log p(label).
+        el2n: ||p - onehot(label)||_2, on probabilities, each predicted by the token before it.
+        entropy: -sum p log p, in nats.
+    """
+
+    loss: Tensor
+    el2n: Tensor
+    entropy: Tensor
+
+
+def response_scores(hidden: Tensor, head: Head, labels: Tensor, chunk_bytes: int = CHUNK_BYTES) -> TokenScores:
+    """Cross-entropy, EL2N and entropy of response tokens, the gradient in closed form.
+
+    With p = softmax(W h), dloss/dh = W^T (p - onehot). Both are taken chunk by chunk, so that no (tokens x vocabulary)
+    matrix is ever whole, and the graph keeps (N, H) alone.
+
+    Args:
+        hidden: (N, H), the final hidden state at the token *before* each response token.
+        head: the output embedding; its weight gets no gradient.
+        labels: (N,) int64, the response tokens.
+        chunk_bytes: float32 working memory for a chunk of logits.
+
+    Returns:
+        TokenScores; `loss` alone is differentiable, with respect to `hidden`.
+    """
+    weight = head.module.weight
+    bias = getattr(head.module, "bias", None)
+    return TokenScores(*_ResponseScores.apply(hidden, weight, bias, labels, head.scale, head.cap, chunk_bytes))
+
+
+class _ResponseScores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, scale, cap, chunk_bytes):
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        needs_grad = ctx.needs_input_grad[0]
+        num_tokens = len(labels)
+        loss, el2n, entropy = (torch.empty(num_tokens, dtype=wide, device=hidden.device) for _ in range(3))
+        grad = torch.empty_like(hidden) if needs_grad else None
+        step = max(1, chunk_bytes // (len(weight) * wide.itemsize))
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, num_tokens, step):
+                part = slice(start, start + step)
+                label = labels[part, None]
+                states = hidden[part].to(weight.dtype)
+                logits = nn.functional.linear(states, weight, bias).to(wide)
+                if scale != 1.0:
+                    logits *= scale
+                if cap is not None:
+                    logits.div_(cap).tanh_().mul_(cap)
+                log_sum = logits.logsumexp(-1, keepdim=True)
+                logits -= log_sum  # now log p
+                log_label = logits.gather(-1, label)
+                loss[part] = -log_label[:, 0]
+                capped = None if cap is None or not needs_grad else 1 - ((logits + log_sum) / cap).square()
+                p = logits.exp()
+                entropy[part] = -torch.linalg.vecdot(p, logits)
+                p_label = log_label.exp()
+                p.scatter_(-1, label, p_label - 1)  # now p - onehot
+                el2n[part] = torch.linalg.vector_norm(p, dim=-1)
+                if grad is not None:
+                    if capped is not None:
+                        p *= capped
+                    if scale != 1.0:
+                        p *= scale
+                    grad[part] = (p.to(weight.dtype) @ weight).to(grad.dtype)
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(el2n, entropy)
+        return loss, el2n, entropy
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        (grad,) = ctx.saved_tensors
+        return (grad * grad_loss[:, None].to(grad.dtype), *[None] * 6)
+
+
+def mean_by_sample(values: Tensor, sample_of: Tensor, counts: Tensor) -> Tensor:
+    """Mean of token values over each sample.
+
+    Args:
+        values: (N,).
+        sample_of: (N,) int64, the sample in the batch that each token belongs to.
+        counts: (B,) response tokens of each sample, 1 or more.
+
+    Returns:
+        (B,).
+    """
+    return torch.zeros(len(counts), dtype=values.dtype, device=values.device).index_add(0, sample_of, values) / counts
+
+
+def efforts(forward: Callable[[], Tensor], head: Head, sites: Sequence[Site], batch) -> dict[str, Tensor]:
+    """One pass over a batch: effort, loss, EL2N and entropy of each sample.
+
+    Args:
+        forward: runs the blocks over the batch and returns the final hidden states, (B, T, H).
+        head: what makes logits of them.
+        sites: where the gradient is measured.
+        batch: a `pool.Batch`: `sample_of`, `before` and `labels` (N,), `counts` (B,).
+
+    Returns:
+        "effort": ||dL/dphi||_2, "loss": L, "el2n", "entropy"; each (B,). L is the mean cross-entropy over a sample's
+        response tokens, one mean a sample, so a score does not depend on the batch.
+    """
+    with torch.enable_grad(), record_sites(sites) as recorded:
+        hidden = forward()[batch.sample_of, batch.before]
+        tokens = response_scores(hidden, head, batch.labels)
+        loss = mean_by_sample(tokens.loss, batch.sample_of, batch.counts)
+        squares = recorded.squared_norms(loss.sum())
+    return {
+        "effort": squares.sqrt(),
+        "loss": loss.detach(),
+        "el2n": mean_by_sample(tokens.el2n, batch.sample_of, batch.counts),
+        "entropy": mean_by_sample(tokens.entropy, batch.sample_of, batch.counts),
+    }
