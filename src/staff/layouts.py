@@ -1,0 +1,522 @@
+"""Rows -> examples: which columns hold what, and the turns a model will see. Follows TRL's and LLaMA-Factory's conventions."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+
+class BadRow(ValueError):
+    """One row can't be used; the message says why, the reader adds file, row and line."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a chat.
+
+    Attributes:
+        role: "system", "user", "assistant" or "tool", whatever the file calls them; "text" for a bare `text` column.
+        content: what is said; never empty where `train` is set.
+        train: the loss is taken on it.
+    """
+
+    role: str
+    content: str
+    train: bool
+
+
+@dataclass(frozen=True)
+class Example:
+    """One usable row as the model will see it.
+
+    Attributes:
+        turns: the last one is trained on, and is the assistant's (or the only one, with role "text").
+        id: the row's own label, if it has one. Identity is the row number.
+        tools: JSON text of the tools the row offers, if it offers any.
+    """
+
+    turns: tuple[Turn, ...]
+    id: str | None
+    tools: str | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which column holds what. A row has `messages`, or `text`, or `prompt` and `response`; the other columns may be missing.
+
+    Attributes:
+        name: what people call it.
+        prompt, response, text, messages: column names; None where the layout has no such column.
+        query: appended to the prompt after a line break (Alpaca's input).
+        system, history, tools, id: optional columns. `history` is a list of (user, assistant) pairs.
+        role_tag, content_tag: keys of a turn; None: role/content or from/value, whichever the turn has.
+        roles: names of roles in the file -> ours.
+        named: the optional columns that a user named, which therefore must occur.
+    """
+
+    name: str
+    prompt: str | None = None
+    response: str | None = None
+    text: str | None = None
+    messages: str | None = None
+    query: str | None = None
+    system: str | None = None
+    history: str | None = None
+    tools: str | None = None
+    id: str | None = "id"
+    role_tag: str | None = None
+    content_tag: str | None = None
+    roles: Mapping[str, str] | None = None
+    named: tuple[str, ...] = ()
+
+    def required(self) -> tuple[str, ...]:
+        """The columns every row must have."""
+        return tuple(c for c in (self.messages, self.text, self.prompt, self.response) if c is not None)
+
+    def columns(self) -> tuple[str, ...]:
+        """Every column that is looked at, required ones first."""
+        optional = (self.query, self.system, self.history, self.tools, self.id)
+        return tuple(dict.fromkeys((*self.required(), *(c for c in optional if c is not None))))
+
+
+# Order matters in one place: `text` stands beside other columns in many files (Alpaca's own among them) and counts only alone.
+LAYOUTS = {
+    "messages": Layout("messages", messages="messages", tools="tools"),
+    "ShareGPT": Layout("ShareGPT", messages="conversations", system="system", tools="tools"),
+    "Alpaca": Layout("Alpaca", prompt="instruction", query="input", response="output", system="system", history="history"),
+    "Dolly": Layout("Dolly", prompt="instruction", query="context", response="response"),
+    "prompt/response": Layout("prompt/response", prompt="prompt", response="response", system="system", tools="tools"),
+    "prompt/completion": Layout("prompt/completion", prompt="prompt", response="completion", system="system", tools="tools"),
+    "question/answer": Layout("question/answer", prompt="question", response="answer"),
+    "text": Layout("text", text="text"),
+}
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function": "tool",
+}
+
+# what --columns may name -> the Layout's field
+COLUMN_KEYS = {
+    "prompt": "prompt",
+    "response": "response",
+    "completion": "response",
+    "input": "query",
+    "query": "query",
+    "system": "system",
+    "history": "history",
+    "messages": "messages",
+    "tools": "tools",
+    "text": "text",
+    "id": "id",
+}
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """' (did you mean 'x'?)' where some known name is near, else nothing."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """A value for a message: on one line, cut."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _names(columns: Iterable[object], limit: int = 12) -> str:
+    names = [shown(c, 40) for c in columns]
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def find(columns: Iterable[str], row: Mapping | None = None) -> Layout:
+    """The layout of a file with these columns.
+
+    Args:
+        columns: names, of the first row or the header.
+        row: the first row where there is one, for the cure.
+
+    Raises:
+        BadRow: none or several fit.
+    """
+    columns = [c for c in columns if isinstance(c, str)]
+    fits = [layout for layout in LAYOUTS.values() if all(c in columns for c in layout.required())]
+    if len(fits) > 1 and fits[-1].name == "text":
+        fits.pop()
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        names = " or ".join(layout.name for layout in fits)
+        raise BadRow(f"can be read as {names}; say which with --columns, for instance {_as_columns(fits[0])}")
+    if not columns:
+        raise BadRow("is an empty object; it needs for instance 'prompt' and 'response'")
+    for key, value in (row or {}).items():
+        if isinstance(value, list) and value and all(isinstance(v, dict) for v in value[:3]) and len(columns) <= 5:
+            raise BadRow(
+                f"looks like a wrapper: its key {key!r} holds a list of rows; take it out first, as with jq '.{key}' FILE > rows.json"
+            )
+    wanted = [c for layout in LAYOUTS.values() for c in layout.required()]
+    hint = next(
+        (f" {c!r} looks like {m[0]!r}." for c in columns if (m := difflib.get_close_matches(c.strip().lower(), wanted, 1, 0.8))), ""
+    )
+    raise BadRow(
+        "has neither 'messages', 'conversations' nor 'text', nor a known pair such as 'prompt' and 'response'; "
+        f"found {_names(columns)}.{hint} Name the columns: --columns prompt=NAME,response=NAME"
+    )
+
+
+def _as_columns(layout: Layout) -> str:
+    keys = {v: k for k, v in reversed(COLUMN_KEYS.items())}
+    fields = ("messages", "text", "prompt", "response")
+    return ",".join(f"{keys[f]}={getattr(layout, f)}" for f in fields if getattr(layout, f) is not None)
+
+
+def from_columns(columns: str) -> Layout:
+    """The layout that `--columns prompt=NAME,response=NAME[,system=NAME...]` asks for.
+
+    Raises:
+        ValueError: unknown keys, keys named twice, or a set of them that makes no example.
+    """
+    fields: dict[str, str] = {}
+    for part in columns.split(","):
+        key, equals, name = part.partition("=")
+        key, name = key.strip(), name.strip()
+        if not equals or not name:
+            raise ValueError(
+                f"--columns {columns!r}: {part.strip()!r} is not of the form KEY=COLUMN; write for instance prompt=question,response=answer"
+            )
+        if key not in COLUMN_KEYS:
+            raise ValueError(f"--columns {columns!r}: no key {key!r}{near(key, COLUMN_KEYS)}; there are {', '.join(COLUMN_KEYS)}")
+        if COLUMN_KEYS[key] in fields:
+            raise ValueError(f"--columns {columns!r}: {key!r} is named twice; name each column once")
+        fields[COLUMN_KEYS[key]] = name
+    kinds = ["messages" in fields, "text" in fields, "prompt" in fields or "response" in fields]
+    if sum(kinds) != 1 or ("prompt" in fields) != ("response" in fields):
+        raise ValueError(f"--columns {columns!r}: name either prompt and response, or messages, or text")
+    named = tuple(name for field, name in fields.items() if field in ("query", "system", "history", "tools", "id"))
+    return Layout(columns, named=named, **{"id": "id", **fields})  # type: ignore[arg-type]
+
+
+# LLaMA-Factory's defaults (src/llamafactory/data/parser.py): where an entry gives `columns`, those it leaves out are none
+_FACTORY_COLUMNS = {
+    "alpaca": {"prompt": "instruction", "query": "input", "response": "output"},
+    "sharegpt": {"messages": "conversations"},
+    "openai": {"messages": "messages"},
+}
+_FACTORY_TAGS = {
+    "user_tag": ("human", "user"),
+    "assistant_tag": ("gpt", "assistant"),
+    "observation_tag": ("observation", "tool"),
+    "function_tag": ("function_call", "assistant"),
+    "system_tag": ("system", "system"),
+}
+
+
+def from_factory(entry: Mapping, where: str) -> Layout:
+    """The layout of a LLaMA-Factory `dataset_info.json` entry: its formatting, columns and tags.
+
+    Args:
+        entry: the parsed entry.
+        where: names file and entry in messages.
+
+    Raises:
+        ValueError: an unknown formatting, preference data, images and the like, or columns that make no example.
+    """
+    formatting = entry.get("formatting", "alpaca")
+    if formatting not in _FACTORY_COLUMNS:
+        raise ValueError(f"{where}: formatting is {shown(formatting)}; it can be {', '.join(_FACTORY_COLUMNS)}")
+    if entry.get("ranking"):
+        raise ValueError(
+            f"{where}: 'ranking' is set: preference pairs have no single response to learn. Use a data set for supervised fine-tuning"
+        )
+    columns, tags = entry.get("columns"), entry.get("tags")
+    for key, value in (("columns", columns), ("tags", tags)):
+        if value is not None and not (isinstance(value, Mapping) and all(isinstance(v, str | None) for v in value.values())):
+            raise ValueError(f"{where}: {key!r} is {shown(value)}; it must be an object of names, as in {{'prompt': 'instruction'}}")
+    columns = {k: v for k, v in (_FACTORY_COLUMNS[formatting] if columns is None else columns).items() if v}
+    media = [k for k in columns if k in ("images", "videos", "audios", "chosen", "rejected", "kto_tag")]
+    if media:
+        raise ValueError(f"{where}: it has {_names(media)}; only text with a single response can be used")
+    known = ("prompt", "query", "response", "history", "messages", "system", "tools")
+    for key in columns:
+        if key not in known:
+            raise ValueError(f"{where}: unknown column key {key!r}{near(key, known)}; there are {', '.join(known)}")
+    common = {"system": columns.get("system"), "tools": columns.get("tools")}
+    if formatting == "alpaca":
+        if "prompt" not in columns or "response" not in columns:
+            raise ValueError(f"{where}: 'columns' must name 'prompt' and 'response'; found {_names(columns) or 'none'}")
+        fields = {k: columns.get(k) for k in ("prompt", "query", "response", "history")}
+        return Layout(f"Alpaca ({where})", **fields, **common)  # type: ignore[arg-type]
+    tags = dict(tags or {})
+    roles = dict(ROLES) if formatting == "openai" else {}
+    for tag, (default, role) in _FACTORY_TAGS.items():
+        roles[tags.get(tag) or default] = role
+    default_tags = ("role", "content") if formatting == "openai" else ("from", "value")
+    return Layout(
+        f"{'messages' if formatting == 'openai' else 'ShareGPT'} ({where})",
+        messages=columns.get("messages") or _FACTORY_COLUMNS[formatting]["messages"],
+        role_tag=tags.get("role_tag") or default_tags[0],
+        content_tag=tags.get("content_tag") or default_tags[1],
+        roles=roles,
+        **common,
+    )
+
+
+def build(layout: Layout, row: Mapping, train_on: str = "last") -> Example:
+    """A row's turns.
+
+    Args:
+        layout: which column holds what.
+        row: column -> value.
+        train_on: "last" takes the loss on the last assistant turn, "all" on every one. A turn's own `weight` or `loss_weight` of 0
+            (OpenAI's and LLaMA-Factory's way to say "not this one") takes it off; what follows the last trained turn is left away.
+
+    Returns:
+        The example; its last turn is trained on.
+
+    Raises:
+        BadRow: says what is wrong with the row and the cure.
+    """
+    label = row.get(layout.id) if layout.id is not None else None
+    label = str(label) if isinstance(label, str | int) and not isinstance(label, bool) else None
+    if layout.text is not None:
+        return Example((Turn("text", _text(row, layout.text), True),), label)
+    turns = _pair(layout, row) if layout.messages is None else _chat(layout, _value(row, layout.messages), layout.messages)
+    if layout.system is not None and (system := _optional(row, layout.system)) and (not turns or turns[0].role != "system"):
+        turns.insert(0, Turn("system", system, False))
+    return Example(_trained(turns, train_on), label, _tools(row, layout.tools))
+
+
+def _pair(layout: Layout, row: Mapping) -> list[Turn]:
+    assert layout.prompt is not None
+    assert layout.response is not None
+    turns: list[Turn] = []
+    if layout.history is not None and (history := row.get(layout.history)):
+        for i, pair in enumerate(history if isinstance(history, list | tuple) else [history]):
+            if not (isinstance(pair, list | tuple) and len(pair) == 2):
+                raise BadRow(f"{layout.history!r}: entry {i} is {shown(pair)}; it must be a pair of texts, [user, assistant]")
+            turns.append(Turn("user", _said(pair[0], f"{layout.history!r}, entry {i}, user"), False))
+            turns.append(Turn("assistant", _said(pair[1], f"{layout.history!r}, entry {i}, assistant"), True))
+    prompt, response = _value(row, layout.prompt), _value(row, layout.response)
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):  # TRL's conversational prompt and completion
+        turns += [replace(t, train=False) for t in _chat(layout, prompt, layout.prompt)]
+    else:
+        query = _optional(row, layout.query) if layout.query is not None else ""
+        if query and isinstance(prompt, str):  # Alpaca: either half may be empty
+            prompt = f"{prompt}\n{query}" if prompt and not prompt.isspace() else query
+        turns.append(Turn("user", _said(prompt, repr(layout.prompt)), False))
+    if isinstance(response, list) and response and isinstance(response[0], dict):
+        turns += _chat(layout, response, layout.response)
+    else:
+        turns.append(Turn("assistant", _said(response, repr(layout.response)), True))
+    return turns
+
+
+def _trained(turns: list[Turn], train_on: str) -> tuple[Turn, ...]:
+    """Marks what is trained on; the turns end with the last of it."""
+    assistants = [i for i, t in enumerate(turns) if t.role == "assistant"]
+    if not assistants:
+        raise BadRow("has no assistant turn, so there is nothing to learn; add the answer")
+    if turns[-1].role != "assistant":
+        raise BadRow(f"ends with a {turns[-1].role} turn; take the turns after the last assistant turn away")
+    trained = [i for i in assistants if turns[i].train]
+    if not trained:
+        raise BadRow("takes the loss on no turn: every assistant turn has weight 0; set one to 1")
+    last = trained[-1]
+    if train_on == "last" and len(trained) > 1:
+        turns = [replace(t, train=False) if t.train and i != last else t for i, t in enumerate(turns)]
+    return tuple(turns[: last + 1])
+
+
+def _value(row: Mapping, column: str) -> object:
+    try:
+        return row[column]
+    except KeyError:
+        raise BadRow(f"has no {column!r}{near(column, (c for c in row if isinstance(c, str)))}; found {_names(row)}") from None
+
+
+def _text(row: Mapping, column: str) -> str:
+    return _said(_value(row, column), repr(column))
+
+
+def _said(value: object, what: str) -> str:
+    """A text that must be there."""
+    if isinstance(value, str):
+        if not value or value.isspace():
+            raise BadRow(f"{what} is empty; fill it in")
+        return _clean(value, what)
+    raise BadRow(f"{what} is {_kind(value)}; it must be text: {_text_cure(value)}")
+
+
+def _clean(value: str, what: str) -> str:
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise BadRow(
+                f"{what} has half of a surrogate pair (\\u{ord(value[error.start]):04x}) at character {error.start}; that is no text: replace it"
+            ) from None
+    return value
+
+
+def _optional(row: Mapping, column: str) -> str:
+    """A text that may be missing, null or empty."""
+    value = row.get(column)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if not isinstance(value, str):
+        raise BadRow(f"{column!r} is {_kind(value)}; it must be text or left away")
+    return _clean(value, repr(column)) if value and not value.isspace() else ""
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and math.isnan(value):
+        return "NaN"
+    names = {int: "the number", float: "the number", list: "a list,", dict: "an object,", bytes: "bytes,"}
+    name = next((n for t, n in names.items() if isinstance(value, t)), f"a {type(value).__name__},")
+    return f"{name} {shown(value)}"
+
+
+def _text_cure(value: object) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "fill it in"
+    if isinstance(value, int | float):
+        return "put it in quotation marks"
+    return "make it one"
+
+
+def _chat(layout: Layout, messages: object, column: str) -> list[Turn]:
+    """The turns of a messages or conversations column; `train` is set on assistant turns unless their weight is 0."""
+    if isinstance(messages, str):
+        raise BadRow(f"{column!r} is text, {shown(messages)}; it must be a list of turns (where it holds JSON, parse it first)")
+    if not isinstance(messages, list | tuple):
+        raise BadRow(f"{column!r} is {_kind(messages)}; it must be a list of turns such as {{'role': 'user', 'content': '...'}}")
+    if not messages:
+        raise BadRow(f"{column!r} is an empty list; fill it in")
+    roles = layout.roles if layout.roles is not None else ROLES
+    turns = []
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise BadRow(f"{column!r}: turn {i} is {_kind(message)}; it must be an object such as {{'role': 'user', 'content': '...'}}")
+        role_tag = layout.role_tag or ("role" if "role" in message or "from" not in message else "from")
+        content_tag = layout.content_tag or ("content" if "content" in message or "value" not in message else "value")
+        name = message.get(role_tag)
+        if not isinstance(name, str):
+            found = f"has no {role_tag!r}; found {_names(message)}" if name is None else f"has the role {shown(name)}, which is no text"
+            raise BadRow(f"{column!r}: turn {i} {found}")
+        role = roles.get(name)
+        if role is None:
+            raise BadRow(f"{column!r}: turn {i} has the unknown role {shown(name)}{near(name, roles)}; known: {', '.join(roles)}")
+        if content_tag not in message and not message.get("tool_calls"):
+            raise BadRow(f"{column!r}: turn {i} ({name}) has no {content_tag!r}; found {_names(message)}")
+        what = f"{column!r}: turn {i} ({name})"
+        content = _content(message.get(content_tag), what)
+        if calls := message.get("tool_calls"):
+            content = "\n".join(c for c in (content if isinstance(content, str) else "", _calls(calls, what)) if c)
+        if role in ("user", "assistant"):
+            content = _said(content, what)
+        elif content is None:
+            content = ""
+        elif not isinstance(content, str):
+            raise BadRow(f"{what} is {_kind(content)}; it must be text")
+        else:
+            _clean(content, what)
+        turns.append(Turn(role, content, role == "assistant" and _weight(message, what)))
+    return turns
+
+
+def _content(content: object, what: str) -> object:
+    """Text parts joined; anything else as it is."""
+    if not isinstance(content, list):
+        return content
+    parts = []
+    for part in content:
+        if isinstance(part, str):
+            parts.append(part)
+            continue
+        if not isinstance(part, Mapping):
+            raise BadRow(f"{what} has a part that is {_kind(part)}; a part is {{'type': 'text', 'text': '...'}}")
+        if part.get("type", "text") != "text":
+            raise BadRow(f"{what} has a part of type {shown(part.get('type'))}; only text can be used")
+        text = part.get("text") if part.get("text") is not None else part.get("value")
+        if not isinstance(text, str):
+            raise BadRow(f"{what} has a text part without 'text'; found {_names(part)}")
+        parts.append(text)
+    return "".join(parts)
+
+
+def _calls(calls: object, what: str) -> str:
+    """OpenAI's tool_calls as text, a JSON object a line, as ShareGPT's function_call turns write them."""
+    if not isinstance(calls, list | tuple) or not all(isinstance(c, Mapping) for c in calls):
+        raise BadRow(f"{what}: 'tool_calls' is {_kind(calls)}; it must be a list of objects")
+    lines = []
+    for call in calls:
+        function = call.get("function", call)
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise BadRow(f"{what}: a tool call has no name; found {shown(call)}")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            with contextlib.suppress(ValueError, RecursionError):  # a model's malformed call is still what it said
+                arguments = json.loads(arguments)
+        lines.append(_dumps({"name": function["name"], "arguments": arguments}, what))
+    return "\n".join(lines)
+
+
+def _weight(message: Mapping, what: str) -> bool:
+    for key in ("weight", "loss_weight"):
+        value = message.get(key)
+        if value is None:
+            continue
+        if isinstance(value, str | list | dict) or value not in (0, 1):
+            raise BadRow(f"{what}: {key!r} is {shown(value)}; only 0 (no loss on this turn) and 1 can be used")
+        return bool(value)
+    return True
+
+
+def _tools(row: Mapping, column: str | None) -> str | None:
+    value = row.get(column) if column is not None else None
+    if value is None or (isinstance(value, float) and math.isnan(value)) or value in ("", [], {}):
+        return None
+    if isinstance(value, str):
+        if value.isspace():
+            return None
+        try:
+            json.loads(_clean(value, repr(column)))
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, BadRow):
+                raise
+            raise BadRow(f"{column!r} is not valid JSON: {shown(value)}; it must be a JSON list of tools or left away") from None
+        return value
+    if isinstance(value, list | dict):
+        return _dumps(value, repr(column))
+    raise BadRow(f"{column!r} is {_kind(value)}; it must be a list of tools, or JSON text of one")
+
+
+def _dumps(value: object, what: str) -> str:
+    try:
+        return _clean(json.dumps(value, ensure_ascii=False), what)
+    except (TypeError, RecursionError, ValueError) as error:
+        if isinstance(error, BadRow):
+            raise
+        raise BadRow(f"{what} can't be written as JSON: {shown(value)}") from None
