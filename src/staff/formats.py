@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +299,8 @@ def _read_table(source: Any, layout: Layout | None, train_on: str, skip: bool, p
     check_types(source.schema, layout, name)
     _check_named(layout, set(columns), name, columns)
     used = [c for c in layout.columns() if c in columns]
+    absent = [f for f in ("query", "system", "history", "tools", "id") if getattr(layout, f) not in columns]
+    layout = replace(layout, **dict.fromkeys(absent))  # what the table has not is not asked of every row
     numbers, skipped = [], []
     for at, batch in source.batches(used):
         fine = plain(batch, layout)

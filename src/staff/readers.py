@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -46,8 +46,7 @@ REFUSED = {
 }
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """A row as it lies in its file: `value`, or why there is none.
 
     Attributes:
@@ -391,9 +390,7 @@ def scan_json(stream: IO[bytes], name: str) -> Iterator[Found]:
             if space() == "]":
                 raise ValueError(f"{name}: line {line}: a comma before the closing bracket is no JSON; take it away")
     if space() != "":
-        raise ValueError(
-            f"{name}: line {line}: {shown(text[at : at + 24])} after the list's closing bracket; one file holds one list, or one object a line"
-        )
+        raise ValueError(f"{name}: line {line}: {shown(text[at : at + 24])} after the closing bracket; one file holds one list")
 
 
 # ---- CSV ----
