@@ -5,8 +5,6 @@ from __future__ import annotations
 import array
 import contextlib
 import gzip
-import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,15 +14,14 @@ from typing import Any
 import numpy as np
 
 from staff.layouts import LAYOUTS, BadRow, Example, Layout, Turn, build, find, from_columns, near, shown
-from staff.readers import TextFile, TextRows, find_delimiter, kind_of, peek
+from staff.readers import TextFile, TextRows, find_delimiter, kind_of, peek, stamp, suffix_of
+from staff.sources import Input, load_hub, locate
+from staff.writers import aside, dumps, write_table
 
 __all__ = ["Example", "Rows", "Turn", "read"]
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
-SPLITS = ("train", "training", "test", "testing", "dev", "valid", "validation", "val", "eval")
-STDIN = "<standard input>"
-MEMORY = "<the data given>"
-MAX_SHOWN = 5
+MEMORY = "the data given"
+USUAL = {".jsonl": ("JSONL",), ".ndjson": ("JSONL",), ".json": ("JSON", "JSONL"), ".csv": ("CSV",), ".tsv": ("CSV",)}
 
 
 class MemoryRows:
@@ -109,13 +106,13 @@ class Rows:
             path: the file, replaced in one step once it is complete.
             positions: which, in this order.
         """
-        with _aside(path, self.paths) as file:
+        with aside(path, self.paths) as file:
             if isinstance(self.source, TextRows) and self.source.kind == "JSONL":
                 for _, line in self.source.bytes(np.asarray(list(positions), np.int64)):
                     file.write(line if line.endswith(b"\n") else line + b"\n")
             else:
                 for row in self.raw(positions):
-                    file.write(_dumps(row) + b"\n")
+                    file.write(dumps(row) + b"\n")
 
     def write_same(self, path: str | os.PathLike, positions: Iterable[int]) -> None:
         """Write rows in the format they came in: the same bytes for JSONL, JSON and CSV, the same schema and values for Parquet and Arrow.
@@ -126,11 +123,11 @@ class Rows:
         source = self.source
         if not isinstance(source, TextRows):
             if _is_table(source):
-                _write_table(Path(path), source, self.numbers[positions], self.paths)
+                write_table(Path(path), source, self.numbers[positions], self.paths)
             else:
                 self.write_jsonl(path, positions)
             return
-        with _aside(path, self.paths) as raw, contextlib.ExitStack() as stack:
+        with aside(path, self.paths) as raw, contextlib.ExitStack() as stack:
             file: Any = raw
             if any(f.gzipped for f in source.files):
                 file = stack.enter_context(gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0))
@@ -193,16 +190,23 @@ def read(
         return _read_memory(data, layout, train_on, skip)
     if not isinstance(data, str | os.PathLike | list | tuple):
         return _read_object(data, layout, train_on, skip, split)
-    paths = [Path(os.fspath(d)) for d in (data if isinstance(data, list | tuple) else [data])]
-    notes: list[str] = []
-    return _read_files(paths, [str(p) for p in paths], layout, train_on, skip, notes)
+    found = locate(data, split, config, revision, dataset_info)
+    if layout is not None and found.layout is not None:
+        raise ValueError("--columns and --dataset-info both say which column holds what; give one of them")
+    layout = found.layout if layout is None else layout
+    if found.hub is None:
+        return _read_files(found, layout, train_on, skip)
+    from staff.tables import open_dataset
+
+    name = f"hub data set {found.hub}"
+    loaded = _split_of(load_hub(found), found.split, name)
+    return _read_table(open_dataset(loaded, name), layout, train_on, skip, (), found.notes)
 
 
-def _read_files(
-    paths: Sequence[Path], names: Sequence[str], layout: Layout | None, train_on: str, skip: bool, notes: list[str], source: Any = None
-) -> Rows:
-    heads = [peek(p) for p in paths]
-    kinds = [kind_of(head, p) for (head, _), p in zip(heads, paths, strict=True)]
+def _read_files(found: Input, layout: Layout | None, train_on: str, skip: bool) -> Rows:
+    paths, names, notes = found.paths, found.names, list(found.notes)
+    heads = [peek(p, n) for p, n in zip(paths, names, strict=True)]
+    kinds = [kind_of(head, p, n) for (head, _), p, n in zip(heads, paths, names, strict=True)]
     other = next((i for i, k in enumerate(kinds) if k != kinds[0]), None)
     if other is not None:
         raise ValueError(f"{names[0]} is {kinds[0]} and {names[other]} is {kinds[other]}; files read together must be of one format")
@@ -213,18 +217,16 @@ def _read_files(
         gzipped = next((n for n, (_, g) in zip(names, heads, strict=True) if g), None)
         if gzipped is not None:
             raise ValueError(f"{gzipped} is {kind} inside gzip; unpack it with gunzip ({kind} compresses its own columns)")
-        return _read_table(open_tables(kind, paths, names), layout, train_on, skip, tuple(paths), notes)
+        return _read_table(open_tables(kind, paths, names, found.saved), layout, train_on, skip, paths, notes)
     known = [c for each in LAYOUTS.values() for c in each.required()] if layout is None else list(layout.columns())
     files = tuple(
-        TextFile(p, n, kind, g, find_delimiter(head, p, known) if kind == "CSV" else ",", _stamp(p))
+        TextFile(p, n, kind, g, find_delimiter(head, p, known) if kind == "CSV" else ",", stamp(p))
         for p, n, (head, g) in zip(paths, names, heads, strict=True)
     )
-    return _read_text(TextRows(kind, files), layout, train_on, skip, notes)
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns
+    for path, name in zip(paths, names, strict=True):
+        if suffix_of(path) in USUAL and kind not in USUAL[suffix_of(path)]:
+            notes.append(f"{name} is {kind} by its content, whatever its name says")
+    return _read_text(TextRows(kind, files, keep=found.keep), layout, train_on, skip, notes)
 
 
 def _read_text(source: TextRows, layout: Layout | None, train_on: str, skip: bool, notes: list[str]) -> Rows:
@@ -284,7 +286,7 @@ def _check_named(layout: Layout, seen: set[str], name: str, columns: Sequence[st
             raise ValueError(f"{name}: no row has the column {column!r} that --columns names{near(column, columns)}; correct the name")
 
 
-def _read_table(source: Any, layout: Layout | None, train_on: str, skip: bool, paths: tuple[Path, ...], notes: list[str]) -> Rows:
+def _read_table(source: Any, layout: Layout | None, train_on: str, skip: bool, paths: tuple[Path, ...], notes: Sequence[str]) -> Rows:
     from staff.tables import check_types, plain
 
     name = source.names[0]
@@ -300,7 +302,7 @@ def _read_table(source: Any, layout: Layout | None, train_on: str, skip: bool, p
     _check_named(layout, set(columns), name, columns)
     used = [c for c in layout.columns() if c in columns]
     absent = [f for f in ("query", "system", "history", "tools", "id") if getattr(layout, f) not in columns]
-    layout = replace(layout, **dict.fromkeys(absent))  # what the table has not is not asked of every row
+    layout = replace(layout, **dict.fromkeys(absent))  # type: ignore[arg-type]  # what the table has not is not asked of every row
     numbers, skipped = [], []
     for at, batch in source.batches(used):
         fine = plain(batch, layout)
@@ -351,7 +353,7 @@ def _read_object(data: Any, layout: Layout | None, train_on: str, skip: bool, sp
         return _read_memory(data.to_dict("records"), layout, train_on, skip)
     if kind == "DatasetDict":
         data = _split_of(data, split, MEMORY)
-    elif kind == "IterableDataset":
+    if kind == "IterableDataset":
         raise ValueError(f"{MEMORY} is an IterableDataset, which can be read only once; make it a Dataset, or write it to a file")
     if not (hasattr(data, "with_format") and hasattr(data, "features")):
         raise ValueError(f"data is {shown(data)}; it can be a path, several, a list of dicts, a datasets.Dataset or a pandas DataFrame")
@@ -361,6 +363,9 @@ def _read_object(data: Any, layout: Layout | None, train_on: str, skip: bool, sp
 
 
 def _split_of(data: Any, split: str | None, name: str) -> Any:
+    """The split asked for, else `train`, else the only one; a single Dataset is itself."""
+    if not hasattr(data, "keys"):
+        return data
     names = list(data)
     if split is None and len(names) == 1:
         return data[names[0]]
@@ -368,61 +373,3 @@ def _split_of(data: Any, split: str | None, name: str) -> Any:
     if chosen not in names:
         raise ValueError(f"{name} has no split {chosen!r}{near(chosen, names)}; name one with --split: {', '.join(names)}")
     return data[chosen]
-
-
-# ---- writing ----
-
-
-@contextlib.contextmanager
-def _aside(path: str | os.PathLike, inputs: Sequence[Path]) -> Iterator[Any]:
-    """A file that gets its name once it is complete, and is not there at all if something fails."""
-    path = Path(path)
-    if any(path.exists() and p.exists() and path.samefile(p) for p in inputs):
-        raise ValueError(f"{path} is the input itself; write to another file")
-    aside = path.with_name(path.name + ".partial")
-    try:
-        with open(aside, "wb") as file:
-            yield file
-        os.replace(aside, path)
-    except OSError as error:
-        raise ValueError(f"{path} can't be written: {error.strerror or error}") from None
-    finally:
-        aside.unlink(missing_ok=True) if aside.parent.is_dir() else None
-
-
-def _dumps(row: Mapping) -> bytes:
-    try:
-        return json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, TypeError):
-        return json.dumps(_plain_json(row), allow_nan=False).encode()
-
-
-def _plain_json(value: Any) -> Any:
-    """A value JSON can hold; see Rows.write_jsonl."""
-    if isinstance(value, Mapping):
-        return {k if isinstance(k, str) else str(k): _plain_json(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain_json(v) for v in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
-        return value
-    if isinstance(value, bytes | bytearray):
-        import base64
-
-        return base64.b64encode(value).decode()
-    return value.isoformat() if hasattr(value, "isoformat") else str(value)
-
-
-def _write_table(path: Path, source: Any, numbers: np.ndarray, inputs: Sequence[Path]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with _aside(path, inputs) as file:
-        writer = pa.ipc.new_file(file, source.schema) if source.kind == "Arrow" else pq.ParquetWriter(file, source.schema)
-        with writer:
-            for run in np.split(numbers, np.flatnonzero(np.diff(numbers) < 0) + 1):
-                for _, batch in source.batches(None, run):
-                    writer.write_table(batch if isinstance(batch, pa.Table) else pa.Table.from_batches([batch], source.schema))

@@ -85,7 +85,7 @@ class TextFile:
     def open(self) -> Iterator[IO[bytes]]:
         """The file's (unpacked) bytes. Errors of the system and of gzip come out as ValueError."""
         try:
-            if _stamp(self.path) != self.stamp:
+            if stamp(self.path) != self.stamp:
                 raise ValueError(f"{self.name} changed while it was in use; start again, on a copy that nothing writes to")
             with gzip.open(self.path, "rb") if self.gzipped else open(self.path, "rb", buffering=BLOCK) as stream:
                 yield stream  # type: ignore[misc]
@@ -97,7 +97,8 @@ class TextFile:
             raise ValueError(f"{self.name} can't be read: {error.strerror or error}") from None
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def stamp(path: Path) -> tuple[int, int]:
+    """Size and time of change."""
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns
 
@@ -105,7 +106,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 # ---- what is it? ----
 
 
-def peek(path: Path, size: int = 1 << 16) -> tuple[bytes, bool]:
+def peek(path: Path, name: str, size: int = 1 << 16) -> tuple[bytes, bool]:
     """The first bytes of a file, unpacked, and whether it is gzipped.
 
     Raises:
@@ -119,20 +120,20 @@ def peek(path: Path, size: int = 1 << 16) -> tuple[bytes, bool]:
             with gzip.open(path, "rb") as unpacked:
                 head = unpacked.read(size)
     except GZIP_ERRORS as error:
-        raise ValueError(f"{path}: the gzip data is cut or damaged ({error}); fetch or pack the file again (gzip -t checks it)") from None
+        raise ValueError(f"{name}: the gzip data is cut or damaged ({error}); fetch or pack the file again (gzip -t checks it)") from None
     except OSError as error:
-        raise ValueError(f"{path} can't be read: {error.strerror or error}") from None
+        raise ValueError(f"{name} can't be read: {error.strerror or error}") from None
     if not head:
-        raise ValueError(f"{path} is empty; it should hold at least one row")
+        raise ValueError(f"{name} is empty; it should hold at least one row")
     for magic, (what, cure) in REFUSED.items():
         if head.startswith(magic):
-            raise ValueError(f"{path} is {what}; {cure}")
+            raise ValueError(f"{name} is {what}; {cure}")
     if head.startswith(b"\x1f\x8b"):
-        raise ValueError(f"{path} is gzipped twice; unpack it once with gunzip")
+        raise ValueError(f"{name} is gzipped twice; unpack it once with gunzip")
     return head, gzipped
 
 
-def kind_of(head: bytes, path: Path) -> str:
+def kind_of(head: bytes, path: Path, name: str) -> str:
     """What a file is: "JSONL", "JSON", "CSV", "Parquet" or "Arrow". Content decides; the extension only between CSV and broken JSON.
 
     Raises:
@@ -145,13 +146,13 @@ def kind_of(head: bytes, path: Path) -> str:
         return "Arrow"
     if suffix == ".parquet":
         raise ValueError(
-            f"{path} is no Parquet file: it begins with {shown(head[:8])}, not with b'PAR1'; name it after what it is, or fetch it again"
+            f"{name} is no Parquet file: it begins with {shown(head[:8])}, not with b'PAR1'; name it after what it is, or fetch it again"
         )
     if suffix in (".arrow", ".feather"):
-        raise ValueError(f"{path} is no Arrow file: it begins with {shown(head[:8])}; name it after what it is, or fetch it again")
+        raise ValueError(f"{name} is no Arrow file: it begins with {shown(head[:8])}; name it after what it is, or fetch it again")
     text = head.removeprefix(codecs.BOM_UTF8).lstrip()
     if not text:
-        raise ValueError(f"{path} holds nothing but white space; it should hold at least one row")
+        raise ValueError(f"{name} holds nothing but white space; it should hold at least one row")
     first, _, rest = text.partition(b"\n")
     whole = _is_json(first)
     if text.startswith(b"{"):
@@ -160,7 +161,7 @@ def kind_of(head: bytes, path: Path) -> str:
         if suffix not in (".csv", ".tsv"):
             if first.strip() == b"{" or suffix == ".json":
                 raise ValueError(
-                    f"{path} holds a JSON object over several lines, not a list of rows ({_keys_of(text)}); "
+                    f"{name} holds a JSON object over several lines, not a list of rows ({_keys_of(text)}); "
                     "give a list, [{...}, {...}], or one object a line (jq -c . FILE > rows.jsonl)"
                 )
             return "JSONL"
@@ -171,7 +172,7 @@ def kind_of(head: bytes, path: Path) -> str:
     if suffix in (".csv", ".tsv") or any(d.encode() in first for d in DELIMITERS):
         return "CSV"
     raise ValueError(
-        f"{path}: can't tell what this is; it begins with {shown(head[:24])}. It can be JSON Lines, JSON, CSV, TSV, Parquet or Arrow: "
+        f"{name}: can't tell what this is; it begins with {shown(head[:24])}. It can be JSON Lines, JSON, CSV, TSV, Parquet or Arrow: "
         "name it .jsonl, .json, .csv, .tsv, .parquet or .arrow"
     )
 
@@ -527,6 +528,7 @@ class TextRows:
         spans: (n, 2) int64 first and last byte of each usable row, set by the scan.
         first: (files + 1,) position of each file's first usable row, and n.
         headers: column names of each file, for CSV.
+        keep: holds a temporary file that standard input was written to.
     """
 
     kind: str
@@ -534,6 +536,7 @@ class TextRows:
     spans: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int64))
     first: list[int] = field(default_factory=list)
     headers: list[list[str]] = field(default_factory=list)
+    keep: object = None
 
     def scan(self, file: TextFile) -> Iterator[Found]:
         """Every row of one of the files, bad ones too."""

@@ -48,6 +48,8 @@ class TableRows:
         units: in order.
         data: the Dataset, if it is one.
         stamps: size and time of change of each file at the first look.
+        stream: the Arrow file is of the kind without an index.
+        saved: the folder of `save_to_disk` that the files are in.
     """
 
     kind: str
@@ -57,6 +59,8 @@ class TableRows:
     units: tuple[Unit, ...]
     data: Any = None
     stamps: tuple[tuple[int, int], ...] = field(default=())
+    stream: bool = False
+    saved: Path | None = None
 
     def __len__(self) -> int:
         return sum(u.rows for u in self.units)
@@ -152,14 +156,14 @@ def _arrow_batches(file: Any, index: int) -> Iterator[pa.RecordBatch]:
         yield from pa.ipc.open_stream(file)
 
 
-def open_tables(kind: str, files: Sequence[Path], names: Sequence[str]) -> TableRows:
+def open_tables(kind: str, files: Sequence[Path], names: Sequence[str], saved: Path | None = None) -> TableRows:
     """Parquet or Arrow files as rows.
 
     Raises:
         ValueError: a file is damaged, has two columns of one name, or other columns than the first.
     """
     schema: pa.Schema | None = None
-    units, first, stamps = [], 0, []
+    units, first, stamps, stream = [], 0, [], False
     for number, (path, name) in enumerate(zip(files, names, strict=True)):
         with _readable(name):
             status = os.stat(path)
@@ -174,6 +178,7 @@ def open_tables(kind: str, files: Sequence[Path], names: Sequence[str]) -> Table
                     file.seek(0)
                     reader = pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
                     found = reader.schema
+                    stream = not is_file
                     if is_file:
                         sizes = [reader.get_batch(i).num_rows for i in range(reader.num_record_batches)]
                     else:  # a stream has no index: one piece, of which only the memory map's pages are read
@@ -192,7 +197,7 @@ def open_tables(kind: str, files: Sequence[Path], names: Sequence[str]) -> Table
             units.append(Unit(number, index, first, rows))
             first += rows
     assert schema is not None
-    return TableRows(kind, tuple(files), tuple(names), schema, tuple(units), stamps=tuple(stamps))
+    return TableRows(kind, tuple(files), tuple(names), schema, tuple(units), None, tuple(stamps), stream, saved)
 
 
 def open_dataset(data: Any, name: str) -> TableRows:
