@@ -9,8 +9,11 @@ from types import MappingProxyType
 
 import numpy as np
 
+from staff.methods.ccs import ccs
+from staff.methods.d2 import d2
+from staff.methods.features import facility_location, kcenter, moderate, s2l
 from staff.methods.staff import staff
-from staff.methods.top import random
+from staff.methods.top import ifd, perplexity, random, top
 from staff.types import Selection
 
 FIXED = ("budget", "rng", "verify")
@@ -22,15 +25,18 @@ class Method:
 
     Attributes:
         function: f(scores, *, budget, rng, **needed arrays, **options) -> Selection.
-        needs: argument -> "model[@checkpoints]/quantity", computed by the pipeline before the call.
+        needs: argument -> "model[@checkpoints]/quantity", computed by the pipeline before the call. A quantity with a
+            dot in it, "features.neighbours", is made from the one before the dot (see graph.py).
         verify: "model/quantity" that the function may ask for by position while it runs; None: it asks nothing.
         paper: where it comes from.
+        about: what it keeps, in a few words.
     """
 
     function: Callable[..., Selection]
     needs: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     verify: str | None = None
     paper: str | None = None
+    about: str = ""
 
     def options(self) -> dict[str, object]:
         """The function's own options and their defaults."""
@@ -53,17 +59,138 @@ class Method:
             budget: m, in samples.
             rng: numpy Generator; equal seeds give equal coresets.
             **arguments: `verify`, the needed arrays, and options.
+
+        Raises:
+            ValueError: an unknown option, a missing array, a budget that is not between 0 and n, or whatever the
+                function finds wrong with the numbers, nan among them by name.
         """
         self.check_options({k: v for k, v in arguments.items() if k not in (*self.needs, "verify")})
+        for name, need in self.needs.items():
+            if name != "scores" and arguments.get(name) is None:
+                raise ValueError(f"{self.function.__name__} needs {name} ({need}), and was given none")
         if not 0 <= budget <= len(scores):
             raise ValueError(f"the budget must be between 0 and the pool's {len(scores)} samples; found {budget}")
+        if "verify" not in inspect.signature(self.function).parameters:
+            arguments.pop("verify", None)  # a method that asks the target nothing may be offered it all the same
         selection = self.function(scores, budget=budget, rng=rng, **arguments)
         assert len(selection.indices) == budget, f"{self.function.__name__} returned {len(selection.indices)} of {budget} samples"
         return selection
 
 
 METHODS: dict[str, Method] = {
-    "random": Method(random),
-    "direct": Method(staff, needs={"scores": "target/effort"}),  # no draft at all: cost 1
-    "staff": Method(staff, needs={"scores": "draft/effort"}, verify="target/effort", paper="arXiv:2410.01296"),
+    "random": Method(random, about="drawn uniformly: the one to beat"),
+    "direct": Method(staff, needs={"scores": "target/effort"}, about="STAFF's regions on the released target's own effort; no draft"),
+    "grand": Method(top, needs={"scores": "tuned_target/effort"}, paper="arXiv:2107.07075", about="highest gradient norm"),
+    "el2n": Method(top, needs={"scores": "tuned_target/el2n"}, paper="arXiv:2107.07075", about="highest error norm"),
+    "ccs": Method(
+        ccs, needs={"scores": "tuned_target/el2n"}, paper="arXiv:2210.15809", about="evenly over strata of difficulty, hardest cut"
+    ),
+    "d2": Method(
+        d2,
+        needs={
+            "scores": "tuned_target/el2n",
+            "features": "tuned_target/features",
+            "neighbours": "tuned_target/features.neighbours",
+        },
+        paper="arXiv:2310.07931",
+        about="hard and unlike one another, by messages between neighbours",
+    ),
+    "moderate": Method(
+        moderate,
+        needs={"features": "draft/features", "clusters": "draft/features.clusters"},
+        paper="ICLR 2023, openreview 7D5EECbOaf9",
+        about="at a middling distance from the cluster's centre",
+    ),
+    "loss": Method(top, needs={"scores": "draft/loss"}, about="highest loss"),
+    "perplexity": Method(perplexity, needs={"scores": "draft/loss"}, paper="arXiv:2309.04564", about="middling perplexity"),
+    "entropy": Method(top, needs={"scores": "draft/entropy"}, about="highest entropy of the predictions"),
+    "length": Method(top, needs={"scores": "pool/tokens"}, paper="arXiv:2402.04833", about="longest response"),
+    "ifd": Method(
+        ifd,
+        needs={"scores": "raw_draft/loss", "unconditional_loss": "raw_draft/unconditional_loss"},
+        paper="arXiv:2402.00530",
+        about="hardest to follow of those whose prompt helps",
+    ),
+    "kcenter": Method(kcenter, needs={"features": "draft/features"}, paper="arXiv:1708.00489", about="no sample far from a kept one"),
+    "facility_location": Method(
+        facility_location,
+        needs={"features": "draft/features", "neighbours": "draft/features.neighbours"},
+        paper="Nemhauser, Wolsey and Fisher 1978",
+        about="near to as many samples as can be",
+    ),
+    "s2l": Method(
+        s2l,
+        needs={"clusters": "draft@checkpoints/loss.clusters"},
+        paper="arXiv:2403.07384",
+        about="evenly over clusters of loss trajectories",
+    ),
+    "less": Method(top, needs={"scores": "draft/similarity"}, paper="arXiv:2402.04333", about="gradient most like some validation rows'"),
+    "staff": Method(
+        staff,
+        needs={"scores": "draft/effort"},
+        verify="target/effort",
+        paper="arXiv:2410.01296",
+        about="regions of a draft's effort, shared out by what the target says",
+    ),
 }
+
+# what a model's numbers cost, in scoring passes of the target over the pool
+COSTS = {
+    "pool": "",
+    "target": "1",
+    "raw_draft": "r",
+    "draft": "(2·T·f + 1)·r",
+    "draft@checkpoints": "(2·T·f + c)·r",
+    "tuned_target": "2·E + 1",
+}
+COST_SYMBOLS = (
+    "1: one scoring pass of the target over the pool, about one forward pass; r: the draft's cost per token relative to the target's; "
+    "T, f: the draft's epochs and its share of the pool; E: the target's epochs; v: share of the pool verified; c: checkpoints; "
+    "u: tokens of the responses alone, as a share of all"
+)
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """A line of the table that `staff methods` prints.
+
+    Attributes:
+        name: key of METHODS.
+        about: what it keeps, in a few words.
+        needs: the needs by name, those verified by position marked, comma-separated; empty for none.
+        cost: what these cost, as a sum in COST_SYMBOLS; "0" for nothing.
+        paper: where it comes from; empty where there is none.
+        options: its own options with their defaults.
+    """
+
+    name: str
+    about: str
+    needs: str
+    cost: str
+    paper: str
+    options: str
+
+
+def methods_table(methods: Mapping[str, Method] = METHODS) -> list[MethodRow]:
+    """What there is, what each needs and what that costs; one row a method, in the table's order."""
+    rows = []
+    for name, method in methods.items():
+        needs = [*dict.fromkeys(method.needs.values()), *([f"{method.verify} (drawn samples)"] if method.verify else [])]
+        options = ", ".join(f"{option}={default!r}" for option, default in method.options().items())
+        rows.append(MethodRow(name, method.about, ", ".join(needs), cost(method), method.paper or "", options))
+    return rows
+
+
+def cost(method: Method) -> str:
+    """What a method's needs cost in scoring passes of the target over the pool, as a sum in COST_SYMBOLS.
+
+    All quantities of one model come from one pass, except the loss without the prompt, which is a pass over the
+    responses alone. Neighbours and clusters cost no pass. A model that a comparison adds is written as cost(its name).
+    """
+    models = dict.fromkeys(need.partition("/")[0] for need in method.needs.values())
+    terms = [COSTS.get(model, f"cost({model})") for model in models]
+    if any(need.endswith("/unconditional_loss") for need in method.needs.values()):
+        terms.append("u·r")
+    if method.verify:
+        terms.append("v")
+    return " + ".join(term for term in terms if term) or "0"

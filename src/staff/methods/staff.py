@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from staff.methods.strata import allocate, check_scores, set_hardest_aside, split
+from staff.methods.strata import allocate, check_scores, highest, members_of, set_hardest_aside, split
 from staff.types import Region, Selection
 
 PICKS = ("top", "random")
@@ -74,9 +74,8 @@ def staff(
 
     kept, cut = set_hardest_aside(scores, hard_cutoff)
     edges, region_of_kept = split(scores[kept], num_regions)
-    by_region = kept[np.argsort(region_of_kept, kind="stable")]
-    sizes = np.bincount(region_of_kept, minlength=num_regions)
-    members = np.split(by_region, np.cumsum(sizes)[:-1])
+    members = [kept[places] for places in members_of(region_of_kept, num_regions)]
+    sizes = np.array([len(positions) for positions in members])
 
     verified, ratios = _verify_regions(scores, members, verify, verification_budget, normalise, draws)
     budgets = allocate(ratios, sizes, budget, allocation)
@@ -84,7 +83,7 @@ def staff(
     is_taken = np.zeros(len(scores), bool)
     for positions, region_budget in zip(members, budgets, strict=True):
         is_taken[_pick(scores, positions, int(region_budget), pick, picks)] = True
-    missing = budget - np.count_nonzero(is_taken)
+    missing = budget - int(np.count_nonzero(is_taken))
     spare = kept[~is_taken[kept]]
     filled = fill.choice(spare, min(missing, len(spare)), replace=False) if missing else spare[:0]
     from_cut = cut[: missing - len(filled)]
@@ -147,7 +146,7 @@ def _draw(positions, verification_budget, draws):
 def _pick(scores, positions, region_budget, pick, picks):
     if pick == "random":
         return picks.choice(positions, region_budget, replace=False)
-    return positions[np.argsort(-scores[positions], kind="stable")[:region_budget]]
+    return positions[highest(scores[positions], region_budget)]
 
 
 def _minmax(scores):

@@ -1,10 +1,13 @@
-"""Methods that need no more than one score a sample, or none at all."""
+"""Methods that need no more than one number a sample, or none at all."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from staff.methods.strata import check_scores, highest
 from staff.types import Selection
+
+PARTS = ("top", "middle", "bottom")
 
 
 def random(scores: np.ndarray, *, budget: int, rng: np.random.Generator) -> Selection:
@@ -16,3 +19,79 @@ def random(scores: np.ndarray, *, budget: int, rng: np.random.Generator) -> Sele
         rng: the source of all randomness.
     """
     return Selection(np.sort(rng.choice(len(scores), budget, replace=False)))
+
+
+def top(scores: np.ndarray, *, budget: int, rng: np.random.Generator, part: str = "top") -> Selection:
+    """Keep the m samples at one end, or in the middle, of the order of the scores.
+
+    GraNd and EL2N keep the highest expected gradient norm and the highest error norm (Paul et al. 2021, arXiv
+    2107.07075). The paper averages ten networks early in training (EL2N) or at initialisation (GraNd); here one
+    fine-tuned target gives the scores, as in STAFF's comparison. An EL2N score is the mean of |softmax - one-hot|_2
+    over a sample's response tokens, each predicted by the token before it; STAFF's released code takes raw logits, not
+    shifted, which is neither EL2N nor an error.
+
+    LESS keeps the highest similarity of a sample's projected gradient to those of a few validation rows (Xia et al.
+    2024, arXiv 2402.04333); the highest over the validation rows' tasks, where they name any.
+
+    Args:
+        scores: (n,) finite numbers, higher is harder (for LESS: more alike).
+        budget: m, in samples, 0 <= m <= n.
+        rng: not used; there is nothing to draw.
+        part: "top", the highest scores; "bottom", the lowest; "middle", as many left out below as above (one more
+            above, where their number is odd). Of equal scores the earlier positions are kept; in the middle they count
+            as the lower ones.
+
+    Raises:
+        ValueError: nan among the scores, or an unknown part.
+    """
+    scores = check_scores(scores)
+    if part not in PARTS:
+        raise ValueError(f"part must be one of {', '.join(PARTS)}; found {part!r}")
+    if part == "top":
+        return Selection(highest(scores, budget))
+    below = (len(scores) - budget) // 2 if part == "middle" else 0
+    not_above = highest(-scores, below + budget)
+    is_kept = np.zeros(len(scores), bool)
+    is_kept[not_above] = True
+    is_kept[not_above[highest(-scores[not_above], below)]] = False
+    return Selection(np.flatnonzero(is_kept))
+
+
+def perplexity(scores: np.ndarray, *, budget: int, rng: np.random.Generator, part: str = "middle") -> Selection:
+    """Keep the samples of middling perplexity, the best of the three parts in Marion et al. 2023 (arXiv 2309.04564).
+
+    The perplexity of a response is exp of its loss and orders samples as the loss does, so the loss is what is taken;
+    the paper prunes pretraining text by the perplexity of all of its tokens.
+
+    Args:
+        scores: (n,) mean cross-entropy over a sample's response tokens, in nats.
+        budget: m, in samples, 0 <= m <= n.
+        rng: not used.
+        part: "middle", "top" or "bottom", see `top`.
+    """
+    return top(scores, budget=budget, rng=rng, part=part)
+
+
+def ifd(scores: np.ndarray, *, budget: int, rng: np.random.Generator, unconditional_loss: np.ndarray) -> Selection:
+    """Keep the highest instruction-following difficulty below 1 (Superfiltering, Li et al. 2024, arXiv 2402.00530).
+
+    IFD = ppl(response given prompt) / ppl(response). At 1 or more the prompt did not help at all: such samples are
+    dropped, as released. Where fewer than m are left, the dropped ones come back, lowest IFD first, and are counted;
+    the released code then returns fewer.
+
+    Args:
+        scores: (n,) loss of the response given its prompt, mean over its tokens, in nats.
+        budget: m, in samples, 0 <= m <= n.
+        rng: not used; there is nothing to draw.
+        unconditional_loss: (n,) loss of the same response without its prompt.
+
+    Returns:
+        Selection; `filled_from_cut` counts samples kept with an IFD of 1 or more.
+    """
+    log_ifd = check_scores(scores) - check_scores(unconditional_loss)  # the ratio of perplexities, in logarithms: it can't overflow
+    follows = np.flatnonzero(log_ifd < 0)
+    chosen = follows[highest(log_ifd[follows], min(budget, len(follows)))]
+    dropped = np.flatnonzero(log_ifd >= 0)
+    missing = budget - len(chosen)
+    back = dropped[highest(-log_ifd[dropped], missing)]
+    return Selection(np.sort(np.concatenate([chosen, back])), filled_from_cut=missing)

@@ -1,0 +1,103 @@
+"""Select inside groups of the pool: the budget is shared over them by size (`--group-by`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from staff.methods import Method
+from staff.types import Selection
+
+
+def share_by_size(sizes: np.ndarray, budget: int) -> np.ndarray:
+    """Share a budget over groups in proportion to their sizes, by largest remainder.
+
+    Args:
+        sizes: (g,) samples a group.
+        budget: m, 0 <= m <= sizes.sum().
+
+    Returns:
+        (g,) int64, each at most its size, summing to m; of equal remainders the earlier group gets the sample.
+    """
+    sizes = np.asarray(sizes, np.int64)
+    total = int(sizes.sum())
+    if total == 0:
+        return np.zeros(len(sizes), np.int64)
+    shares, remainders = np.divmod(sizes * budget, total)  # whole numbers: no rounding to argue about
+    shares[np.argsort(-remainders, kind="stable")[: budget - int(shares.sum())]] += 1
+    return shares
+
+
+def select_by_group(
+    method: Method, groups: Sequence | np.ndarray, scores: np.ndarray, *, budget: int, rng: np.random.Generator, **arguments
+) -> Selection:
+    """Run a method inside each group, with a budget in proportion to the group's size.
+
+    Every group has a random stream of its own. Neighbours that lie in another group count as none. `verify` is called
+    once a group, always with positions in the pool.
+
+    Args:
+        method: an entry of METHODS.
+        groups: (n,) labels, strings or numbers.
+        scores: (n,) as for the method.
+        budget: m, in samples, over all groups.
+        rng: the source of all randomness.
+        **arguments: `verify`, the needed arrays, and options, as for `Method.select`.
+
+    Returns:
+        Selection of exactly m samples. Regions are those of all groups, one group after another in the order of their
+        labels; `region_of` counts through.
+
+    Raises:
+        ValueError: not one label a sample, or what the method raises, with the group's name before it.
+    """
+    labels, group_of = np.unique(np.asarray(groups), return_inverse=True)
+    if np.ndim(groups) != 1 or len(group_of) != len(scores):
+        raise ValueError(f"groups must be one label a sample, ({len(scores)},); found shape {np.shape(groups)}")
+    if not 0 <= budget <= len(scores):
+        raise ValueError(f"the budget must be between 0 and the pool's {len(scores)} samples; found {budget}")
+    verify = arguments.pop("verify", None)
+    shares = share_by_size(np.bincount(group_of, minlength=len(labels)), budget)
+    parts = []
+    for group, (share, own_rng) in enumerate(zip(shares, rng.spawn(len(labels)), strict=True)):
+        members = np.flatnonzero(group_of == group)
+        own = {name: _take(array, members, method.needs.get(name)) for name, array in arguments.items()}
+        if verify is not None:
+            own["verify"] = lambda positions, members=members: verify(members[positions])
+        try:
+            parts.append((members, method.select(np.asarray(scores)[members], budget=int(share), rng=own_rng, **own)))
+        except ValueError as error:
+            raise ValueError(f"group {str(labels[group])!r} ({len(members)} samples, positions counted inside it): {error}") from error
+
+    regions = tuple(region for _, part in parts for region in part.regions)
+    region_of = np.full(len(scores), -1, np.int64) if regions else None
+    first = 0
+    for members, part in parts:
+        if region_of is not None and part.region_of is not None:
+            region_of[members] = np.where(part.region_of >= 0, part.region_of + first, -1)
+        first += len(part.regions)
+    return Selection(
+        _join([members[part.indices] for members, part in parts]),
+        regions,
+        region_of,
+        _join([members[part.verified] for members, part in parts]),
+        sum(part.filled for _, part in parts),
+        sum(part.filled_from_cut for _, part in parts),
+    )
+
+
+def _take(array, members, need):
+    """A needed array's rows of one group; options are no needs and pass through."""
+    if need is None:
+        return array
+    rows = np.asarray(array)[members]
+    if not need.endswith(".neighbours"):
+        return rows
+    place = np.full(len(array) + 1, -1, np.int64)  # the last, for -1: no neighbour is no neighbour
+    place[members] = np.arange(len(members))
+    return place[rows]
+
+
+def _join(arrays):
+    return np.sort(np.concatenate([np.empty(0, np.int64), *arrays]))

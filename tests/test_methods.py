@@ -1,0 +1,593 @@
+"""Every entry of METHODS: the contract they all keep, and one case each that can be followed by hand."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from staff.methods import COSTS, METHODS, Method, cost, methods_table
+from staff.methods.features import neighbour_distances
+from staff.methods.groups import select_by_group, share_by_size
+from staff.methods.likeness import compare, likeness, nestedness
+
+features_module = importlib.import_module("staff.methods.features")
+GOLDEN = Path(__file__).parent / "golden"
+EVERY = sorted(METHODS)
+NEEDY = [name for name in EVERY if METHODS[name].needs]
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def nearest(features, k):
+    """All n - 1 or k nearest others, the obvious way."""
+    distances = np.linalg.norm(features[:, None] - features[None], axis=2)
+    np.fill_diagonal(distances, np.inf)
+    return np.argsort(distances, axis=1, kind="stable")[:, : min(k, len(features) - 1)]
+
+
+def numbers(name, n, seed=0, equal=False):
+    """(scores, arguments) of the right shapes for a method."""
+    draw = rng(seed)
+    features = np.ones((n, 6), np.float32) if equal else draw.normal(size=(n, 6)).astype(np.float32)
+    made = {
+        "scores": np.full(n, 2.0) if equal else draw.lognormal(size=n),
+        "unconditional_loss": np.full(n, 2.0) if equal else draw.lognormal(size=n),
+        "features": features,
+        "neighbours": nearest(features, 10),
+        "clusters": np.zeros(n, np.int64) if equal else draw.integers(0, 7, n),
+    }
+    target = draw.lognormal(size=n)
+    arguments = {need: made[need] for need in METHODS[name].needs if need != "scores"}
+    if METHODS[name].verify:
+        arguments["verify"] = lambda positions: target[positions]
+    return made["scores"], arguments
+
+
+def run(name, n, budget, seed=0, equal=False, **options):
+    scores, arguments = numbers(name, n, equal=equal)
+    return METHODS[name].select(scores, budget=budget, rng=rng(seed), **arguments, **options)
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("equal", [False, True], ids=["different", "all equal"])
+@pytest.mark.parametrize(("n", "budget"), [(1, 0), (1, 1), (2, 1), (10, 5), (200, 0), (200, 1), (200, 40), (200, 199), (200, 200)])
+def test_every_method_keeps_exactly_m_sorted_positions_once(name, n, budget, equal):
+    selection = run(name, n, budget, equal=equal)
+    assert selection.indices.dtype == np.int64
+    assert len(selection.indices) == budget
+    assert (np.diff(selection.indices) > 0).all()
+    assert budget == 0 or (selection.indices[0] >= 0 and selection.indices[-1] < n)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_same_seed_keeps_the_same_samples(name):
+    assert run(name, 200, 60, seed=4).indices.tolist() == run(name, 200, 60, seed=4).indices.tolist()
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_pool_without_samples_gives_a_coreset_without_samples(name):
+    assert len(run(name, 0, 0).indices) == 0
+
+
+@pytest.mark.parametrize("name", NEEDY)
+def test_nan_is_refused_by_position_in_every_needed_array(name):
+    for need in METHODS[name].needs:
+        scores, arguments = numbers(name, 50)
+        broken = {"scores": scores, **arguments}[need].astype(np.float64)
+        broken[[3, 7]] = np.nan
+        given_arrays = {"scores": scores, **arguments, need: broken}
+        with pytest.raises(ValueError, match=r"2 .*3, 7"):
+            METHODS[name].select(given_arrays.pop("scores"), budget=10, rng=rng(), **given_arrays)
+
+
+@pytest.mark.parametrize("name", NEEDY)
+def test_an_array_of_the_wrong_length_or_none_is_refused(name):
+    for need in METHODS[name].needs:
+        if need == "scores":
+            continue
+        scores, arguments = numbers(name, 50)
+        with pytest.raises(ValueError, match=need if need != "unconditional_loss" else "unconditional_loss|shape|broadcast"):
+            METHODS[name].select(scores, budget=10, rng=rng(), **{**arguments, need: arguments[need][:49]})
+        arguments.pop(need)
+        with pytest.raises(ValueError, match=f"needs {need}"):
+            METHODS[name].select(scores, budget=10, rng=rng(), **arguments)
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("budget", [-1, 51])
+def test_a_budget_that_is_no_part_of_the_pool_is_refused(name, budget):
+    with pytest.raises(ValueError, match="the budget must be between 0 and the pool's 50 samples"):
+        run(name, 50, budget)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_an_unknown_option_is_refused_with_the_known_ones(name):
+    with pytest.raises(ValueError, match="has no option 'colour'"):
+        METHODS[name].check_options({"colour": 1})
+
+
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(1, 60), p=st.floats(0, 1, exclude_max=True), seed=st.integers(0, 5), equal=st.booleans())
+def test_every_method_keeps_m_whatever_the_pruning_rate(n, p, seed, equal):
+    budget = round((1 - p) * n)
+    for name in EVERY:
+        indices = run(name, n, budget, seed=seed, equal=equal).indices
+        assert len(set(indices.tolist())) == len(indices) == budget
+
+
+def test_methods_import_neither_torch_nor_scikit_learn():
+    modules = ["staff.methods", "staff.methods.groups", "staff.methods.likeness", "staff.graph"]
+    check = f"import sys, {', '.join(modules)}; print([m for m in ('torch', 'sklearn', 'scipy', 'transformers') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+# random, top and their kin
+
+
+def test_random_draws_and_every_sample_is_as_likely():
+    counts = np.zeros(10)
+    for seed in range(400):
+        counts[METHODS["random"].select(np.zeros(10), budget=3, rng=rng(seed)).indices] += 1
+    assert counts.min() > 80  # 120 expected
+    assert counts.max() < 160
+
+
+TEN = np.array([3.0, 9, 1, 7, 7, 5, 0, 8, 7, 2])  # in order: 6 2 9 0 5 (3 4 8) 7 1
+
+
+@pytest.mark.parametrize("name", ["grand", "el2n", "loss", "entropy", "length", "less"])
+def test_the_highest_of_ten_by_hand(name):
+    assert METHODS[name].select(TEN, budget=4, rng=rng()).indices.tolist() == [1, 3, 4, 7]  # of three sevens the earlier two
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"), [("top", [1, 3, 7]), ("bottom", [2, 6, 9]), ("middle", [0, 3, 5])]
+)  # three of ten left out below, four above
+def test_each_part_of_ten_by_hand(part, expected):
+    assert METHODS["loss"].select(TEN, budget=3, rng=rng(), part=part).indices.tolist() == expected
+
+
+def test_perplexity_keeps_the_middle_unless_told():
+    assert METHODS["perplexity"].select(TEN, budget=3, rng=rng()).indices.tolist() == [0, 3, 5]
+    assert METHODS["perplexity"].select(TEN, budget=3, rng=rng(), part="bottom").indices.tolist() == [2, 6, 9]
+
+
+def test_an_unknown_part_names_those_there_are():
+    with pytest.raises(ValueError, match="top, middle, bottom; found 'left'"):
+        METHODS["loss"].select(TEN, budget=3, rng=rng(), part="left")
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=40), st.data())
+def test_parts_are_those_of_a_stable_sort(scores, data):
+    scores = np.array(scores, float)
+    n, budget = len(scores), data.draw(st.integers(0, len(scores)))
+    ascending, descending = np.argsort(scores, kind="stable"), np.argsort(-scores, kind="stable")
+    below = (n - budget) // 2
+    expected = {"top": descending[:budget], "bottom": ascending[:budget], "middle": ascending[below : below + budget]}
+    for part, positions in expected.items():
+        assert METHODS["loss"].select(scores, budget=budget, rng=rng(), part=part).indices.tolist() == sorted(positions.tolist())
+
+
+def test_instruction_following_difficulty_by_hand():
+    # losses with and without the prompt; IFD = exp(difference): 1: e^-1, 2: e^-2, 3: e^1 (dropped), 4: 1 (dropped), 5: e^-0.5
+    scores, unconditional = np.array([3.0, 1, 4, 2, 1.5]), np.array([4.0, 3, 3, 2, 2])
+    for budget, expected, back in ((1, [4], 0), (2, [0, 4], 0), (3, [0, 1, 4], 0), (4, [0, 1, 3, 4], 1), (5, [0, 1, 2, 3, 4], 2)):
+        selection = METHODS["ifd"].select(scores, budget=budget, rng=rng(), unconditional_loss=unconditional)
+        assert selection.indices.tolist() == expected
+        assert selection.filled_from_cut == back
+
+
+def test_instruction_following_difficulty_does_not_overflow():
+    selection = METHODS["ifd"].select(np.array([2000.0, 1000.0]), budget=1, rng=rng(), unconditional_loss=np.array([2001.0, 3000.0]))
+    assert selection.indices.tolist() == [0]
+
+
+# coverage-centric selection
+
+
+def test_ccs_takes_as_many_from_each_stratum_as_the_released_code():
+    case = json.loads((GOLDEN / "ccs-n1500.json").read_text())
+    selection = METHODS["ccs"].select(
+        np.float32(case["scores"]), budget=case["m"], rng=rng(), num_strata=case["num_strata"], hard_cutoff=case["hard_cutoff"]
+    )
+    assert len(selection.indices) == case["total_taken"]
+    taken = np.bincount(selection.region_of[selection.indices], minlength=case["num_strata"])
+    assert taken.tolist() == [region.selected for region in selection.regions]
+    # strata of equal size go in the order of torch.argsort there, which no one promises: which of them get one more may differ
+    theirs = np.array(case["taken_per_stratum"])
+    assert sorted(taken.tolist()) == sorted(theirs.tolist())
+    assert np.abs(taken - theirs).max() <= 1
+
+
+def test_ccs_by_hand():
+    # five strata of width 2 over [0, 10.001]: sizes 4, 1, 1, 0, 3 (a tenth of ten is cut: position 9)
+    scores = np.array([0.0, 0.5, 1.0, 1.5, 3.0, 5.0, 9.0, 9.5, 10.0, 99.0])
+    selection = METHODS["ccs"].select(scores, budget=6, rng=rng(), num_strata=5)
+    # smallest first, 6 over 4: the one of each middle stratum, then 4 over 2: two of the three above, then two of the four below
+    assert [region.size for region in selection.regions] == [4, 1, 1, 0, 3]
+    assert [region.selected for region in selection.regions] == [2, 1, 1, 0, 2]
+    assert {4, 5} <= set(selection.indices.tolist())
+    assert 9 not in selection.indices
+    assert selection.region_of.tolist() == [0, 0, 0, 0, 1, 2, 4, 4, 4, -1]
+
+
+def test_ccs_puts_a_score_on_an_edge_into_the_upper_stratum():
+    scores = np.array([0.0, 1.0, 2.0, 3.0, 4.0 / 1.0001])  # edges 0, 1, 2, 3, 4
+    selection = METHODS["ccs"].select(scores, budget=5, rng=rng(), num_strata=4, hard_cutoff=0.0)
+    assert selection.region_of.tolist() == [0, 1, 2, 3, 3]
+
+
+def test_ccs_takes_cut_samples_back_easiest_first_when_the_rest_is_used_up():
+    selection = METHODS["ccs"].select(np.arange(20.0), budget=19, rng=rng(), hard_cutoff=0.1)
+    assert selection.indices.tolist() == list(range(19))
+    assert selection.filled_from_cut == 1
+
+
+@pytest.mark.parametrize("scores", [np.full(6, -1.0), np.zeros(6), -np.arange(6.0), np.full(6, 1e30)])
+def test_ccs_takes_scores_of_any_sign(scores):
+    selection = METHODS["ccs"].select(scores, budget=3, rng=rng())
+    assert len(selection.indices) == 3
+
+
+# message passing
+
+
+def test_d2_chooses_what_the_released_code_chooses():
+    case = json.loads((GOLDEN / "d2-n400-weighted.json").read_text())
+    features, scores = np.array(case["features"]), np.array(case["scores"])
+    neighbours = nearest(features, case["num_neighbours"])
+    density = scores + (np.exp(-neighbour_distances(features, neighbours)) * scores[neighbours]).sum(axis=1)
+    np.testing.assert_allclose(density, case["density"], rtol=1e-6)
+    selection = METHODS["d2"].select(
+        scores,
+        budget=case["m"],
+        rng=rng(),
+        features=features,
+        neighbours=neighbours,
+        num_neighbours=case["num_neighbours"],
+        gamma=case["gamma"],
+        reverse_message=case["reverse_message"],
+        hard_cutoff=0.0,
+        unit_distance=None,
+    )
+    assert selection.indices.tolist() == case["chosen"]
+
+
+def plain_d2(scores, features, neighbours, budget, gamma, weighted):
+    distances = np.linalg.norm(features[:, None] - features[neighbours], axis=2)
+    density = scores + (np.exp(-distances) * scores[neighbours]).sum(axis=1)
+    chosen = []
+    for _ in range(budget):
+        i = int(np.argmax(np.where(np.isin(np.arange(len(scores)), chosen), -np.inf, density)))
+        density[neighbours[i]] -= (np.exp(-gamma * distances[i]) if weighted else 1.0) * density[i]
+        chosen.append(i)
+    return sorted(chosen)
+
+
+@pytest.mark.parametrize("reverse_message", ["weighted", "absolute"])
+def test_d2_walks_as_an_argmax_over_all_would(reverse_message):
+    for seed in range(5):
+        features, scores = rng(seed).normal(size=(60, 3)), rng(seed + 9).lognormal(size=60)
+        neighbours = nearest(features, 5)
+        selection = METHODS["d2"].select(
+            scores,
+            budget=40,
+            rng=rng(),
+            features=features,
+            neighbours=neighbours,
+            gamma=0.5,
+            reverse_message=reverse_message,
+            hard_cutoff=0.0,
+            unit_distance=None,
+        )
+        assert selection.indices.tolist() == plain_d2(scores, features, neighbours, 40, 0.5, reverse_message == "weighted")
+
+
+def test_d2_by_hand():
+    # a pair at one place, scores 4 and 3, and a loner with 2: densities 7, 7 and 2 (the loner's neighbour is 100 away)
+    features = np.array([[0.0], [0.0], [100.0]])
+    arguments = {
+        "features": features,
+        "neighbours": np.array([[1], [0], [0]]),
+        "num_neighbours": 1,
+        "hard_cutoff": 0.0,
+        "unit_distance": None,
+    }
+    # 0 goes first (of equals the earlier), which lowers 1 to 7 - 7 = 0; then 2, then 1
+    for budget, expected in ((1, [0]), (2, [0, 2]), (3, [0, 1, 2])):
+        assert METHODS["d2"].select(np.array([4.0, 3, 2]), budget=budget, rng=rng(), **arguments).indices.tolist() == expected
+
+
+def test_d2_does_not_change_with_the_unit_of_the_features():
+    scores, arguments = numbers("d2", 80)
+    small = METHODS["d2"].select(scores, budget=20, rng=rng(), **arguments)
+    large = METHODS["d2"].select(scores, budget=20, rng=rng(), **{**arguments, "features": arguments["features"] * 1024})
+    assert small.indices.tolist() == large.indices.tolist()
+    by_score = np.argsort(-scores, kind="stable")[8:28]  # what is left of the method where exp(-distance) is 0
+    assert set(small.indices.tolist()) != set(by_score.tolist())
+
+
+def test_d2_sends_no_message_to_or_from_the_cut_samples():
+    scores, arguments = numbers("d2", 50)
+    hardest = np.argsort(scores)[-5:]
+    far = scores.copy()
+    far[hardest] *= 1e6
+    first = METHODS["d2"].select(scores, budget=20, rng=rng(), **arguments).indices
+    assert first.tolist() == METHODS["d2"].select(far, budget=20, rng=rng(), **arguments).indices.tolist()
+    assert not set(first.tolist()) & set(hardest.tolist())
+
+
+def test_d2_needs_a_graph_of_enough_neighbours():
+    scores, arguments = numbers("d2", 50)
+    with pytest.raises(ValueError, match="num_neighbours is 11, and the graph has only 10 a sample"):
+        METHODS["d2"].select(scores, budget=20, rng=rng(), num_neighbours=11, **arguments)
+
+
+# feature space
+
+
+def test_moderate_by_hand():
+    # one cluster around 0 (its median) with distances 0 1 2 3 4, one around 100 with 0 1 1 6 6 (median 100)
+    features = np.array([[0.0], [1], [-2], [3], [-4], [100], [99], [101], [94], [106]])
+    clusters = np.array([7] * 5 + [2] * 5)
+    # in order of distance: 0 5 | 1 6 7 2 3 4 | 8 9; two left out on either side
+    selection = METHODS["moderate"].select(np.zeros(10), budget=6, rng=rng(), features=features, clusters=clusters)
+    assert selection.indices.tolist() == [1, 2, 3, 4, 6, 7]
+
+
+def test_s2l_by_hand():
+    # clusters of 1, 2 and 7; m = 6: floor(6 / 3) = 2 -> the one; floor(5 / 2) = 2 -> both; 3 of the seven
+    clusters = np.array([0, 0, 0, 0, 0, 0, 0, 5, 5, 9])
+    selection = METHODS["s2l"].select(np.zeros(10), budget=6, rng=rng(), clusters=clusters)
+    assert {7, 8, 9} <= set(selection.indices.tolist())
+    assert len(selection.indices) == 6
+
+
+def plain_kcenter(features, budget, first):
+    chosen = [first]
+    nearest_pick = np.linalg.norm(features - features[first], axis=1)
+    while len(chosen) < budget:
+        nearest_pick[chosen] = -1
+        chosen.append(int(np.argmax(nearest_pick)))
+        nearest_pick = np.minimum(nearest_pick, np.linalg.norm(features - features[chosen[-1]], axis=1))
+    return sorted(chosen)
+
+
+@pytest.mark.parametrize("few", [1, 5, 64, 2048])
+def test_kcenter_picks_as_the_plain_walk_does(few, monkeypatch):
+    monkeypatch.setattr(features_module, "FARTHEST_FEW", few)
+    for seed in range(4):
+        features = rng(seed).normal(size=(150, 4)) * rng(seed).lognormal(size=(150, 1))
+        first = int(rng(seed).integers(150))  # the first thing that the method draws
+        selection = METHODS["kcenter"].select(np.zeros(150), budget=60, rng=rng(seed), features=features)
+        assert selection.indices.tolist() == plain_kcenter(features, 60, first)
+
+
+def test_kcenter_by_hand():
+    # five points on a line; whatever is drawn first, three picks end with one of {0, 1}, one of {9, 10} and the 5
+    features = np.array([[0.0], [1], [5], [9], [10]])
+    for seed in range(8):
+        chosen = METHODS["kcenter"].select(np.zeros(5), budget=3, rng=rng(seed), features=features).indices.tolist()
+        assert 2 in chosen or {0, 4} <= set(chosen)
+        assert set(chosen) & {0, 1}
+        assert set(chosen) & {3, 4}
+
+
+def test_kcenter_takes_duplicates_last():
+    features = np.repeat(np.arange(5.0), 4)[:, None]
+    chosen = METHODS["kcenter"].select(np.zeros(20), budget=5, rng=rng(), features=features).indices
+    assert sorted(chosen // 4) == [0, 1, 2, 3, 4]
+
+
+def test_kcenter_says_what_it_is_about_to_do_and_how_to_do_less(monkeypatch, caplog):
+    monkeypatch.setattr(features_module, "SLOW_PAIRS", 100)
+    features = rng().normal(size=(50, 2))
+    METHODS["kcenter"].select(np.zeros(50), budget=10, rng=rng(), features=features)
+    assert "50 samples against 10 picks" in caplog.text
+    assert "num_candidates=10" in caplog.text
+    caplog.clear()
+    selection = METHODS["kcenter"].select(np.zeros(50), budget=5, rng=rng(), features=features, num_candidates=19)
+    assert caplog.text == ""
+    assert len(selection.indices) == 5
+    with pytest.raises(ValueError, match="num_candidates must be at least the budget, 10; found 5"):
+        METHODS["kcenter"].select(np.zeros(50), budget=10, rng=rng(), features=features, num_candidates=5)
+
+
+def plain_facility_location(features, neighbours, budget):
+    """(chosen, similarity) by trying everything at every pick."""
+    n = len(features)
+    distances = np.linalg.norm(features[:, None] - features[None], axis=2)
+    is_near = np.zeros((n, n), bool)
+    np.put_along_axis(is_near, neighbours, True, axis=1)
+    unit = np.median(np.take_along_axis(distances, neighbours, axis=1))
+    similarity = np.where(is_near | is_near.T, np.exp(-distances / unit), 0)
+    np.fill_diagonal(similarity, 1)
+    best, chosen = np.zeros(n), []
+    for _ in range(budget):
+        gains = np.maximum(similarity - best[:, None], 0).sum(axis=0)
+        gains[chosen] = -1
+        chosen.append(int(np.argmax(gains)))
+        best = np.maximum(best, similarity[:, chosen[-1]])
+    return sorted(chosen), similarity
+
+
+@pytest.mark.parametrize("k", [3, 10, 59])
+def test_facility_location_picks_as_the_plain_greedy_does(k):
+    for seed in range(4):
+        features = rng(seed).normal(size=(60, 3))
+        neighbours = nearest(features, k)
+        for budget in (8, 20):
+            chosen = (
+                METHODS["facility_location"]
+                .select(np.zeros(60), budget=budget, rng=rng(), features=features, neighbours=neighbours)
+                .indices
+            )
+            plain, similarity = plain_facility_location(features, neighbours, budget)
+            assert similarity[:, chosen].max(axis=1).sum() == pytest.approx(similarity[:, plain].max(axis=1).sum(), rel=1e-9)
+            # two samples with each other alone for neighbours gain the same: rounding picks one
+            assert len(set(chosen.tolist()) ^ set(plain)) <= 2
+
+
+def test_facility_location_by_hand():
+    # two heaps on a line, of three and of two; the middle of the larger one is near to most, then one of the smaller
+    features = np.array([[0.0], [1], [2], [50], [51]])
+    selection = METHODS["facility_location"].select(np.zeros(5), budget=2, rng=rng(), features=features, neighbours=nearest(features, 2))
+    assert 1 in selection.indices
+    assert set(selection.indices.tolist()) & {3, 4}
+
+
+def test_facility_location_says_when_its_graph_is_too_thin(caplog):
+    features = rng().normal(size=(60, 3))
+    METHODS["facility_location"].select(np.zeros(60), budget=2, rng=rng(), features=features, neighbours=nearest(features, 3))
+    assert "2 picks with 3 neighbours each reach at most 8 of 60 samples" in caplog.text
+
+
+# groups
+
+
+def test_shares_go_by_size_and_the_largest_remainders():
+    # 7 over 5, 3 and 2: 3.5, 2.1 and 1.4
+    assert share_by_size([5, 3, 2], 7).tolist() == [4, 2, 1]
+    assert share_by_size([1, 1, 1], 2).tolist() == [1, 1, 0]
+    assert share_by_size([4, 0], 4).tolist() == [4, 0]
+    assert share_by_size([], 0).tolist() == []
+
+
+@given(st.lists(st.integers(0, 50), max_size=12), st.data())
+def test_shares_sum_to_the_budget_and_fit_their_groups(sizes, data):
+    budget = data.draw(st.integers(0, sum(sizes)))
+    shares = share_by_size(sizes, budget)
+    assert shares.sum() == budget
+    assert (shares <= np.array(sizes, int)).all()
+    assert np.abs(shares - np.array(sizes) * budget / max(sum(sizes), 1)).max(initial=0) < 1
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_method_selects_inside_groups(name):
+    scores, arguments = numbers(name, 120)
+    groups = np.array(["news", "chat", "chat", "maths"] * 30)
+    selection = select_by_group(METHODS[name], groups, scores, budget=50, rng=rng(), **arguments)
+    assert len(np.unique(selection.indices)) == len(selection.indices) == 50
+    labels, counts = np.unique(groups[selection.indices], return_counts=True)
+    assert dict(zip(labels.tolist(), counts.tolist(), strict=True)) == {"chat": 25, "maths": 13, "news": 12}
+    again = select_by_group(METHODS[name], groups, scores, budget=50, rng=rng(), **arguments)
+    assert again.indices.tolist() == selection.indices.tolist()
+    if selection.regions:
+        taken = np.bincount(selection.region_of[selection.indices] + 1, minlength=len(selection.regions) + 1)[1:]
+        assert taken.tolist() == [region.selected for region in selection.regions]
+
+
+def test_a_group_verifies_its_own_samples_by_their_place_in_the_pool():
+    scores = rng().lognormal(size=300)
+    groups = np.arange(300) % 3
+    asked = []
+
+    def verify(positions):
+        asked.append(positions)
+        return scores[positions]
+
+    selection = select_by_group(METHODS["staff"], groups, scores, budget=60, rng=rng(), verify=verify, num_regions=5)
+    assert [set((positions % 3).tolist()) for positions in asked] == [{0}, {1}, {2}]
+    assert sorted(np.concatenate(asked).tolist()) == selection.verified.tolist()
+
+
+def test_neighbours_in_another_group_are_none():
+    features = np.arange(8.0)[:, None]
+    scores = np.ones(8)
+    groups = [0, 1] * 4
+    arguments = {"features": features, "neighbours": nearest(features, 2), "num_neighbours": 2, "hard_cutoff": 0.0}
+    apart = select_by_group(METHODS["d2"], groups, scores, budget=4, rng=rng(), **arguments)
+    # 0 has 1 and 2 for neighbours, of which 2 is in its group; 2 has 1 and 3, none of them; and so on
+    own = METHODS["d2"].select(
+        scores[::2],
+        budget=2,
+        rng=rng(),
+        features=features[::2],
+        neighbours=np.array([[-1, 1], [-1, -1], [-1, -1], [-1, -1]]),
+        num_neighbours=2,
+        hard_cutoff=0.0,
+    )
+    assert apart.indices[apart.indices % 2 == 0].tolist() == (own.indices * 2).tolist()
+
+
+def test_an_error_inside_a_group_names_the_group():
+    scores = np.array([1.0, np.nan, 1.0, 1.0])
+    with pytest.raises(ValueError, match=r"group 'b' \(2 samples.*1 of 2 scores are nan"):
+        select_by_group(METHODS["loss"], ["b", "b", "a", "a"], scores, budget=2, rng=rng())
+    with pytest.raises(ValueError, match="one label a sample"):
+        select_by_group(METHODS["loss"], ["b"], scores, budget=2, rng=rng())
+
+
+# likeness
+
+
+def test_two_coresets_side_by_side_by_hand():
+    # A of 4, B of 2, one shared, of 10: chance would share 0.8
+    row = compare("a", np.array([1, 2, 3, 4]), "b", np.array([4, 5]), 10)
+    assert (row.shared, row.overlap, row.jaccard) == (1, 0.5, 0.2)
+    assert row.chance_overlap == pytest.approx(0.4)
+    assert row.chance_jaccard == pytest.approx(0.8 / 5.2)
+
+
+def test_random_coresets_are_as_alike_as_chance_says():
+    rows = likeness({str(seed): METHODS["random"].select(np.zeros(4000), budget=800, rng=rng(seed)).indices for seed in range(6)}, 4000)
+    assert len(rows) == 15
+    assert np.mean([row.overlap for row in rows]) == pytest.approx(rows[0].chance_overlap, abs=0.02)
+    assert np.mean([row.jaccard for row in rows]) == pytest.approx(rows[0].chance_jaccard, abs=0.02)
+
+
+def test_the_highest_scores_are_nested_across_pruning_rates_and_random_draws_are_not():
+    scores = rng().normal(size=500)
+    sizes = {"0.5": 250, "0.9": 50, "0.8": 100}
+    rows = nestedness({p: METHODS["loss"].select(scores, budget=m, rng=rng()).indices for p, m in sizes.items()}, 500)
+    assert [(row.first, row.second, row.overlap) for row in rows] == [("0.9", "0.8", 1.0), ("0.8", "0.5", 1.0)]
+    rows = nestedness({p: METHODS["random"].select(scores, budget=m, rng=rng(m)).indices for p, m in sizes.items()}, 500)
+    assert all(row.overlap < 0.8 for row in rows)
+
+
+def test_empty_coresets_have_no_overlap_to_speak_of():
+    row = compare("a", np.empty(0, int), "b", np.array([1]), 10)
+    assert np.isnan(row.overlap)
+    assert row.jaccard == 0
+
+
+# the table
+
+
+def test_the_table_has_a_row_for_every_method_with_its_cost():
+    rows = {row.name: row for row in methods_table()}
+    assert list(rows) == list(METHODS)
+    costs = {name: row.cost for name, row in rows.items()}
+    assert costs["random"] == costs["length"] == "0"
+    assert costs["direct"] == "1"
+    assert costs["el2n"] == costs["d2"] == "2·E + 1"  # one pass gives scores and features
+    assert costs["staff"] == "(2·T·f + 1)·r + v"
+    assert costs["ifd"] == "r + u·r"
+    assert costs["s2l"] == "(2·T·f + c)·r"
+    assert all(row.about for row in rows.values())
+    assert rows["staff"].needs == "draft/effort, target/effort (drawn samples)"
+
+
+def test_every_need_is_a_model_and_a_quantity_that_there_is():
+    quantities = {"effort", "loss", "unconditional_loss", "el2n", "entropy", "tokens", "features", "similarity"}
+    for name, method in METHODS.items():
+        for need in [*method.needs.values(), *([method.verify] if method.verify else [])]:
+            model, _, quantity = need.partition("/")
+            assert model in COSTS, name
+            base, _, made = quantity.partition(".")
+            assert base in quantities, name
+            assert made in {"", "neighbours", "clusters"}, name
+
+
+def test_an_ablation_is_a_changed_need_and_its_cost_follows():
+    ablation = Method(METHODS["ccs"].function, needs={"scores": "draft/effort"})
+    assert cost(ablation) == "(2·T·f + 1)·r"
+    assert cost(Method(METHODS["staff"].function, needs={"scores": "tiny/effort"}, verify="target/effort")) == "cost(tiny) + v"
