@@ -273,14 +273,14 @@ def from_factory(entry: Mapping, where: str) -> Layout:
         if "prompt" not in columns or "response" not in columns:
             raise ValueError(f"{where}: 'columns' must name 'prompt' and 'response'; found {_names(columns) or 'none'}")
         fields = {k: columns.get(k) for k in ("prompt", "query", "response", "history")}
-        return Layout(f"Alpaca ({where})", **fields, **common)  # type: ignore[arg-type]
+        return Layout(f"Alpaca ({where.rpartition(', ')[2]})", **fields, **common)  # type: ignore[arg-type]
     tags = dict(tags or {})
     roles = dict(ROLES) if formatting == "openai" else {}
     for tag, (default, role) in _FACTORY_TAGS.items():
         roles[tags.get(tag) or default] = role
     default_tags = ("role", "content") if formatting == "openai" else ("from", "value")
     return Layout(
-        f"{'messages' if formatting == 'openai' else 'ShareGPT'} ({where})",
+        f"{'messages' if formatting == 'openai' else 'ShareGPT'} ({where.rpartition(', ')[2]})",
         messages=columns.get("messages") or _FACTORY_COLUMNS[formatting]["messages"],
         role_tag=tags.get("role_tag") or default_tags[0],
         content_tag=tags.get("content_tag") or default_tags[1],
