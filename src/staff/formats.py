@@ -64,7 +64,8 @@ class Rows:
         self.source, self.layout, self.train_on = source, layout, train_on
         self.numbers, self.skipped, self.paths, self.notes = numbers, skipped, paths, tuple(notes)
         gzipped = any(f.gzipped for f in source.files) if isinstance(source, TextRows) else False
-        self.format = f"{source.kind}{' (gzip)' if gzipped else ''}, {layout.name}"
+        kind = source.names[0] if source.kind == "Dataset" and source.names[0] != MEMORY else source.kind
+        self.format = f"{kind}{' (gzip)' if gzipped else ''}, {layout.name}"
 
     def __len__(self) -> int:
         return len(self.numbers)

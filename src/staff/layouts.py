@@ -312,6 +312,8 @@ def build(layout: Layout, row: Mapping, train_on: str = "last") -> Example:
         fine = prompt.__class__ is str is response.__class__ and prompt and response and prompt.isascii() and response.isascii()
         if fine and not (prompt.isspace() or response.isspace()) and not (layout.extras and any(map(row.get, layout.extras))):
             return Example((Turn("user", prompt, False), Turn("assistant", response, True)), label)
+    if layout.text is not None:
+        return Example((Turn("text", _text(row, layout.text), True),), label)
     turns = _pair(layout, row) if layout.messages is None else _chat(layout, _value(row, layout.messages), layout.messages)
     if layout.system is not None and (system := _optional(row, layout.system)) and (not turns or turns[0].role != "system"):
         turns.insert(0, Turn("system", system, False))

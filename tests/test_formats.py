@@ -1,0 +1,477 @@
+"""Every format goes in, rows come out untouched, and an example is what the model should see."""
+
+import csv
+import gzip
+import io
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import staff.tables
+from staff.formats import Turn, read
+
+DATA = Path(__file__).parent / "data" / "formats"
+ROWS = [{"id": f"r{i}", "prompt": f"Question {i}?\nSay.", "response": f'Answer {i}: “ü”, "q"', "n": i} for i in range(7)]
+
+
+def jsonl(path, rows=ROWS):
+    path.write_bytes(b"".join(json.dumps(r).encode() + b"\n" for r in rows))
+    return path
+
+
+def turns(rows, i=0):
+    return [(t.role, t.content, t.train) for t in rows.example(i).turns]
+
+
+FOUND = {
+    "alpaca.json": ("JSON, Alpaca", 8),
+    "alpaca_system_history.json": ("JSON, Alpaca", 4),
+    "alpaca_en_demo.json": ("JSON, Alpaca", 3),
+    "sharegpt.json": ("JSON, ShareGPT", 6),
+    "sharegpt_multiturn.json": ("JSON, ShareGPT", 3),
+    "sharegpt_toolcall.json": ("JSON, ShareGPT", 3),
+    "openai_messages.jsonl": ("JSONL, messages", 6),
+    "openai_messages_multiturn.jsonl": ("JSONL, messages", 3),
+    "openai_messages_parts.jsonl": ("JSONL, messages", 3),
+    "prompt_completion.jsonl": ("JSONL, prompt/completion", 6),
+    "prompt_response.jsonl": ("JSONL, prompt/response", 8),
+    "prompt_response.jsonl.gz": ("JSONL (gzip), prompt/response", 8),
+    "prompt_response.csv": ("CSV, prompt/response", 8),
+    "prompt_response.parquet": ("Parquet, prompt/response", 8),
+    "messages.parquet": ("Parquet, messages", 6),
+    "question_answer.tsv": ("CSV, question/answer", 8),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_real_files_are_recognised_and_every_row_makes_an_example(name):
+    rows = read(DATA / name)
+    assert (rows.format, len(rows)) == FOUND[name]
+    examples = list(rows.examples())
+    assert len(examples) == len(rows)
+    for i, example in enumerate(examples):
+        assert example.turns[-1].role == "assistant"
+        assert example.turns[-1].train
+        assert rows.example(i) == example
+    assert rows.numbers.tolist() == list(range(len(rows)))
+    assert rows.skipped == []
+    assert [p.name for p in rows.paths] == [name]
+
+
+def test_every_entry_of_a_dataset_info_reads_the_rows_its_file_has():
+    info = json.loads((DATA / "dataset_info.json").read_text())
+    for name, entry in info.items():
+        rows = read(name, dataset_info=DATA)
+        columns = "prompt=prompt,response=translation" if name == "column_named_response" else None
+        assert list(rows.examples()) == list(read(DATA / entry["file_name"], columns=columns).examples()), name
+    assert "num_samples (100) is not applied" in read("alpaca_en_demo", dataset_info=DATA / "dataset_info.json").notes[0]
+    assert len(read(DATA / "sharegpt.json", dataset_info=DATA)) == 6, "a file that one entry describes"
+
+
+# ---- what the model sees ----
+
+
+def one(row, **options):
+    return turns(read([row], **options))
+
+
+@pytest.mark.parametrize("keys", [("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("instruction", "output")])
+def test_a_prompt_and_a_response_are_two_turns(keys):
+    assert one(dict(zip(keys, ("Q", "A"), strict=True))) == [("user", "Q", False), ("assistant", "A", True)]
+
+
+def test_alpaca_joins_instruction_and_input_and_puts_system_and_history_first():
+    row = {"instruction": "I", "input": "X", "output": "O", "system": "S", "history": [["u", "a"]]}
+    told = [("system", "S", False), ("user", "u", False), ("assistant", "a", False), ("user", "I\nX", False), ("assistant", "O", True)]
+    assert one(row) == told
+    assert one(row, train_on="all")[2] == ("assistant", "a", True)
+    assert one({"instruction": "I", "input": "", "output": "O", "system": None, "history": []}) == [
+        ("user", "I", False),
+        ("assistant", "O", True),
+    ]
+    assert one({"instruction": "", "input": "X", "output": "O"})[0] == ("user", "X", False)
+
+
+def test_the_original_alpaca_files_text_column_does_not_get_in_the_way():
+    assert read([{"instruction": "I", "input": "", "output": "O", "text": "I O"}]).format == "rows in memory, Alpaca"
+
+
+def test_a_text_column_is_one_trained_turn():
+    assert read([{"text": "all of it"}]).example(0).turns == (Turn("text", "all of it", True),)
+
+
+CHAT = [("system", "S"), ("user", "u1"), ("assistant", "a1"), ("user", "u2"), ("assistant", "a2")]
+
+
+def test_the_loss_is_on_the_last_assistant_turn_or_on_all():
+    row = {"messages": [{"role": r, "content": c} for r, c in CHAT]}
+    assert [t for _, _, t in one(row)] == [False, False, False, False, True]
+    assert [t for _, _, t in one(row, train_on="all")] == [False, False, True, False, True]
+
+
+def test_sharegpt_names_are_mapped_and_calls_are_the_assistants():
+    names = ["human", "function_call", "observation", "gpt"]
+    row = {"conversations": [{"from": n, "value": n} for n in names], "system": "S", "tools": '[{"name": "f"}]'}
+    assert one(row, train_on="all") == [
+        ("system", "S", False),
+        ("user", "human", False),
+        ("assistant", "function_call", True),
+        ("tool", "observation", False),
+        ("assistant", "gpt", True),
+    ]
+    assert read([row]).example(0).tools == '[{"name": "f"}]'
+
+
+def test_openai_tool_calls_become_text():
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    row = {
+        "messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": None, "tool_calls": [call]}],
+        "tools": [{"name": "f"}],
+    }
+    assert one(row)[1] == ("assistant", '{"name": "f", "arguments": {"x": 1}}', True)
+    assert read([row]).example(0).tools == '[{"name": "f"}]'
+
+
+def test_content_parts_are_joined_whatever_their_key():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "value": "b"}, {"text": "c"}]
+    assert one({"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]})[1] == ("assistant", "abc", True)
+
+
+def test_a_weight_of_0_takes_the_loss_off_a_turn_and_what_follows_the_last_loss_is_left_away():
+    turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a", "loss_weight": 1.0}]
+    turns += [{"role": "user", "content": "v"}, {"role": "assistant", "content": "b", "weight": 0}]
+    assert one({"messages": turns}, train_on="all") == [("user", "u", False), ("assistant", "a", True)]
+
+
+def test_trl_prompts_and_completions_may_be_lists_of_messages():
+    row = {"prompt": [{"role": "user", "content": "u"}], "completion": [{"role": "assistant", "content": "a"}]}
+    assert one(row) == [("user", "u", False), ("assistant", "a", True)]
+
+
+def test_columns_names_any_two_columns():
+    rows = read([{"de": "Haus", "en": "house", "who": 7}], columns="prompt=de,response=en,id=who")
+    assert turns(rows) == [("user", "Haus", False), ("assistant", "house", True)]
+    assert rows.example(0).id == "7"
+    assert (
+        turns(read([{"t": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}], columns="messages=t"))[1][1] == "a"
+    )
+
+
+def test_words_like_na_and_null_are_answers(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,response\nSodium?,NA\nNothing?,null\nNumber?,1.0\nNone?,None\nNaN?,nan\n")
+    assert [e.turns[1].content for e in read(path).examples()] == ["NA", "null", "1.0", "None", "nan"]
+
+
+def test_control_characters_and_special_tokens_stay_as_they_are():
+    text = "\x00 \x1b[31m <|im_end|> </s> \u2028 \ufeff"
+    assert one({"prompt": text, "response": text})[1][1] == text
+
+
+# ---- containers ----
+
+
+def write_json(path):
+    path.write_text(json.dumps(ROWS, indent=1))
+
+
+def write_csv(path, delimiter=",", end="\r\n"):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ROWS[0], delimiter=delimiter, lineterminator=end)
+        writer.writeheader()
+        writer.writerows(ROWS)
+
+
+def write_parquet(path):
+    pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=3)
+
+
+def write_arrow(path, new=pa.ipc.new_file):
+    table = pa.Table.from_pylist(ROWS)
+    with new(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=3)
+
+
+def write_bom(path):
+    jsonl(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+
+
+CONTAINERS = {
+    "a.jsonl": jsonl,
+    "a.ndjson": jsonl,
+    "bom_crlf.jsonl": write_bom,
+    "jsonl_named.json": jsonl,
+    "a.json": write_json,
+    "json_named.jsonl": write_json,
+    "one_line.jsonl": lambda p: p.write_text(json.dumps(ROWS)),
+    "a.csv": write_csv,
+    "lf.csv": lambda p: write_csv(p, end="\n"),
+    "semicolon.csv": lambda p: write_csv(p, ";"),
+    "pipe.csv": lambda p: write_csv(p, "|"),
+    "a.tsv": lambda p: write_csv(p, "\t"),
+    "comma.tsv": write_csv,
+    "parquet_named.jsonl": write_parquet,
+    "a.parquet": write_parquet,
+    "a.arrow": write_arrow,
+    "stream.arrow": lambda p: write_arrow(p, pa.ipc.new_stream),
+    "no_extension": jsonl,
+}
+TEXT = [name for name in CONTAINERS if not name.endswith((".parquet", ".arrow")) and "parquet" not in name]
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_a_container_gives_the_same_rows_and_writes_them_back(name, tmp_path):
+    path = tmp_path / name
+    CONTAINERS[name](path)
+    rows = read(path)
+    is_csv = rows.format.startswith("CSV")
+    expected = [{k: str(v) if is_csv else v for k, v in row.items()} for row in ROWS]
+    assert list(rows.raw(range(len(rows)))) == expected
+    assert list(rows.raw([5, 0, 3])) == [expected[5], expected[0], expected[3]]
+    assert [e.id for e in rows.examples(2, 4)] == ["r2", "r3"]
+    rows.write_jsonl(tmp_path / "out.jsonl", [1, 2, 6])
+    assert list(map(json.loads, (tmp_path / "out.jsonl").read_text(encoding="utf-8-sig").splitlines())) == [expected[i] for i in (1, 2, 6)]
+    rows.write_same(tmp_path / f"same_{name}", [1, 2, 6])
+    again = read(tmp_path / f"same_{name}")
+    assert list(again.raw(range(3))) == [expected[i] for i in (1, 2, 6)]
+    assert again.format == rows.format
+    assert list(tmp_path.glob("*.partial")) == []
+    assert pickle.loads(pickle.dumps(rows)).example(3) == rows.example(3), "worker processes get rows by pickle"
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_text_is_read_gzipped_too_whatever_the_name(name, tmp_path):
+    path = tmp_path / name
+    CONTAINERS[name](path)
+    plain = read(path)
+    zipped = tmp_path / f"zipped_{name}"
+    zipped.write_bytes(gzip.compress(path.read_bytes()))
+    rows = read(zipped)
+    assert list(rows.raw(range(7))) == list(plain.raw(range(7)))
+    rows.write_same(tmp_path / "same.gz", [2, 4])
+    plain.write_same(tmp_path / "same", [2, 4])
+    assert gzip.decompress((tmp_path / "same.gz").read_bytes()) == (tmp_path / "same").read_bytes()
+
+
+def test_jsonl_lines_come_back_byte_for_byte(tmp_path):
+    lines = [
+        b'{"prompt":"a",  "response": "b", "x": 1.10}\n',
+        b'{"response":"\\u00fc","prompt":"\xc3\xbc"}\r\n',
+        b' {"prompt": "c","response": "d"}',
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines[0] + b"\n  \n" + lines[1] + lines[2])
+    rows = read(path)
+    assert rows.numbers.tolist() == [0, 1, 2], "blank lines are no rows"
+    for write in (rows.write_jsonl, rows.write_same):
+        write(tmp_path / "out.jsonl", [2, 0, 1])
+        assert (tmp_path / "out.jsonl").read_bytes() == lines[2] + b"\n" + lines[0] + lines[1]
+
+
+def test_parquet_comes_back_with_its_schema_and_values(tmp_path):
+    schema = pa.schema(
+        [
+            pa.field("prompt", pa.large_string(), metadata={"k": "v"}),
+            ("response", pa.dictionary(pa.int8(), pa.string())),
+            ("t", pa.timestamp("ms", "UTC")),
+        ],
+        metadata={"about": "me"},
+    )
+    table = pa.table(
+        [["a", "b", "c"], pa.array(["x", "y", "x"]).dictionary_encode().cast(schema.field(1).type), [1, None, 3]], schema=schema
+    )
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    rows = read(tmp_path / "a.parquet")
+    rows.write_same(tmp_path / "b.parquet", [0, 2])
+    back = pq.read_table(tmp_path / "b.parquet")
+    assert back.schema.equals(table.schema, check_metadata=True)
+    assert back.equals(table.take([0, 2]))
+    rows.write_jsonl(tmp_path / "b.jsonl", [0, 1])
+    assert json.loads((tmp_path / "b.jsonl").read_text().splitlines()[0]) == {
+        "prompt": "a",
+        "response": "x",
+        "t": "1970-01-01T00:00:00.001000+00:00",
+    }
+
+
+def test_values_json_has_no_word_for_are_written_as_the_nearest(tmp_path):
+    read([{"prompt": "p", "response": "r", "nan": float("nan"), "b": b"\x00", "np": np.int64(3), "half": "\ud83d", 5: {1}}]).write_jsonl(
+        tmp_path / "a", [0]
+    )
+    row = json.loads((tmp_path / "a").read_text())
+    assert row == {"prompt": "p", "response": "r", "nan": None, "b": "AA==", "np": 3, "half": "\ud83d", "5": "{1}"}
+
+
+def test_several_files_are_counted_through(tmp_path):
+    paths = [jsonl(tmp_path / "a.jsonl", ROWS[:3]), jsonl(tmp_path / "b.jsonl", ROWS[3:])]
+    for data in (paths, tmp_path, [str(p) for p in paths]):
+        rows = read(data)
+        assert rows.numbers.tolist() == list(range(7))
+        assert list(rows.raw([6, 1, 3])) == [ROWS[6], ROWS[1], ROWS[3]]
+        rows.write_jsonl(tmp_path / "out", range(7))
+        assert (tmp_path / "out").read_bytes() == b"".join(p.read_bytes() for p in paths)
+    tables = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    pq.write_table(pa.Table.from_pylist(ROWS[:3]), tables[0])
+    pq.write_table(pa.Table.from_pylist(ROWS[3:]), tables[1])
+    assert list(read(tables).raw([6, 1, 3])) == [ROWS[6], ROWS[1], ROWS[3]]
+
+
+def test_a_folder_with_several_splits_asks_for_one(tmp_path):
+    jsonl(tmp_path / "train-00000.jsonl", ROWS[:3])
+    jsonl(tmp_path / "train-00001.jsonl", ROWS[3:5])
+    jsonl(tmp_path / "test.jsonl", ROWS[5:])
+    (tmp_path / "README.md").write_text("x")
+    (tmp_path / "dataset_info.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"several splits \(test, train\); choose with --split"):
+        read(tmp_path)
+    assert len(read(tmp_path, split="train")) == 5
+    with pytest.raises(ValueError, match=r"no file of the split 'validation'; its files: test\.jsonl"):
+        read(tmp_path, split="validation")
+
+
+def test_standard_input_is_read_more_than_once_and_its_copy_goes_away(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"".join(json.dumps(r).encode() + b"\n" for r in ROWS))))
+    rows = read("-")
+    assert list(rows.raw(range(7))) == ROWS
+    assert len(list(rows.examples())) == 7
+    (path,) = rows.paths
+    assert path.exists()
+    del rows
+    assert not path.exists()
+
+
+def test_bad_rows_are_left_out_and_counted_and_numbers_stay_the_files(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        '\n{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": ""}\nnonsense\n[1]\n{"prompt": "c", "response": "d"}\n'
+    )
+    rows = read(path, on_bad_row="skip")
+    assert rows.numbers.tolist() == [0, 4]
+    assert [n for n, _ in rows.skipped] == [1, 2, 3]
+    assert "'response' is empty" in rows.skipped[0][1]
+    assert [e.turns[0].content for e in rows.examples()] == ["a", "c"]
+    assert list(rows.raw([1])) == [{"prompt": "c", "response": "d"}]
+    table = pa.table({"prompt": ["a", "b", None, "d"], "response": ["x", " ", "y", "z"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    rows = read(tmp_path / "a.parquet", on_bad_row="skip")
+    assert rows.numbers.tolist() == [0, 3]
+    assert [(n, r.split(";")[0]) for n, r in rows.skipped] == [(1, "'response' is empty"), (2, "'prompt' is null")]
+    assert [e.turns[0].content for e in rows.examples()] == ["a", "d"]
+    rows.write_same(tmp_path / "b.parquet", [1])
+    assert pq.read_table(tmp_path / "b.parquet").to_pylist() == [{"prompt": "d", "response": "z"}]
+
+
+def test_the_column_check_of_tables_agrees_with_the_check_of_each_row(tmp_path):
+    """Oracle: `plain` may send a good row to the slow check, but never lets a bad one through."""
+    texts = ["a", "", " ", None, "ü", "\u3000", "\x00"]
+    roles = ["user", "assistant", "gpt", "nobody", None]
+    rng = np.random.default_rng(0)
+    chats = []
+    for _ in range(300):
+        turns = [
+            {"role": roles[rng.integers(5)], "content": texts[rng.choice(7, p=[0.4, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1])]}
+            for _ in range(rng.integers(4))
+        ]
+        chats.append([None, turns][int(rng.random() < 0.9)])
+    pairs = [(texts[rng.integers(7)], texts[rng.integers(7)]) for _ in range(300)]
+    kind = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    for table in (
+        pa.table({"messages": pa.array(chats, kind)}),
+        pa.table({"prompt": [p for p, _ in pairs], "response": [r for _, r in pairs]}),
+    ):
+        pq.write_table(table, tmp_path / "a.parquet", row_group_size=70)
+        rows = read(tmp_path / "a.parquet", on_bad_row="skip")
+        slow = read(table.to_pylist(), on_bad_row="skip")
+        assert rows.numbers.tolist() == slow.numbers.tolist()
+        assert rows.skipped == slow.skipped
+        assert list(rows.examples()) == list(slow.examples())
+        fine = staff.tables.plain(table.combine_chunks().to_batches()[0], slow.layout)
+        assert 0 < fine.sum() <= len(rows)
+
+
+# ---- other libraries' data ----
+
+
+def test_a_data_set_saved_to_disk_is_read_without_its_library_and_written_as_one(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list(ROWS)
+    data.save_to_disk(tmp_path / "saved", num_shards=2)
+    datasets.DatasetDict(train=data, test=data.select([0])).save_to_disk(tmp_path / "both")
+    rows = read(tmp_path / "saved")
+    assert rows.format == "Arrow, prompt/response"
+    assert list(rows.raw(range(7))) == ROWS
+    rows.write_same(tmp_path / "some", [1, 5])
+    back = datasets.load_from_disk(tmp_path / "some")
+    assert back.to_list() == [ROWS[1], ROWS[5]]
+    assert back.features == data.features
+    assert back._fingerprint != data._fingerprint
+    assert len(read(tmp_path / "both")) == 7
+    assert len(read(tmp_path / "both", split="test")) == 1
+
+
+def test_objects_of_datasets_and_pandas_are_rows(tmp_path):
+    datasets, pandas = pytest.importorskip("datasets"), pytest.importorskip("pandas")
+    data = datasets.Dataset.from_list(ROWS)
+    for given in (data, data.select(range(7)), datasets.DatasetDict(train=data, test=data), pandas.DataFrame(ROWS), ROWS, tuple(ROWS)):
+        rows = read(given)
+        assert list(rows.raw([6, 2])) == [ROWS[6], ROWS[2]]
+        assert [e.id for e in rows.examples()] == [r["id"] for r in ROWS]
+    shuffled = read(data.select([3, 1, 0]))
+    assert list(shuffled.raw(range(3))) == [ROWS[3], ROWS[1], ROWS[0]]
+    shuffled.write_same(tmp_path / "a.parquet", [0, 2])
+    assert pq.read_table(tmp_path / "a.parquet").to_pylist() == [ROWS[3], ROWS[0]]
+
+
+def test_a_hub_data_set_is_loaded_through_the_librarys_own_call(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    calls = []
+
+    def load_dataset(name, config, **options):
+        calls.append((name, config, options))
+        data = datasets.Dataset.from_list(ROWS)
+        return data if options["split"] else datasets.DatasetDict(train=data, test=data.select([0]))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = read("somebody/some-data", config="en", split="train[:50%]", revision="abc")
+    assert calls == [("somebody/some-data", "en", {"split": "train[:50%]", "revision": "abc"})]
+    assert rows.format == "hub data set somebody/some-data, prompt/response"
+    assert list(rows.raw(range(7))) == ROWS
+    assert len(read("somebody/some-data")) == 7, "the train split if none is named"
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: 1 / 0)
+    with pytest.raises(ValueError, match=r"as a hub data set it can't be loaded \(ZeroDivisionError: division by zero\); check the name"):
+        read("somebody/some-data")
+
+
+def test_importing_and_reading_text_loads_no_heavy_library():
+    code = "import sys; from staff.formats import read; read(sys.argv[1]); print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code, DATA / "prompt_response.jsonl"], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_memory_stays_bounded_while_a_long_file_is_read(tmp_path):
+    """A few MiB for 12 MB of text: offsets, a block, and the one row at hand."""
+    import tracemalloc
+
+    line = json.dumps({"prompt": "p" * 500, "response": "r" * 500}).encode() + b"\n"
+    for name, begin, join, end in (("a.jsonl", b"", b"", b""), ("a.json", b"[", b",", b"]")):
+        with open(tmp_path / name, "wb") as file:
+            file.write(begin + line)
+            for _ in range(12):
+                file.write((join + line) * 1000)
+            file.write(end)
+        tracemalloc.start()
+        rows = read(tmp_path / name)
+        for _ in rows.examples():
+            pass
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert len(rows) == 12_001
+        assert peak < 7 * 1024 * 1024
