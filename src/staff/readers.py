@@ -224,7 +224,7 @@ def _json_row(text: str, last: bool = False) -> Mapping | BadRow:
     try:
         value, end = _decode(text)
         if end != len(text):
-            raise json.JSONDecodeError("Extra data", text, end)
+            raise json.JSONDecodeError("Extra data", text, end + len(text[end:]) - len(text[end:].lstrip()))
     except json.JSONDecodeError as error:
         return BadRow(_json_reason(error, last))
     except RecursionError:
@@ -249,6 +249,8 @@ def _json_reason(error: json.JSONDecodeError, last: bool = False) -> str:
     reason = f"is not valid JSON ({error.msg} at {found})"
     if text[:2] in ("{'", "['") or text[at : at + 1] == "'":
         return f"{reason}; JSON wants double quotation marks: write rows with json.dumps, not str"
+    if error.msg == "Extra data" and text[at - 1 : at + 1] == "\r{":
+        return f"{reason}; line ends are carriage returns alone: convert them with tr '\\r' '\\n'"
     if error.msg == "Extra data" and text[at : at + 1] == "{":
         return f"{reason}; put each object on a line of its own"
     if "control character" in error.msg:
