@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from staff.layouts import LAYOUTS, BadRow, Example, Layout, Turn, build, find, from_columns, near, shown
-from staff.readers import TextFile, TextRows, find_delimiter, kind_of, peek, stamp, suffix_of
+from staff.layouts import LAYOUTS, BadRow, Layout, find, from_columns, near, shown
+from staff.readers import TextFile, TextRows, kind_of, peek, stamp
+from staff.scanners import find_delimiter, suffix_of
 from staff.sources import Input, load_hub, locate
+from staff.turns import Example, Turn, build
 from staff.writers import aside, dumps, write_table
 
 __all__ = ["Example", "Rows", "Turn", "read"]
@@ -109,11 +111,17 @@ class Rows:
         """
         with aside(path, self.paths) as file:
             if isinstance(self.source, TextRows) and self.source.kind == "JSONL":
-                for _, line in self.source.bytes(np.asarray(list(positions), np.int64)):
+                for _, line in self.source.very_bytes(np.asarray(list(positions), np.int64)):
                     file.write(line if line.endswith(b"\n") else line + b"\n")
             else:
                 for row in self.raw(positions):
                     file.write(dumps(row) + b"\n")
+
+    def write_skipped(self, path: str | os.PathLike) -> None:
+        """Write the rows left out as JSON Lines: row number and reason."""
+        with aside(path, self.paths) as file:
+            for number, reason in self.skipped:
+                file.write(dumps({"row": number, "reason": reason}) + b"\n")
 
     def write_same(self, path: str | os.PathLike, positions: Iterable[int]) -> None:
         """Write rows in the format they came in: the same bytes for JSONL, JSON and CSV, the same schema and values for Parquet and Arrow.
@@ -138,7 +146,7 @@ class Rows:
             elif source.kind == "CSV":
                 before = source.header_bytes(0)
             file.write(before)
-            for i, (_, data) in enumerate(source.bytes(positions)):
+            for i, (_, data) in enumerate(source.very_bytes(positions)):
                 file.write(between if i else b"")
                 file.write(data if source.kind == "JSON" or data.endswith(b"\n") else data + b"\n")
             file.write(after)

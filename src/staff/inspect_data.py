@@ -14,7 +14,8 @@ import numpy as np
 from rich.markup import escape
 
 from staff.formats import Rows
-from staff.layouts import Example, shown
+from staff.layouts import shown
+from staff.turns import Example
 
 ROWS_FOR_COLUMNS = 1_000  # their kinds are of the first rows
 ROWS_FOR_TOKENS = 50_000  # past that, rows evenly spread stand for all
@@ -252,9 +253,8 @@ def render(report: dict) -> str:
         used = f"  [green]{_safe(column['used_as'])}[/green]" if column["used_as"] else "  not used"
         lines.append(f"  {_safe(column['name'])}: {_safe(kinds)}{missing}{used}")
     if set(report["turns"]) - {1, 2}:
-        lines.append(
-            f"  turns: {', '.join(f'{c:,} rows of {t}' for t, c in list(report['turns'].items())[:8])}; loss on {_which(report['train_on'])}"
-        )
+        turns = ", ".join(f"{c:,} rows of {t}" for t, c in list(report["turns"].items())[:8])
+        lines.append(f"  turns: {turns}; loss on {_which(report['train_on'])}")
     lines.append("\n[bold]Lengths[/bold]")
     for name, length in report["lengths"].items():
         quantiles = "  ".join(f"{q} {v:,}" for q, v in length["quantiles"].items())
@@ -297,8 +297,15 @@ def render(report: dict) -> str:
 
 
 def _safe(text: object) -> str:
-    """Data in markup: no tag, no control character (a terminal would obey it)."""
-    return escape("".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else repr(c)[1:-1] for c in str(text)))
+    """Data in markup: no tag, and nothing that a terminal would obey (control characters, turned writing direction)."""
+    return escape(
+        "".join(
+            c if c in "\n\t" or (unicodedata.category(c) not in ("Cc", "Cs") and c not in _TURNING) else repr(c)[1:-1] for c in str(text)
+        )
+    )
+
+
+_TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 def _cut(text: str) -> str:

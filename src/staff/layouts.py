@@ -1,47 +1,15 @@
-"""Rows -> examples: which columns hold what, and the turns a model will see. Follows TRL's and LLaMA-Factory's conventions."""
+"""Which column of a row holds what: found by looking, told by --columns, or by LLaMA-Factory's dataset_info.json."""
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 
 class BadRow(ValueError):
     """One row can't be used; the message says why, the reader adds file, row and line."""
-
-
-class Turn(NamedTuple):  # a frozen dataclass takes three times as long to make, and a million rows make three million
-    """One turn of a chat.
-
-    Attributes:
-        role: "system", "user", "assistant" or "tool", whatever the file calls them; "text" for a bare `text` column.
-        content: what is said; never empty where `train` is set.
-        train: the loss is taken on it.
-    """
-
-    role: str
-    content: str
-    train: bool
-
-
-class Example(NamedTuple):
-    """One usable row as the model will see it.
-
-    Attributes:
-        turns: the last one is trained on, and is the assistant's (or the only one, with role "text").
-        id: the row's own label, if it has one. Identity is the row number.
-        tools: JSON text of the tools the row offers, if it offers any.
-    """
-
-    turns: tuple[Turn, ...]
-    id: str | None
-    tools: str | None = None
 
 
 @dataclass(frozen=True)
@@ -151,7 +119,7 @@ def shown(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _names(columns: Iterable[object], limit: int = 12) -> str:
+def listed(columns: Iterable[object], limit: int = 12) -> str:
     names = [shown(c, 40) for c in columns]
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
@@ -188,7 +156,7 @@ def find(columns: Iterable[str], row: Mapping | None = None) -> Layout:
     )
     raise BadRow(
         "has neither 'messages', 'conversations' nor 'text', nor a known pair such as 'prompt' and 'response'; "
-        f"found {_names(columns)}.{hint} Name the columns: --columns prompt=NAME,response=NAME"
+        f"found {listed(columns)}.{hint} Name the columns: --columns prompt=NAME,response=NAME"
     )
 
 
@@ -263,7 +231,7 @@ def from_factory(entry: Mapping, where: str) -> Layout:
     columns = {k: v for k, v in (_FACTORY_COLUMNS[formatting] if columns is None else columns).items() if v}
     media = [k for k in columns if k in ("images", "videos", "audios", "chosen", "rejected", "kto_tag")]
     if media:
-        raise ValueError(f"{where}: it has {_names(media)}; only text with a single response can be used")
+        raise ValueError(f"{where}: it has {listed(media)}; only text with a single response can be used")
     known = ("prompt", "query", "response", "history", "messages", "system", "tools")
     for key in columns:
         if key not in known:
@@ -271,7 +239,7 @@ def from_factory(entry: Mapping, where: str) -> Layout:
     common = {"system": columns.get("system"), "tools": columns.get("tools")}
     if formatting == "alpaca":
         if "prompt" not in columns or "response" not in columns:
-            raise ValueError(f"{where}: 'columns' must name 'prompt' and 'response'; found {_names(columns) or 'none'}")
+            raise ValueError(f"{where}: 'columns' must name 'prompt' and 'response'; found {listed(columns) or 'none'}")
         fields = {k: columns.get(k) for k in ("prompt", "query", "response", "history")}
         return Layout(f"Alpaca ({where.rpartition(', ')[2]})", **fields, **common)  # type: ignore[arg-type]
     tags = dict(tags or {})
@@ -285,254 +253,6 @@ def from_factory(entry: Mapping, where: str) -> Layout:
         role_tag=tags.get("role_tag") or default_tags[0],
         content_tag=tags.get("content_tag") or default_tags[1],
         roles=roles,
-        **common,
+        system=common["system"],
+        tools=common["tools"],
     )
-
-
-def build(layout: Layout, row: Mapping, train_on: str = "last") -> Example:
-    """A row's turns.
-
-    Args:
-        layout: which column holds what.
-        row: column -> value.
-        train_on: "last" takes the loss on the last assistant turn, "all" on every one. A turn's own `weight` or `loss_weight` of 0
-            (OpenAI's and LLaMA-Factory's way to say "not this one") takes it off; what follows the last trained turn is left away.
-
-    Returns:
-        The example; its last turn is trained on.
-
-    Raises:
-        BadRow: says what is wrong with the row and the cure.
-    """
-    label = row.get(layout.id) if layout.id is not None else None
-    if label.__class__ is not str:
-        label = str(label) if isinstance(label, str | int) and not isinstance(label, bool) else None
-    if layout.bare:  # the same as below, for the rows that most files are made of
-        prompt, response = row.get(layout.prompt), row.get(layout.response)
-        fine = prompt.__class__ is str is response.__class__ and prompt and response and prompt.isascii() and response.isascii()
-        if fine and not (prompt.isspace() or response.isspace()) and not (layout.extras and any(map(row.get, layout.extras))):
-            return Example((Turn("user", prompt, False), Turn("assistant", response, True)), label)
-    if layout.text is not None:
-        return Example((Turn("text", _text(row, layout.text), True),), label)
-    turns = _pair(layout, row) if layout.messages is None else _chat(layout, _value(row, layout.messages), layout.messages)
-    if layout.system is not None and (system := _optional(row, layout.system)) and (not turns or turns[0].role != "system"):
-        turns.insert(0, Turn("system", system, False))
-    return Example(_trained(turns, train_on), label, _tools(row, layout.tools))
-
-
-def _pair(layout: Layout, row: Mapping) -> list[Turn]:
-    assert layout.prompt is not None
-    assert layout.response is not None
-    turns: list[Turn] = []
-    if layout.history is not None and (history := row.get(layout.history)):
-        for i, pair in enumerate(history if isinstance(history, list | tuple) else [history]):
-            if not (isinstance(pair, list | tuple) and len(pair) == 2):
-                raise BadRow(f"{layout.history!r}: entry {i} is {shown(pair)}; it must be a pair of texts, [user, assistant]")
-            turns.append(Turn("user", _said(pair[0], f"{layout.history!r}, entry {i}, user"), False))
-            turns.append(Turn("assistant", _said(pair[1], f"{layout.history!r}, entry {i}, assistant"), True))
-    prompt, response = _value(row, layout.prompt), _value(row, layout.response)
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):  # TRL's conversational prompt and completion
-        turns += [t._replace(train=False) for t in _chat(layout, prompt, layout.prompt)]
-    else:
-        query = _optional(row, layout.query) if layout.query is not None else ""
-        if query and isinstance(prompt, str):  # Alpaca: either half may be empty
-            prompt = f"{prompt}\n{query}" if prompt and not prompt.isspace() else query
-        turns.append(Turn("user", _said(prompt, repr(layout.prompt)), False))
-    if isinstance(response, list) and response and isinstance(response[0], dict):
-        turns += _chat(layout, response, layout.response)
-    else:
-        turns.append(Turn("assistant", _said(response, repr(layout.response)), True))
-    return turns
-
-
-def _trained(turns: list[Turn], train_on: str) -> tuple[Turn, ...]:
-    """Marks what is trained on; the turns end with the last of it."""
-    assistants = [i for i, t in enumerate(turns) if t.role == "assistant"]
-    if not assistants:
-        raise BadRow("has no assistant turn, so there is nothing to learn; add the answer")
-    if turns[-1].role != "assistant":
-        raise BadRow(f"ends with a {turns[-1].role} turn; take the turns after the last assistant turn away")
-    trained = [i for i in assistants if turns[i].train]
-    if not trained:
-        raise BadRow("takes the loss on no turn: every assistant turn has weight 0; set one to 1")
-    last = trained[-1]
-    if train_on == "last" and len(trained) > 1:
-        turns = [t._replace(train=False) if t.train and i != last else t for i, t in enumerate(turns)]
-    return tuple(turns[: last + 1])
-
-
-def _value(row: Mapping, column: str) -> object:
-    try:
-        return row[column]
-    except KeyError:
-        raise BadRow(f"has no {column!r}{near(column, (c for c in row if isinstance(c, str)))}; found {_names(row)}") from None
-
-
-def _text(row: Mapping, column: str) -> str:
-    return _said(_value(row, column), repr(column))
-
-
-def _said(value: object, what: str) -> str:
-    """A text that must be there."""
-    if isinstance(value, str):
-        if not value or value.isspace():
-            raise BadRow(f"{what} is empty; fill it in")
-        return _clean(value, what)
-    raise BadRow(f"{what} is {_kind(value)}; it must be text: {_text_cure(value)}")
-
-
-def _clean(value: str, what: str) -> str:
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise BadRow(
-                f"{what} has half of a surrogate pair (\\u{ord(value[error.start]):04x}) at character {error.start}; replace it"
-            ) from None
-    return value
-
-
-def _optional(row: Mapping, column: str) -> str:
-    """A text that may be missing, null or empty."""
-    value = row.get(column)
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if not isinstance(value, str):
-        raise BadRow(f"{column!r} is {_kind(value)}; it must be text or left away")
-    return _clean(value, repr(column)) if value and not value.isspace() else ""
-
-
-def _kind(value: object) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float) and math.isnan(value):
-        return "NaN"
-    names = {int: "the number", float: "the number", list: "a list,", dict: "an object,", bytes: "bytes,"}
-    name = next((n for t, n in names.items() if isinstance(value, t)), f"a {type(value).__name__},")
-    return f"{name} {shown(value)}"
-
-
-def _text_cure(value: object) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "fill it in"
-    if isinstance(value, int | float):
-        return "put it in quotation marks"
-    return "make it one"
-
-
-def _chat(layout: Layout, messages: object, column: str) -> list[Turn]:
-    """The turns of a messages or conversations column; `train` is set on assistant turns unless their weight is 0."""
-    if isinstance(messages, str):
-        raise BadRow(f"{column!r} is text, {shown(messages)}; it must be a list of turns (where it holds JSON, parse it first)")
-    if not isinstance(messages, list | tuple):
-        raise BadRow(f"{column!r} is {_kind(messages)}; it must be a list of turns such as {{'role': 'user', 'content': '...'}}")
-    if not messages:
-        raise BadRow(f"{column!r} is an empty list; fill it in")
-    roles = layout.roles if layout.roles is not None else ROLES
-    turns = []
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise BadRow(f"{column!r}: turn {i} is {_kind(message)}; it must be an object such as {{'role': 'user', 'content': '...'}}")
-        role_tag = layout.role_tag or ("role" if "role" in message or "from" not in message else "from")
-        content_tag = layout.content_tag or ("content" if "content" in message or "value" not in message else "value")
-        name = message.get(role_tag)
-        if not isinstance(name, str):
-            found = f"has no {role_tag!r}; found {_names(message)}" if name is None else f"has the role {shown(name)}, which is no text"
-            raise BadRow(f"{column!r}: turn {i} {found}")
-        role = roles.get(name)
-        if role is None:
-            raise BadRow(f"{column!r}: turn {i} has the unknown role {shown(name)}{near(name, roles)}; known: {', '.join(roles)}")
-        if content_tag not in message and not message.get("tool_calls"):
-            raise BadRow(f"{column!r}: turn {i} ({name}) has no {content_tag!r}; found {_names(message)}")
-        what = f"{column!r}: turn {i} ({name})"
-        content = _content(message.get(content_tag), what)
-        if calls := message.get("tool_calls"):
-            content = "\n".join(c for c in (content if isinstance(content, str) else "", _calls(calls, what)) if c)
-        if role in ("user", "assistant"):
-            content = _said(content, what)
-        elif content is None:
-            content = ""
-        elif not isinstance(content, str):
-            raise BadRow(f"{what} is {_kind(content)}; it must be text")
-        else:
-            _clean(content, what)
-        turns.append(Turn(role, content, role == "assistant" and _weight(message, what)))
-    return turns
-
-
-def _content(content: object, what: str) -> object:
-    """Text parts joined; anything else as it is."""
-    if not isinstance(content, list):
-        return content
-    parts = []
-    for part in content:
-        if isinstance(part, str):
-            parts.append(part)
-            continue
-        if not isinstance(part, Mapping):
-            raise BadRow(f"{what} has a part that is {_kind(part)}; a part is {{'type': 'text', 'text': '...'}}")
-        if part.get("type", "text") != "text":
-            raise BadRow(f"{what} has a part of type {shown(part.get('type'))}; only text can be used")
-        text = part.get("text") if part.get("text") is not None else part.get("value")
-        if not isinstance(text, str):
-            raise BadRow(f"{what} has a text part without 'text'; found {_names(part)}")
-        parts.append(text)
-    return "".join(parts)
-
-
-def _calls(calls: object, what: str) -> str:
-    """OpenAI's tool_calls as text, a JSON object a line, as ShareGPT's function_call turns write them."""
-    if not isinstance(calls, list | tuple) or not all(isinstance(c, Mapping) for c in calls):
-        raise BadRow(f"{what}: 'tool_calls' is {_kind(calls)}; it must be a list of objects")
-    lines = []
-    for call in calls:
-        function = call.get("function", call)
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise BadRow(f"{what}: a tool call has no name; found {shown(call)}")
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):
-            with contextlib.suppress(ValueError, RecursionError):  # a model's malformed call is still what it said
-                arguments = json.loads(arguments)
-        lines.append(_dumps({"name": function["name"], "arguments": arguments}, what))
-    return "\n".join(lines)
-
-
-def _weight(message: Mapping, what: str) -> bool:
-    for key in ("weight", "loss_weight"):
-        value = message.get(key)
-        if value is None:
-            continue
-        if isinstance(value, str | list | dict) or value not in (0, 1):
-            raise BadRow(f"{what}: {key!r} is {shown(value)}; only 0 (no loss on this turn) and 1 can be used")
-        return bool(value)
-    return True
-
-
-def _tools(row: Mapping, column: str | None) -> str | None:
-    value = row.get(column) if column is not None else None
-    if value is None or (isinstance(value, float) and math.isnan(value)) or value in ("", [], {}):
-        return None
-    if isinstance(value, str):
-        if value.isspace():
-            return None
-        try:
-            json.loads(_clean(value, repr(column)))
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, BadRow):
-                raise
-            raise BadRow(f"{column!r} is not valid JSON: {shown(value)}; it must be a JSON list of tools or left away") from None
-        return value
-    if isinstance(value, list | dict):
-        return _dumps(value, repr(column))
-    raise BadRow(f"{column!r} is {_kind(value)}; it must be a list of tools, or JSON text of one")
-
-
-def _dumps(value: object, what: str) -> str:
-    try:
-        return _clean(json.dumps(value, ensure_ascii=False), what)
-    except (TypeError, RecursionError, ValueError) as error:
-        if isinstance(error, BadRow):
-            raise
-        raise BadRow(f"{what} can't be written as JSON: {shown(value)}") from None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from staff.layouts import Layout, from_factory, near, shown
-from staff.readers import suffix_of
+from staff.scanners import suffix_of
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
 NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "package.json", "config.json")
@@ -172,7 +172,7 @@ def _folder(path: Path, split: str | None) -> Input:
         if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or not names:
             raise ValueError(f"{path / 'dataset_dict.json'} lists no splits; save the data set again with save_to_disk")
         chosen = split or ("train" if "train" in names else names[0] if len(names) == 1 else None)
-        if chosen not in names:
+        if chosen is None or chosen not in names:
             found = f"has no split {chosen!r}{near(chosen, names)}" if chosen else "holds several splits"
             raise ValueError(f"{path} {found}; name one with --split: {', '.join(names)}")
         return _saved(inside(path, chosen, path / "dataset_dict.json"))
@@ -284,15 +284,22 @@ def _factory(name: str, info: Path, split: str | None, config: str | None, revis
     if not isinstance(entry, Mapping):
         raise ValueError(f"{where} is {shown(entry)}; it must be an object with 'file_name'")
     layout = from_factory(entry, where)
-    for key in ("file_name", "hf_hub_url", "subset", "split", "folder"):
+    for key in ("file_name", "hf_hub_url", "subset", "split", "folder", "revision"):
         if entry.get(key) is not None and not isinstance(entry[key], str):
             raise ValueError(f"{where}: {key!r} is {shown(entry[key])}; it must be text")
     notes = []
     if entry.get("num_samples") is not None:
         notes.append(f"{where}: num_samples ({shown(entry['num_samples'])}) is not applied, all rows are read")
     if entry.get("hf_hub_url"):
-        chosen = {"config": config or entry.get("subset"), "split": split or entry.get("split"), "folder": entry.get("folder")}
-        return Input(hub=entry["hf_hub_url"], revision=revision, layout=layout, notes=tuple(notes), **chosen)
+        return Input(
+            hub=entry["hf_hub_url"],
+            config=config or entry.get("subset"),
+            split=split or entry.get("split"),
+            revision=revision or entry.get("revision"),
+            folder=entry.get("folder"),
+            layout=layout,
+            notes=tuple(notes),
+        )
     if not entry.get("file_name"):
         raise ValueError(f"{where} has no 'file_name' (nor 'hf_hub_url'); found {', '.join(entry) or 'nothing'}")
     path = inside(info.parent, entry["file_name"], info)
