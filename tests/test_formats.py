@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -13,7 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import staff.scanners
 import staff.tables
 from staff.formats import Turn, read
 
@@ -348,6 +352,22 @@ def test_standard_input_is_read_more_than_once_and_its_copy_goes_away(monkeypatc
     assert not path.exists()
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_a_pipe_with_a_name_is_read_like_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = subprocess.Popen(["sh", "-c", 'printf \'{"prompt": "p", "response": "r"}\\n\' > "$1"', "sh", tmp_path / "pipe"])
+    rows = read(tmp_path / "pipe")
+    assert writer.wait() == 0
+    assert len(list(rows.examples())) == len(list(rows.examples())) == 1
+
+
+def test_columns_python_cannot_take_show_before_anything_is_done(tmp_path):
+    table = pa.table({"prompt": ["p"], "response": ["r"], "t": pa.array([1], pa.timestamp("us", "No/Where"))})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet: row 0 can't be written as JSON \(.*\); cast or drop that column"):
+        read(tmp_path / "a.parquet")
+
+
 def test_bad_rows_are_left_out_and_counted_and_numbers_stay_the_files(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(
@@ -397,6 +417,47 @@ def test_the_column_check_of_tables_agrees_with_the_check_of_each_row(tmp_path):
         assert 0 < fine.sum() <= len(rows)
 
 
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**20), 10**20)
+    | st.floats(allow_nan=False)
+    | st.text(st.characters(codec="utf-8"), max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.lists(st.dictionaries(st.sampled_from("abcü"), values, max_size=3), min_size=1, max_size=5),
+    indent=st.sampled_from([None, 0, 3]),
+    ascii_only=st.booleans(),
+    block=st.integers(1, 40),
+)
+def test_a_json_list_is_the_same_however_its_blocks_fall(rows, indent, ascii_only, block):
+    """Oracle: json.loads of the whole; and the bytes of each row are that row's."""
+    data = json.dumps(rows, indent=indent, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(staff.scanners, "BLOCK", block)
+        found = list(staff.scanners.scan_json(io.BytesIO(data), "name"))
+    assert [f.value for f in found] == rows
+    assert [json.loads(data[f.start : f.end]) for f in found] == rows
+    assert [f.line for f in found] == [data[: f.start].count(b"\n") + 1 for f in found]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 50])
+@pytest.mark.parametrize("cut", range(0, 75, 4))
+def test_a_cut_json_list_is_seen_to_be_cut_however_its_blocks_fall(block, cut, monkeypatch):
+    data = '[\n{"prompt": "ü\\u00fc\\n", "n": -1.5e3},\n{"prompt": true, "m": [null, {}]}]'.encode()
+    monkeypatch.setattr(staff.scanners, "BLOCK", block)
+    if cut == 0:
+        assert len(list(staff.scanners.scan_json(io.BytesIO(data), "name"))) == 2
+    else:
+        with pytest.raises(ValueError, match=r"cut off|not UTF-8|correct"):
+            list(staff.scanners.scan_json(io.BytesIO(data[:-cut] if cut < len(data) else b"["), "name"))
+
+
 # ---- other libraries' data ----
 
 
@@ -420,8 +481,8 @@ def test_a_data_set_saved_to_disk_is_read_without_its_library_and_written_as_one
 def test_objects_of_datasets_and_pandas_are_rows(tmp_path):
     datasets, pandas = pytest.importorskip("datasets"), pytest.importorskip("pandas")
     data = datasets.Dataset.from_list(ROWS)
-    for given in (data, data.select(range(7)), datasets.DatasetDict(train=data, test=data), pandas.DataFrame(ROWS), ROWS, tuple(ROWS)):
-        rows = read(given)
+    for some in (data, data.select(range(7)), datasets.DatasetDict(train=data, test=data), pandas.DataFrame(ROWS), ROWS, tuple(ROWS)):
+        rows = read(some)
         assert list(rows.raw([6, 2])) == [ROWS[6], ROWS[2]]
         assert [e.id for e in rows.examples()] == [r["id"] for r in ROWS]
     shuffled = read(data.select([3, 1, 0]))

@@ -327,6 +327,12 @@ def _read_table(source: Any, layout: Layout | None, train_on: str, skip: bool, p
                 fine[i] = True
         numbers.append(np.flatnonzero(fine) + at)
     _check_some(len(source), skipped, ", ".join(source.names))
+    number = int(np.concatenate(numbers)[0])
+    try:
+        dumps(next(source.fetch(np.array([number]))))  # a column that Python can't take must show now, not when the coreset is written
+    except Exception as error:  # time zones, extension types: pyarrow raises whatever its conversions raise
+        said = " ".join(str(error).split())
+        raise ValueError(f"{source.where(number)} can't be written as JSON ({shown(said, 160)}); cast or drop that column") from None
     return Rows(source, layout, train_on, np.concatenate(numbers).astype(np.int64), skipped, paths, notes)
 
 

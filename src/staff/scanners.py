@@ -83,10 +83,10 @@ def _json_reason(error: json.JSONDecodeError, last: bool = False) -> str:
         return f"{reason}; put each object on a line of its own"
     if "control character" in error.msg:
         return f"{reason}; write it as an escape such as \\n or \\t, as json.dumps does"
-    if text == "{":
-        return f"{reason}; an object over several lines: write one object a line (jq -c . FILE > rows.jsonl)"
     if last and (at >= len(text) - 8 or error.msg.startswith("Unterminated")):
         return f"{reason}; the file seems cut off here: fetch or write it again"
+    if text == "{":
+        return f"{reason}; an object over several lines: write one object a line (jq -c . FILE > rows.jsonl)"
     if not text.startswith(("{", "[")):
         return f"{reason}; it does not look like JSON at all: if it is CSV or TSV, name the file .csv or .tsv"
     return f"{reason}; correct the row"

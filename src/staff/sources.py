@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from staff.layouts import Layout, from_factory, near, shown
 from staff.scanners import suffix_of
@@ -109,8 +109,13 @@ def _shape(found: Input) -> tuple:
 
 def _one(name: str, split: str | None, config: str | None, revision: str | None) -> Input:
     if name == "-":
-        return _stdin()
+        if sys.stdin is None or sys.stdin.isatty():
+            raise ValueError(f"{STDIN} is a terminal; pipe the rows in, as in: staff select --data - < rows.jsonl")
+        return _spooled(sys.stdin.buffer, STDIN)
     path = Path(name).expanduser()
+    if path.is_fifo():  # such as <(zcat rows.jsonl.gz) gives
+        with open(path, "rb") as pipe:
+            return _spooled(pipe, name)
     if path.is_dir():
         return _folder(path, split)
     if path.exists():
@@ -146,21 +151,29 @@ def _listing(folder: Path) -> list[str]:
         return []
 
 
-def _stdin() -> Input:
-    """Standard input as a temporary file: rows are read more than once. It goes away with the last who uses it."""
-    file = tempfile.NamedTemporaryFile(prefix="staff-stdin-", delete=False)  # noqa: SIM115
+def _spooled(stream: IO[bytes], name: str) -> Input:
+    """A pipe as a temporary file: rows are read more than once. It goes away with the last who uses it."""
+    file = tempfile.NamedTemporaryFile(prefix="staff-", delete=False)  # noqa: SIM115
     path = Path(file.name)
     keep = _Kept()
-    weakref.finalize(keep, path.unlink, missing_ok=True)
-    with file:
-        shutil.copyfileobj(sys.stdin.buffer, file)
+    weakref.finalize(keep, _unlink, path, os.getpid())
+    try:
+        with file:
+            shutil.copyfileobj(stream, file, 1 << 20)
+    except OSError as error:
+        raise ValueError(f"{name} can't be read, or {path.parent} not be written: {error.strerror or error}") from None
     if path.stat().st_size == 0:
-        raise ValueError(f"{STDIN} is empty; pipe the rows in, as in: staff select --data - < rows.jsonl")
-    return Input((path,), (STDIN,), keep=keep)
+        raise ValueError(f"{name} is empty; pipe the rows in, as in: staff select --data - < rows.jsonl")
+    return Input((path,), (name,), keep=keep)
 
 
 class _Kept:
     """Something a temporary file can be tied to."""
+
+
+def _unlink(path: Path, owner: int) -> None:
+    if os.getpid() == owner:  # not in a worker that was forked with a copy
+        path.unlink(missing_ok=True)
 
 
 # ---- folders ----
