@@ -5,3 +5,20 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest  # noqa: E402 -- the environment comes first
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory):
+    """A folder with a draft and a target of one family."""
+    from family import make_family
+
+    return make_family(tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture
+def pool_file(tmp_path):
+    from family import write_pool
+
+    return write_pool(tmp_path / "pool.jsonl")

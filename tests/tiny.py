@@ -1,5 +1,7 @@
 """Tiny random models of every layout, and a pool of token ids for them. Nothing is downloaded."""
 
+import copy
+
 import numpy as np
 import torch
 from transformers import (
@@ -57,7 +59,7 @@ VALUE = {
 
 
 def make_model(layout: str, dtype=torch.float64, seed: int = 0) -> torch.nn.Module:
-    config = LAYOUTS[layout]
+    config = copy.deepcopy(LAYOUTS[layout])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)

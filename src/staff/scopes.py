@@ -45,7 +45,9 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     lists = [(name.count("."), module) for name, module in causal.named_modules() if isinstance(module, nn.ModuleList)]
     fitting = [(depth, module) for depth, module in lists if len(module) == config.num_hidden_layers]
     if not fitting:
-        raise ValueError(f"found no list of {config.num_hidden_layers} blocks in {type(causal).__name__}: this architecture is not supported")
+        raise ValueError(
+            f"found no list of {config.num_hidden_layers} blocks in {type(causal).__name__}: this architecture is not supported"
+        )
     return min(fitting, key=lambda pair: pair[0])[1]
 
 
@@ -148,7 +150,9 @@ def _check_experts(block: nn.Module, scope: str) -> None:
     """Weights of experts are three-dimensional or see a part of the tokens: the scope can't be had there."""
     for name, module in block.named_modules():
         if "expert" in type(module).__name__.lower() or (isinstance(module, nn.ModuleList) and "expert" in name):
-            raise ValueError(f"scope {scope!r} needs plain linear weights, but the last block routes tokens to experts ({name}); use --scope last-value")
+            raise ValueError(
+                f"scope {scope!r} needs plain linear weights, but the last block routes tokens to experts ({name}); use --scope last-value"
+            )
 
 
 def head_of(model: nn.Module) -> Head:
@@ -167,7 +171,7 @@ def head_of(model: nn.Module) -> Head:
         ids = torch.arange(3, 7, device=device)[None]
         logits = model(input_ids=ids, use_cache=False).logits[0].float()
         hidden = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
-        ours = nn.functional.linear(hidden, head.module.weight, getattr(head.module, "bias", None)).float() * head.scale
+        ours = head.module(hidden).float() * head.scale
         if head.cap is not None:
             ours = torch.tanh(ours / head.cap) * head.cap
     if not torch.allclose(ours, logits, atol=0.02 * logits.abs().max().item(), rtol=0):

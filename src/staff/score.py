@@ -35,11 +35,14 @@ class Scorer:
         self.head = scopes.head_of(model)
         self.sites = scopes.sites(model, scope)
 
-    def scores(self, pool: Pool, positions: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+    def scores(
+        self, pool: Pool, positions: Sequence[int] | np.ndarray, on_samples: Callable[[int], None] | None = None
+    ) -> dict[str, np.ndarray]:
         """Score some samples of a pool.
 
         Args:
             positions: (k,) pool positions, in any order.
+            on_samples: called after each batch with the number of its samples.
 
         Returns:
             each of QUANTITIES as (k,) float32 (float64 for a float64 model), in the order asked for.
@@ -49,9 +52,16 @@ class Scorer:
         """
         positions = np.asarray(positions)
         cut = batches(pool.lengths[positions], self.batch_tokens)
-        parts = [self._batch(collate(pool, positions[places], self.device, padding_side=self.padding_side)) for places in cut]
+        parts = []
+        for places in cut:
+            parts.append(self._batch(collate(pool, positions[places], self.device, padding_side=self.padding_side)))
+            if on_samples:
+                on_samples(len(places))
         order = np.argsort(np.concatenate(cut)) if cut else np.empty(0, np.int64)
-        found = {name: torch.cat([part[name] for part in parts]).cpu().numpy()[order] if parts else np.empty(0, np.float32) for name in QUANTITIES}
+        found = {
+            name: torch.cat([part[name] for part in parts]).cpu().numpy()[order] if parts else np.empty(0, np.float32)
+            for name in QUANTITIES
+        }
         bad = positions[~np.isfinite(found["effort"])]
         if len(bad):
             raise ValueError(
@@ -71,30 +81,33 @@ class Scorer:
 def score_shards(
     scorer: Callable[[], Scorer],
     pool: Pool,
-    positions: np.ndarray,
     load: Callable[[int], dict[str, np.ndarray] | None],
     save: Callable[[int, dict[str, np.ndarray]], None],
-    on_progress: Callable[[int], None] | None = None,
+    on_samples: Callable[[int], None] | None = None,
     shard: int = SHARD,
 ) -> dict[str, np.ndarray]:
-    """Score positions shard by shard, taking from disk what is there.
+    """Score a pool shard by shard, taking from disk what is there.
 
     Args:
-        scorer: called at the first shard that is missing.
-        positions: (k,) pool positions, ascending; shard j is positions[j * shard : (j + 1) * shard].
-        load, save: shard number -> its scores or None; keep a shard's scores.
-        on_progress: called with the samples done, shards from disk included.
+        scorer: called once, at the first shard that is missing.
+        load, save: shard number -> its scores or None; keep a shard's scores. Shard j holds the positions
+            j * shard to (j + 1) * shard.
+        on_samples: called with the number of samples that were just done, those from disk included.
 
     Returns:
-        each of QUANTITIES, (k,).
+        each of QUANTITIES, (n,).
     """
+    made: list[Scorer] = []
     parts = []
-    for number, start in enumerate(range(0, len(positions), shard)):
+    for number, start in enumerate(range(0, len(pool), shard)):
+        positions = np.arange(start, min(start + shard, len(pool)))
         part = load(number)
         if part is None:
-            part = scorer().scores(pool, positions[start : start + shard])
+            if not made:
+                made.append(scorer())
+            part = made[0].scores(pool, positions, on_samples)
             save(number, part)
+        elif on_samples:
+            on_samples(len(positions))
         parts.append(part)
-        if on_progress:
-            on_progress(min(start + shard, len(positions)))
     return {name: np.concatenate([part[name] for part in parts]) if parts else np.empty(0, np.float32) for name in QUANTITIES}

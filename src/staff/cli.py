@@ -1,0 +1,223 @@
+"""The command line: a table of commands, progress, the summary, and errors in one line."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from staff import config as configs
+
+INTERRUPTED = 130
+
+
+def select(arguments: Sequence[str]) -> None:
+    """Choose the coreset of a pool: the main job."""
+    from staff import pipeline
+
+    config, switches = _parse(configs.SelectConfig, arguments, "staff select", ("update",))
+    if not config.output:
+        raise ValueError("name a folder for the run with --output")
+    with _Progress() as progress:
+        run = pipeline.select(config, update="update" in switches, on_progress=progress)
+    print(summary(run, config))
+
+
+def finetune(arguments: Sequence[str]) -> None:
+    """Fine-tune a model on a file with LoRA, a coreset for example."""
+    from staff import pipeline
+
+    config, _ = _parse(configs.FinetuneConfig, arguments, "staff finetune", ())
+    with _Progress() as progress:
+        path = pipeline.finetune(config, on_progress=progress)
+    print(f"adapter    {path} (load it with peft.PeftModel.from_pretrained)")
+
+
+def methods(arguments: Sequence[str]) -> None:
+    """List the methods: what each needs and where it is from."""
+    from staff.methods import METHODS
+
+    for name, method in METHODS.items():
+        needs = ", ".join([*method.needs.values(), *([f"{method.verify} of some samples"] if method.verify else [])]) or "nothing"
+        print(f"{name:10} needs {needs:45} {method.paper or ''}".rstrip())
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "select": select,
+    "finetune": finetune,
+    "methods": methods,
+}
+
+
+def _parse(kind: type, arguments: Sequence[str], program: str, switches: tuple[str, ...]) -> tuple[Any, set[str]]:
+    """Flags over a YAML file over defaults.
+
+    Returns:
+        the config, and which of `switches` (flags that are no setting of the run) were given.
+    """
+    import tyro
+
+    rest, default, given = list(arguments), kind(), set()
+    for switch in switches:
+        if f"--{switch}" in rest:
+            rest.remove(f"--{switch}")
+            given.add(switch)
+    for place, word in enumerate(rest):
+        if word == "--config" or word.startswith("--config="):
+            inline = word.partition("=")[2]
+            if not inline and place + 1 == len(rest):
+                raise ValueError("--config needs the name of a YAML file")
+            path = inline or rest[place + 1]
+            del rest[place : place + (1 if inline else 2)]
+            default = configs.from_mapping(kind, configs.read_yaml(path), path)
+            break
+    known = {"config FILE.yaml": "a YAML file of settings: flags typed earlier", **{name: SWITCHES[name] for name in switches}}
+    description = "\n".join([kind.__doc__ or "", "", *(f"--{name}: {text}" for name, text in known.items())])
+    return tyro.cli(kind, args=rest, default=default, prog=program, description=description), given
+
+
+SWITCHES = {"update": "go on in a folder that was begun with other settings or inputs, keeping what still fits"}
+
+
+class _Progress:
+    """Shows stages as bars with the time left; plain lines where the output is no terminal."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=True)
+        self._bars: Any = None
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> _Progress:
+        if self._console.is_terminal:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description:22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+            self._bars = Progress(*columns, console=self._console)
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars:
+            self._bars.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._bars:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bars.add_task(stage, total=total)
+            self._bars.update(self._tasks[stage], completed=done, total=total)
+            return
+        if total <= 1:
+            if done == 0:
+                self._console.print(stage, highlight=False, markup=False)
+            return
+        before = self._tasks.get(stage, -1)
+        tenth = 10 * done // max(total, 1)
+        if tenth > before:
+            self._tasks[stage] = tenth
+            self._console.print(f"{stage}: {done} of {total}", highlight=False, markup=False)
+
+
+def summary(run: Any, config: configs.SelectConfig) -> str:
+    """What a person wants to know of a finished selection."""
+    selection, cost, manifest = run.selection, run.cost, run.manifest
+    n, m = manifest["n"], manifest["m"]
+    lines = ["", f"pool       {n} samples ({manifest['format']})" + (f", {manifest['tokens']:,} tokens" if "tokens" in manifest else "")]
+    if manifest["skipped"]:
+        lines.append(f"           {manifest['skipped']} rows can't be used and were left out: {run.path / 'skipped.jsonl'}")
+    for name, what in (("truncated", "prompts lost their start"), ("cut_responses", "responses lost their end")):
+        if manifest.get(name):
+            lines.append(f"           {manifest[name]} {what}: longer than --max-length {config.max_length}")
+    lines.append(f"coreset    {m} samples, {m / n:.0%} of the pool")
+    regions = [region for region in selection.regions if region.size]
+    if regions:
+        lines.append(f"regions    {len(regions)} with samples, of {len(selection.regions)}")
+    if len(selection.verified):
+        verified = [region for region in regions if not math.isnan(region.ratio)]
+        pool_share = sum(region.size for region in verified) / n
+        budget_share = sum(region.selected for region in verified) / max(m, 1)
+        ratios = sorted(region.ratio for region in verified)
+        count = len(selection.verified)
+        lines.append(f"verified   {count} samples on the target ({count / n:.1%} of the pool), in {len(verified)} regions")
+        lines.append(f"           that hold {pool_share:.0%} of the pool and {budget_share:.0%} of the coreset")
+        lines.append(f"           V_i from {ratios[0]:.3g} to {ratios[-1]:.3g}")
+        if min(pool_share, budget_share) < 0.5:
+            lines.append("           warning: less than half lies in verified regions. Fewer --num-regions hold more samples each")
+    elif config.method == "staff":
+        lines.append(
+            f"           warning: none verified, for none has more than {config.verification_budget} samples. Use fewer --num-regions"
+        )
+    if manifest.get("fidelity") is not None:
+        lines.append(f"fidelity   draft and target rank the verified samples with Spearman {manifest['fidelity']:.2f}")
+        if manifest["fidelity"] < 0.3:
+            lines.append("           warning: the draft hardly knows what the target finds hard; try another draft, or --method direct")
+    if selection.filled or selection.filled_from_cut:
+        lines.append(f"fill       {selection.filled} samples drawn at random, since the budgets left them over")
+        lines.append(f"           {selection.filled_from_cut} taken back from the hardest ones that were set aside")
+    lines += ["", _cost_table(cost), "", f"coreset is {run.path / 'coreset.jsonl'} (row numbers in indices.npy, regions in regions.csv)"]
+    target = f" --model {config.target}" if config.target else " --model MODEL"
+    lines.append(f"train on it: staff finetune --data {run.path / 'coreset.jsonl'}{target} --output {run.path / 'adapter'}")
+    return "\n".join(lines)
+
+
+def _cost_table(cost: dict[str, Any]) -> str:
+    """Seconds, tokens and passes of each stage, beside what scoring the target directly would cost."""
+    rows = [(stage, row.get("seconds", 0.0), row.get("tokens"), row.get("passes")) for stage, row in cost["stages"].items()]
+    rows.append(("in all", cost["seconds"], None, cost.get("passes")))
+    if "direct" in cost and cost["stages"].keys() & {"score on the draft"}:
+        rows.append(("without a draft (direct)", cost["direct"]["seconds"], None, cost["direct"]["passes"]))
+    lines = [f"{'cost':26}{'seconds':>9}{'tokens':>12}{'passes of the target':>22}"]
+    for stage, seconds, tokens, passes in rows:
+        lines.append(
+            f"{stage:26}{seconds:9.1f}{'' if tokens is None else f'{tokens:,.0f}':>12}{'' if passes is None else f'{passes:.2f}':>22}"
+        )
+    if "sum" in cost:
+        terms = "(2 x {epochs:g} x {share:g} + 1) x {relative_cost:.2f} + {verified_share:.2f} = {passes:.2f}".format(**cost["sum"])
+        lines += [f"by the sum (2 T f + 1) r + v = {terms} passes", cost["verdict"]]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run a command; what the user can mend ends in one line and exit status 2, an interruption in 130."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of libraries; ours are drawn here
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        print("usage: staff COMMAND [flags]      (staff COMMAND --help lists the flags)\n")
+        for name, command in COMMANDS.items():
+            print(f"  {name:{width}}  {(command.__doc__ or '').splitlines()[0]}")
+        sys.exit(0)
+    if arguments[0] == "--version":
+        from staff import __version__
+
+        print(f"staff {__version__}")
+        sys.exit(0)
+    try:
+        if arguments[0] not in COMMANDS:
+            near = difflib.get_close_matches(arguments[0], COMMANDS, 1)
+            cure = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+            raise ValueError(f"there is no command {arguments[0]!r}; {cure}")
+        COMMANDS[arguments[0]](arguments[1:])
+        sys.stdout.flush()
+    except ValueError as error:
+        if os.environ.get("STAFF_TRACEBACK"):
+            raise
+        print(f"staff: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstaff: stopped; the same command goes on from here", file=sys.stderr)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

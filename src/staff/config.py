@@ -1,0 +1,246 @@
+"""What a run is told: frozen dataclasses that become flags, YAML and the run's own config.yaml."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """Choose the coreset of a pool: the main job."""
+
+    data: tuple[str, ...] = ()
+    """The pool: JSONL or Parquet files with prompt/response, prompt/completion or messages."""
+    target: str = ""
+    """The model the coreset is for: a hub id, a folder or a .gguf file."""
+    draft: str | None = None
+    """The small model that speculates, given like the target; or self:N, N of the target's own blocks."""
+    pruning_rate: float | None = None
+    """Fraction of the pool removed, in [0, 1)."""
+    budget: int | None = None
+    """Samples kept, in place of a pruning rate."""
+    output: str | None = None
+    """The run's folder. Typing the same command again goes on where it stopped."""
+    method: str = "staff"
+    """How samples are chosen: staff, direct (score the target itself, no draft) or random."""
+    scope: Literal["last-value", "last-block", "lora"] = "last-value"
+    """Which weights the effort is taken on."""
+    draft_epochs: float = 3.0
+    """T, epochs of fine-tuning the draft before it scores; 0 scores it as it comes."""
+    draft_share: float = 1.0
+    """f, share of the pool that the draft is fine-tuned on, drawn at random, in (0, 1]."""
+    draft_blocks: Literal["even", "first", "last", "ends"] = "even"
+    """Which blocks a self:N draft keeps: spread evenly, the first, the last, or half from either end."""
+    num_regions: int = 50
+    """K, intervals of equal width that the scores are cut into."""
+    verification_budget: int = 10
+    """b_v, samples of each region that the target scores."""
+    hard_cutoff: float = 0.1
+    """Fraction of the pool with the highest scores that is set aside first."""
+    allocation: Literal["released", "paper"] = "released"
+    """The budget rule over the regions: the authors' released code, or Eq. 4 as printed."""
+    pick: Literal["top", "random"] = "top"
+    """Which samples of a region are kept: the highest scores, or random ones."""
+    lora_rank: int = 8
+    """Rank of the draft's LoRA adapter, on all linear layers."""
+    lora_alpha: int = 16
+    """Scale of the adapter: its product is multiplied by alpha / rank."""
+    learning_rate: float = 1e-4
+    """Peak learning rate; warm-up, then cosine."""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises."""
+    batch_size: int = 8
+    """Samples of a training step."""
+    max_length: int = 1024
+    """Tokens of a sample at most; longer prompts lose their start."""
+    seed: int = 42
+    """One seed for the draft's sample and adapter, the draws, the picks and the fill."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What to do with a row that can't be used: stop, or leave it out, count it and list it."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
+    dtype: Dtype = "auto"
+    """What the models compute in; auto is bfloat16 where the hardware has it, else float32."""
+    batch_tokens: int = 4096
+    """Padded tokens of a scoring batch at most."""
+    checkpoint_seconds: float = 60.0
+    """How often the draft's fine-tuning is saved for a resume."""
+    trust_remote_code: bool = False
+    """Run Python code that a model's repository brings along."""
+
+    def __post_init__(self):
+        if isinstance(self.data, str):
+            object.__setattr__(self, "data", (self.data,))
+        object.__setattr__(self, "data", tuple(self.data))
+        if self.pruning_rate is not None and self.budget is not None:
+            raise ValueError("give --pruning-rate or --budget, not both")
+        if self.pruning_rate is not None and not 0 <= self.pruning_rate < 1:
+            raise ValueError(f"--pruning-rate is the fraction of the pool removed, in [0, 1); found {self.pruning_rate}")
+        if self.budget is not None and self.budget < 0:
+            raise ValueError(f"--budget is a number of samples, 0 or more; found {self.budget}")
+        _in_range(self, "draft_share", 0, 1, open_below=True)
+        _in_range(self, "hard_cutoff", 0, 1, open_above=True)
+        _in_range(self, "draft_epochs", 0, None)
+        for name in ("num_regions", "verification_budget", "batch_tokens"):
+            _in_range(self, name, 1, None)
+        _check_training(self)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Fine-tune a model on a file with LoRA, loss on the responses alone."""
+
+    data: tuple[str, ...] = ()
+    """The examples, in any format that `staff select` reads: a coreset.jsonl, say."""
+    model: str = ""
+    """A hub id, a folder or a .gguf file."""
+    output: str | None = None
+    """Where the adapter goes. Typing the same command again goes on where it stopped."""
+    epochs: float = 3.0
+    """Passes over the data."""
+    lora_rank: int = 8
+    """Rank of the LoRA adapter, on all linear layers."""
+    lora_alpha: int = 16
+    """Scale of the adapter: its product is multiplied by alpha / rank."""
+    learning_rate: float = 1e-4
+    """Peak learning rate; warm-up, then cosine."""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises."""
+    batch_size: int = 8
+    """Samples of a training step."""
+    max_length: int = 1024
+    """Tokens of a sample at most; longer prompts lose their start."""
+    seed: int = 42
+    """Seed of the adapter and of the order of the samples."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What to do with a row that can't be used: stop, or leave it out, count it and list it."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
+    dtype: Dtype = "auto"
+    """What the model computes in; auto is bfloat16 where the hardware has it, else float32."""
+    checkpoint_seconds: float = 60.0
+    """How often the state is saved for a resume."""
+    trust_remote_code: bool = False
+    """Run Python code that a model's repository brings along."""
+
+    def __post_init__(self):
+        if isinstance(self.data, str):
+            object.__setattr__(self, "data", (self.data,))
+        object.__setattr__(self, "data", tuple(self.data))
+        _in_range(self, "epochs", 0, None, open_below=True)
+        _check_training(self)
+
+
+def _check_training(config) -> None:
+    for name in ("lora_rank", "batch_size"):
+        _in_range(config, name, 1, None)
+    _in_range(config, "max_length", 2, None)
+    _in_range(config, "warmup", 0, 1)
+    _in_range(config, "learning_rate", 0, None)
+    _in_range(config, "checkpoint_seconds", 0, None)
+    _in_range(config, "seed", 0, 2**32 - 1)
+
+
+def _in_range(config, name: str, low, high, open_below: bool = False, open_above: bool = False) -> None:
+    value = getattr(config, name)
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{flag} must be a number; found {value!r}")
+    below = value <= low if open_below else value < low
+    above = high is not None and (value >= high if open_above else value > high)
+    if below or above or value != value:
+        interval = f"{'(' if open_below else '['}{low}, {'inf' if high is None else high}{')' if open_above or high is None else ']'}"
+        raise ValueError(f"{flag} must lie in {interval}; found {value}")
+
+
+def from_mapping(kind: type, values: dict[str, Any], source: str):
+    """A config of named fields, as a YAML file has them.
+
+    Raises:
+        ValueError: a name that no field has, or a value of the wrong type; says what was meant.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    clean: dict[str, Any] = {}
+    for name, value in values.items():
+        key = str(name).replace("-", "_")
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, 1)
+            raise ValueError(
+                f"{source}: there is no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(fields)}")
+            )
+        clean[key] = _typed(value, str(fields[key].type), f"{source}: {name}")
+    return kind(**clean)
+
+
+def _typed(value: Any, type_name: str, where: str) -> Any:
+    """A YAML value as the field's type has it; text is never read as a number, nor 3.0 refused for 3."""
+    if value is None and "None" in type_name:
+        return None
+    if type_name.startswith("tuple"):
+        parts = [value] if isinstance(value, str) else value
+        if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) for part in parts):
+            raise ValueError(f"{where} must be a path or a list of paths; found {value!r}")
+        return tuple(map(expand, parts))
+    base = type_name.split(" | ")[0]
+    if base == "float" and isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)  # YAML reads 1e-4 as text
+    wanted: dict[str, tuple[type, ...]] = {"float": (int, float), "int": (int,), "bool": (bool,)}
+    if not isinstance(value, wanted.get(base, (str,))) or (base != "bool" and isinstance(value, bool)):
+        raise ValueError(f"{where} must be {base if base in wanted else 'text'}; found {value!r}")
+    if base not in wanted:
+        value = expand(str(value))
+        if base.startswith(("Literal", "Dtype")):
+            choices = re.findall(r'["\']([\w-]+)["\']', type_name) or ["auto", "float32", "bfloat16", "float16"]
+            if value not in choices:
+                raise ValueError(f"{where} must be one of {', '.join(choices)}; found {value!r}")
+    return value
+
+
+def expand(text: str) -> str:
+    """${NAME} in a path from a YAML file, filled in from the environment.
+
+    Raises:
+        ValueError: the variable is not set.
+    """
+
+    def fill(match: re.Match) -> str:
+        if match[1] not in os.environ:
+            raise ValueError(f"{text!r} needs the environment variable {match[1]}, which is not set")
+        return os.environ[match[1]]
+
+    return re.sub(r"\$\{(\w+)\}", fill, text)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The settings in a YAML file; each is a flag typed earlier.
+
+    Raises:
+        ValueError: no such file, or not a mapping.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must be lines of 'setting: value'; found {type(values).__name__}")
+    return values
+
+
+def to_yaml(config) -> str:
+    """A config as YAML that `read_yaml` and `from_mapping` turn into the same config again."""
+    import yaml
+
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(config).items()}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=False)

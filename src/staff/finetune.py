@@ -1,0 +1,231 @@
+"""LoRA supervised fine-tuning on transformers' Trainer: loss on the responses alone, exact resume."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from staff import scopes
+from staff.gradnorm import Head, response_scores
+from staff.pool import Pool, collate
+
+SORTED_TOGETHER = 50  # batches whose samples are sorted by length among themselves: little padding, still random
+FINISHED = "staff-finished"  # marks a checkpoint whose files are all there
+
+
+def batch_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of the samples in one epoch: random, but samples of like length share a batch.
+
+    A pure function of its arguments, so that a resumed epoch goes on with the very batches it was on.
+
+    Args:
+        lengths: (k,) tokens of each sample.
+        batch_size: samples of a step.
+
+    Returns:
+        (k,) int64 places; batch b is places[b * batch_size : (b + 1) * batch_size]. The last may be short.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    stretch = batch_size * SORTED_TOGETHER
+    order = np.concatenate(
+        [part[np.argsort(-lengths[part], kind="stable")] for part in np.split(order, range(stretch, len(order), stretch))]
+    )
+    whole = len(order) // batch_size * batch_size
+    in_batches = order[:whole].reshape(-1, batch_size)
+    return np.concatenate([in_batches[rng.permutation(len(in_batches))].ravel(), order[whole:]]).astype(np.int64)
+
+
+class _ByLength(Sampler):
+    """`batch_order` as the Trainer takes it; it says which epoch it is on before each one."""
+
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(batch_order(self.lengths, self.batch_size, self.seed, self.epoch).tolist())
+
+
+class _Positions(Dataset):
+    def __init__(self, positions: np.ndarray):
+        self.positions = positions
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, place: int) -> int:
+        return int(self.positions[place])
+
+
+class _ResponseTrainer(Trainer):
+    """The Trainer with our order of samples, and a head that sees response tokens alone."""
+
+    def __init__(self, *args, head: Head, order: _ByLength, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._head, self._order = head, order
+        self.loss_is_scaled_for_ga = False
+        self._decoder_output: list[torch.Tensor] = []
+        # what comes out of the blocks is picked up inside the model's own forward, so that wrappers for several GPUs work
+        assert isinstance(self.model, torch.nn.Module)
+        scopes.decoder(self.model).register_forward_hook(self._keep_output)
+
+    def _keep_output(self, module, args, output) -> None:
+        self._decoder_output.append(output.last_hidden_state)
+
+    def _get_train_sampler(self, train_dataset=None):
+        return self._order
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self._decoder_output.clear()
+        # the head runs over one position, for form's sake
+        outputs = model(input_ids=inputs["input_ids"], logits_to_keep=1, use_cache=False)
+        hidden = self._decoder_output.pop()[inputs["sample_of"], inputs["before"]]
+        loss = response_scores(hidden, self._head, inputs["response_ids"]).loss.mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+class _Watch(TrainerCallback):
+    """Tells the progress, and saves by the clock."""
+
+    def __init__(self, checkpoint_seconds: float, on_progress: Callable[[int, int], None] | None):
+        self._seconds, self._on_progress, self._saved = checkpoint_seconds, on_progress, time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._on_progress:
+            self._on_progress(state.global_step, state.max_steps)
+        if time.monotonic() - self._saved >= self._seconds and state.global_step < state.max_steps:
+            control.should_save = True
+
+    def on_save(self, args, state, control, **kwargs):
+        self._saved = time.monotonic()
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / FINISHED).touch()
+
+
+def add_lora(model: torch.nn.Module, rank: int, alpha: int, seed: int) -> torch.nn.Module:
+    """A fresh, seeded LoRA adapter on every linear layer of the blocks (the head stays out)."""
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # GPT-2's transposed weights: peft sees to them and says so
+            return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def load_adapter(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
+    """A model with the adapter that `finetune` left in a folder."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(model, str(folder)).eval().requires_grad_(False)
+
+
+def finetune(
+    model: torch.nn.Module,
+    pool: Pool,
+    positions: np.ndarray,
+    output: Path,
+    *,
+    epochs: float,
+    lora_rank: int = 8,
+    lora_alpha: int = 16,
+    learning_rate: float = 1e-4,
+    warmup: float = 0.1,
+    batch_size: int = 8,
+    seed: int = 42,
+    checkpoint_seconds: float = 60.0,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> torch.nn.Module:
+    """Fine-tune a model with LoRA on some samples of a pool, or finish a fine-tuning that was cut off.
+
+    Cosine learning rate after a linear warm-up, AdamW, no weight decay, no dropout; the loss is the mean over a
+    batch's response tokens. Checkpoints lie in output/checkpoints while it runs; when it ends they go, and
+    adapter_config.json and adapter_model.safetensors are there.
+
+    Args:
+        model: as loaded, without an adapter; it is changed.
+        positions: (k,) pool positions trained on.
+        output: a folder of this fine-tuning's own.
+        epochs: T > 0, passes over the samples; fractions count.
+        on_progress: called with (steps done, steps in all).
+
+    Returns:
+        the model with its adapter.
+
+    Raises:
+        ValueError: no samples.
+    """
+    if len(positions) == 0:
+        raise ValueError("there is nothing to fine-tune on: no samples")
+    device = next(model.parameters()).device
+    head = scopes.head_of(model)
+    model = add_lora(model, lora_rank, lora_alpha, seed)
+    steps_an_epoch = -(-len(positions) // batch_size)
+    steps = max(1, round(epochs * steps_an_epoch))
+    checkpoints = output / "checkpoints"
+    halves = next(model.parameters()).dtype
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        per_device_train_batch_size=batch_size,
+        max_steps=steps,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(warmup * steps),
+        seed=seed,
+        save_strategy="no",  # `_Watch` saves by the clock
+        save_total_limit=2,
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        use_cpu=device.type == "cpu",
+        bf16=halves == torch.bfloat16,
+        fp16=halves == torch.float16,
+        dataloader_pin_memory=device.type == "cuda",
+        label_names=["response_ids"],
+    )
+
+    def to_batch(places):
+        batch = collate(pool, places)
+        return {"input_ids": batch.input_ids, "sample_of": batch.sample_of, "before": batch.before, "response_ids": batch.labels}
+
+    trainer = _ResponseTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=_Positions(positions),
+        data_collator=to_batch,
+        head=head,
+        order=_ByLength(pool.lengths[positions], batch_size, seed),
+        callbacks=[_Watch(checkpoint_seconds, on_progress)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=_last_finished(checkpoints))
+    model.save_pretrained(output, safe_serialization=True)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return model.eval().requires_grad_(False)
+
+
+def _last_finished(checkpoints: Path) -> str | None:
+    """The newest checkpoint whose files are all there; unfinished ones are removed."""
+    finished = []
+    for path in checkpoints.glob("checkpoint-*"):
+        if (path / FINISHED).exists():
+            finished.append(path)
+        else:
+            shutil.rmtree(path)
+    return str(max(finished, key=lambda path: int(path.name.split("-")[1]))) if finished else None

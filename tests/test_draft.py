@@ -1,0 +1,54 @@
+"""Drafts cut from the target, and the siblings that a user is pointed to."""
+
+import pytest
+import torch
+from tiny import LAYOUTS, make_model, make_pool
+
+from staff import draft, models, scopes
+from staff.score import Scorer
+
+
+@pytest.mark.parametrize(
+    ("which", "expected"), [("even", [0, 3, 6, 9]), ("first", [0, 1, 2, 3]), ("last", [6, 7, 8, 9]), ("ends", [0, 1, 8, 9])]
+)
+def test_the_choices_of_blocks(which, expected):
+    assert draft.chosen_blocks(10, 4, which) == expected
+    assert draft.chosen_blocks(10, 10, which) == list(range(10))
+    assert len(draft.chosen_blocks(10, 1, which)) == 1
+
+
+def test_more_blocks_than_there_are_is_an_error():
+    with pytest.raises(ValueError, match="only 3 blocks"):
+        draft.chosen_blocks(3, 4, "even")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_cut_model_computes_as_one_with_only_those_blocks(layout):
+    whole, pool = make_model(layout), make_pool()
+    ids = torch.tensor(pool.ids(3), dtype=torch.int64)[None]
+    kept = draft.cut(make_model(layout), 2, "ends")
+    blocks = scopes.blocks(whole)
+    blocks[1].forward = lambda hidden, *args, **kwargs: hidden  # what a missing block does
+    expected = whole(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(kept(input_ids=ids, use_cache=False).logits, expected, rtol=1e-10, atol=1e-10)
+    assert Scorer(kept).scores(pool, range(7))["effort"].min() > 0
+
+
+def test_self_needs_a_number():
+    assert models.self_blocks("self:8") == 8
+    assert models.self_blocks("some/model") is None
+    with pytest.raises(ValueError, match="self:8"):
+        models.self_blocks("self")
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("Qwen/Qwen2.5-7B-Instruct", ["Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-3B"]),
+        ("google/gemma-7b", ["google/gemma-2b"]),
+        ("meta-llama/Llama-2-13b-hf", ["meta-llama/Llama-2-7b-hf"]),
+        ("somebody/unheard-of", []),
+    ],
+)
+def test_smaller_siblings_are_suggested_by_name(target, expected):
+    assert models.suggest_drafts(target) == expected

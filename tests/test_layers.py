@@ -1,0 +1,68 @@
+"""Imports run down only, and the light parts stay light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "staff"
+# each may import what stands in a row below its own, inside functions too
+ROWS = [
+    ["cli"],
+    ["pipeline", "__init__"],
+    ["work"],
+    ["plan", "draft", "methods"],
+    ["finetune", "score"],
+    ["scopes", "pool", "models", "inspect_data", "export"],
+    ["gradnorm", "formats", "graph", "store"],
+    ["config", "types", "tables", "sources", "readers", "writers", "layouts"],
+]
+HUGGING_FACE = {"transformers", "peft", "datasets", "huggingface_hub", "accelerate", "tokenizers"}
+KNOWS_HUGGING_FACE = {"formats", "sources", "tables", "pool", "models", "draft", "finetune", "inspect_data", "export"}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" if node.module == "staff" else node.module for alias in node.names)
+
+
+def modules():
+    return [(path.relative_to(SOURCE).with_suffix("").parts[0], path) for path in sorted(SOURCE.rglob("*.py"))]
+
+
+def loads(code, *names):
+    found = subprocess.run([sys.executable, "-c", f"import sys; {code}; print(*sys.modules)"], capture_output=True, text=True, check=True)
+    return set(found.stdout.split()) & set(names)
+
+
+def test_every_module_has_a_row():
+    assert {name for name, _ in modules()} == {name for row in ROWS for name in row}
+
+
+@pytest.mark.parametrize("module", modules(), ids=lambda pair: pair[1].stem)
+def test_imports_run_down(module):
+    name, path = module
+    row = {name: i for i, names in enumerate(ROWS) for name in names}
+    for imported in imports(path):
+        parts = imported.split(".")
+        if parts[0] == "staff" and len(parts) > 1 and parts[1] in row and parts[1] != name:
+            assert row[parts[1]] >= row[name], f"{name} imports {parts[1]}"
+        if parts[0] in HUGGING_FACE:
+            assert name in KNOWS_HUGGING_FACE, f"{name} imports {imported}"
+
+
+def test_importing_staff_and_its_numbers_loads_no_torch():
+    assert not loads("import staff, staff.methods, staff.config, staff.store, staff.plan, staff.cli, staff.formats, staff.pipeline", "torch", "transformers")
+
+
+def test_methods_are_numpy_alone():
+    assert not loads("import staff.methods", "torch", "transformers", "sklearn", "pyarrow", "scipy", "yaml")
+
+
+def test_kernels_know_no_transformers():
+    assert not loads("import staff.gradnorm, staff.scopes, staff.score", "transformers", "peft")

@@ -1,0 +1,93 @@
+"""Rows to tokens: the mask is on the response, and truncation takes the prompt's start."""
+
+import numpy as np
+import pytest
+from family import TEMPLATE, make_tokenizer
+
+from staff.layouts import Example, Turn
+from staff.pool import batches, collate, tokenise
+
+
+def example(*turns, train=-1):
+    train %= len(turns)
+    return Example(tuple(Turn(role, content, i == train) for i, (role, content) in enumerate(turns)), "x")
+
+
+def texts(tokenizer, pool, i=0):
+    return tokenizer.decode(pool.ids(i)), tokenizer.decode(pool.ids(i)[pool.response(i)])
+
+
+QUESTION = example(("user", "What is it?"), ("assistant", "A thing.\n"))
+
+
+def test_the_loss_is_on_the_response_and_its_end_of_turn_and_on_no_blank_behind_it():
+    tokenizer = make_tokenizer()
+    pool = tokenise([QUESTION], tokenizer, 1024)
+    whole, response = texts(tokenizer, pool)
+    assert whole == "<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\nA thing.\n<|im_end|>"
+    assert response == "A thing.\n<|im_end|>"
+    assert pool.response_tokens().tolist() == [len("A thing.\n") + 1]
+
+
+def test_without_a_template_prompt_newline_response_and_end_token_are_joined():
+    tokenizer = make_tokenizer(None)
+    whole, response = texts(tokenizer, tokenise([QUESTION], tokenizer, 1024))
+    assert (whole, response) == ("What is it?\nA thing.\n<|im_end|>", "A thing.\n<|im_end|>")
+
+
+def test_every_trained_turn_of_a_conversation_counts():
+    tokenizer = make_tokenizer()
+    turns = (Turn("user", "a", False), Turn("assistant", "B", True), Turn("user", "c", False), Turn("assistant", "D", True))
+    pool = tokenise([Example(turns, None)], tokenizer, 1024)
+    whole, response = texts(tokenizer, pool)
+    assert whole == tokenizer.apply_chat_template([{"role": t.role, "content": t.content} for t in turns], tokenize=False)[:-1]
+    assert response == "B<|im_end|>D<|im_end|>"
+
+
+def test_a_template_that_refuses_system_turns_gets_them_with_the_first_question():
+    tokenizer = make_tokenizer("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE)
+    pool = tokenise([example(("system", "Be brief."), ("user", "Hi"), ("assistant", "Yo"))], tokenizer, 1024)
+    assert texts(tokenizer, pool)[0] == "<|im_start|>user\nBe brief.\n\nHi<|im_end|>\n<|im_start|>assistant\nYo<|im_end|>"
+
+
+def test_a_template_without_an_end_of_turn_gets_the_end_token():
+    tokenizer = make_tokenizer("{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}")
+    assert texts(tokenizer, tokenise([QUESTION], tokenizer, 1024))[1] == "A thing.\n<|im_end|>"
+
+
+def test_a_template_that_renders_the_prompt_anew_is_refused_by_name():
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}{{ messages|length }}{{ m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    with pytest.raises(ValueError, match="template renders the prompt differently"):
+        tokenise([QUESTION], tokenizer, 1024)
+
+
+def test_a_long_prompt_loses_its_start_and_a_long_response_its_end_and_both_are_counted():
+    tokenizer = make_tokenizer(None)
+    rows = [QUESTION, example(("user", "long " * 10), ("assistant", "short")), example(("user", "why"), ("assistant", "long " * 10))]
+    pool = tokenise(rows, tokenizer, 24)
+    assert pool.lengths.tolist() == [22, 24, 24]
+    assert (pool.truncated, pool.cut_responses) == (1, 1)
+    assert texts(tokenizer, pool, 1) == (("long " * 10 + "\n")[-18:] + "short<|im_end|>", "short<|im_end|>")
+    assert texts(tokenizer, pool, 2) == ("\n" + ("long " * 10)[:23], ("long " * 10)[:23])
+
+
+def test_batches_hold_every_sample_once_within_the_token_budget():
+    lengths = np.random.default_rng(0).integers(1, 90, 200)
+    cut = batches(lengths, 256)
+    assert sorted(np.concatenate(cut).tolist()) == list(range(200))
+    assert all(len(part) * lengths[part].max() <= 256 for part in cut)
+    assert [lengths[part].max() for part in cut] == sorted((lengths[part].max() for part in cut), reverse=True)
+    assert [len(part) for part in batches(np.array([500, 3]), 256)] == [1, 1]
+
+
+def test_a_batch_names_each_response_token_and_the_one_before_it():
+    tokenizer = make_tokenizer(None)
+    pool = tokenise([QUESTION, example(("user", "Hm"), ("assistant", "No"))], tokenizer, 1024)
+    for side in ("right", "left"):
+        batch = collate(pool, [0, 1], padding_side=side)
+        assert batch.counts.tolist() == pool.response_tokens().tolist()
+        following = batch.input_ids[batch.sample_of, batch.before + 1]
+        assert following.tolist() == batch.labels.tolist()
+        assert tokenizer.decode(batch.labels[batch.sample_of == 1]) == "No<|im_end|>"

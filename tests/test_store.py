@@ -1,0 +1,109 @@
+"""Files are whole or absent, a run has one owner, changed inputs are named, the target is asked once."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from staff import store
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "a.txt"
+    store.write_text(path, "old")
+
+    def fails(aside):
+        aside.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        store.write_aside(path, fails)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_arrays_come_back_as_they_were_and_equal_arrays_make_equal_bytes(tmp_path):
+    arrays = {"a": np.arange(5, dtype=np.float32), "b": np.array([True, False])}
+    store.write_arrays(tmp_path / "1.npz", arrays)
+    store.write_arrays(tmp_path / "2.npz", arrays)
+    back = store.read_arrays(tmp_path / "1.npz")
+    assert {name: (array.dtype, array.tolist()) for name, array in back.items()} == {n: (a.dtype, a.tolist()) for n, a in arrays.items()}
+    assert (tmp_path / "1.npz").read_bytes() == (tmp_path / "2.npz").read_bytes()
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "empty"])
+def test_a_damaged_file_of_arrays_counts_as_absent(tmp_path, harm):
+    path = tmp_path / "a.npz"
+    store.write_arrays(path, {"a": np.arange(1000)})
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 0xFF
+    path.write_bytes({"flip": bytes(whole), "cut": bytes(whole[:-200]), "empty": b""}[harm])
+    assert store.read_arrays(path) is None
+    assert store.read_arrays(tmp_path / "never.npz") is None
+
+
+def test_a_files_hash_is_remembered_until_it_changes(tmp_path, monkeypatch):
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    remembered = {}
+    first = store.hash_file(path, remembered)
+    monkeypatch.setattr(store.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+    assert store.hash_file(path, remembered) == first
+    monkeypatch.undo()
+    path.write_bytes(b"three")
+    assert store.hash_file(path, remembered) != first
+
+
+def test_a_second_run_in_a_folder_is_told_who_holds_it(tmp_path):
+    run = store.RunDirectory(tmp_path / "x")
+    code = f"from staff.store import RunDirectory; RunDirectory({str(tmp_path / 'x')!r})"
+    held = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "is in use by process" in held.stderr
+    run.close()
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).returncode == 0
+
+
+def test_a_folder_of_other_files_and_one_that_cannot_be_written_are_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not a run's"):
+        store.RunDirectory(tmp_path)
+    with pytest.raises(ValueError, match="can't be written to"):
+        store.RunDirectory(tmp_path / "notes.txt" / "x")
+
+
+def test_changed_settings_and_inputs_are_named_and_update_accepts_them(tmp_path):
+    run = store.RunDirectory(tmp_path / "x")
+    run.begin({"pruning_rate": 0.8, "seed": 1}, {"data": "aa"}, update=False)
+    run.begin({"pruning_rate": 0.8, "seed": 1}, {"data": "aa"}, update=False)
+    with pytest.raises(ValueError, match=r"other settings:\n  pruning_rate: 0.8 -> 0.5\n"):
+        run.begin({"pruning_rate": 0.5, "seed": 1}, {"data": "aa"}, update=False)
+    with pytest.raises(ValueError, match="data changed since"):
+        run.begin({"pruning_rate": 0.8, "seed": 1}, {"data": "bb"}, update=False)
+    run.begin({"pruning_rate": 0.5, "seed": 1}, {"data": "bb"}, update=True)
+    run.begin({"pruning_rate": 0.5, "seed": 1}, {"data": "bb"}, update=False)
+
+
+def test_the_account_adds_up_stages_and_forgives_a_cut_last_line(tmp_path):
+    run = store.RunDirectory(tmp_path / "x")
+    run.spend(stage="score", seconds=1.5, tokens=10)
+    run.spend(stage="score", seconds=2.5, tokens=30)
+    with open(run.work / "account.jsonl", "a") as file:
+        file.write('{"stage": "sco')
+    assert run.account() == {"score": {"seconds": 4.0, "tokens": 40}}
+
+
+def test_the_ledger_asks_for_each_sample_once_and_remembers_it_on_disk(tmp_path):
+    calls = []
+
+    def score(positions):
+        calls.append(positions.tolist())
+        return positions * 10.0
+
+    ledger = store.Ledger(tmp_path, score, part=2)
+    assert ledger(np.array([7, 1, 3])).tolist() == [70, 10, 30]
+    assert calls == [[1, 3], [7]]
+    again = store.Ledger(tmp_path, score, part=2)
+    assert again(np.array([3, 4])).tolist() == [30, 40]
+    assert calls == [[1, 3], [7], [4]]
+    assert len(again) == 4
