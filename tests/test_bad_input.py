@@ -389,6 +389,7 @@ def test_a_missing_file_suggests_the_nearest(tmp_path):
     assert said(tmp_path / "dta" / "a.jsonl").endswith(f"did you mean {tmp_path / 'data' / 'a.jsonl'}?")
     assert "holds no data files" in said(tmp_path / "data")
     assert "give a file, a folder" in said("")
+    assert "is an address, not a file: download it first" in said("https://x.org/a.jsonl")
 
 
 def test_what_is_no_file_is_refused(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from staff.export import axolotl, factory_entry, llama_factory, trl, write_factory_entry
+from staff.export import axolotl, factory_entry, llama_factory, push_to_hub, trl, write_factory_entry
 from staff.formats import read
 
 DATA = Path(__file__).parent / "data" / "formats"
@@ -102,6 +102,27 @@ def test_the_trl_program_runs_to_its_trainer_with_the_loss_on_the_response(tmp_p
     row = next(iter(names["trainer"].train_dataset))
     mask = row.get("completion_mask") or [int(label != -100) for label in row["labels"]]
     assert 0 < sum(mask) < len(mask), "the loss is on the completion alone"
+
+
+def test_a_coreset_is_pushed_with_the_hubs_own_calls(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    calls = []
+
+    class Api:
+        def create_repo(self, name, **options):
+            calls.append((name, options))
+            return f"https://hub/datasets/{name}"
+
+        def upload_file(self, **options):
+            calls.append(options)
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    assert push_to_hub(tmp_path / "coreset.jsonl", "me/mine") == "https://hub/datasets/me/mine"
+    assert calls[0] == ("me/mine", {"repo_type": "dataset", "private": True, "exist_ok": True})
+    assert calls[1]["path_in_repo"] == "train.jsonl"
+    monkeypatch.setattr(Api, "upload_file", lambda self, **options: 1 / 0)
+    with pytest.raises(ValueError, match=r"can't be pushed to me/mine \(division by zero\); log in with"):
+        push_to_hub(tmp_path / "coreset.jsonl", "me/mine")
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -361,6 +361,32 @@ def test_a_pipe_with_a_name_is_read_like_a_file(tmp_path):
     assert len(list(rows.examples())) == len(list(rows.examples())) == 1
 
 
+def test_times_to_the_nanosecond_and_string_views_are_read_with_pandas_or_without(tmp_path):
+    table = pa.table(
+        {
+            "prompt": pa.array(["p", "q", "s"]).cast(pa.string_view()),
+            "response": ["r", "s", "t"],
+            "at": pa.array([1, 2001, 3], pa.timestamp("ns", "UTC")),
+            "took": pa.array([1, 2001, 3], pa.duration("ns")),
+            "time": pa.array([1, 2001, 3], pa.time64("ns")),
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    rows = read(tmp_path / "a.parquet")
+    rows.write_jsonl(tmp_path / "a.jsonl", [0, 1])
+    assert json.loads((tmp_path / "a.jsonl").read_text().splitlines()[1]) == {
+        "prompt": "q",
+        "response": "s",
+        "at": "1970-01-01T00:00:00.000002+00:00",
+        "took": "0:00:00.000002",
+        "time": "00:00:00.000002",
+    }
+    rows.write_same(tmp_path / "b.parquet", [0, 2])
+    assert pq.read_table(tmp_path / "b.parquet").to_pydict() == table.slice(0, 1).to_pydict() | {
+        name: [table[name][0].as_py(), table[name][2].as_py()] for name in table.column_names
+    }
+
+
 def test_columns_python_cannot_take_show_before_anything_is_done(tmp_path):
     table = pa.table({"prompt": ["p"], "response": ["r"], "t": pa.array([1], pa.timestamp("us", "No/Where"))})
     pq.write_table(table, tmp_path / "a.parquet")

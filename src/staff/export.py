@@ -101,6 +101,34 @@ def write_factory_entry(entry: dict, folder: str | os.PathLike, name: str = "cor
     return path
 
 
+def push_to_hub(coreset: str | os.PathLike, repository: str, private: bool = True) -> str:
+    """Upload a coreset to the Hugging Face hub as a data set of its own, with the user's own login.
+
+    Args:
+        coreset: the file; it becomes train.jsonl.
+        repository: owner/name, made if it is not there.
+        private: make it visible to its owner alone.
+
+    Returns:
+        The data set's address.
+
+    Raises:
+        ValueError: no login, no network, or a name that is taken.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        hub = HfApi()
+        url = hub.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
+        hub.upload_file(path_or_fileobj=str(coreset), path_in_repo="train.jsonl", repo_id=repository, repo_type="dataset")
+    except Exception as error:  # the network and the hub raise whatever they like
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"{coreset} can't be pushed to {repository} ({said[:300]}); log in with `hf auth login` and check the name"
+        ) from None
+    return str(url)
+
+
 def llama_factory(rows: Rows, coreset: str | os.PathLike, model: str, positions: Iterable[int] | None = None, name: str = "coreset") -> str:
     """A LLaMA-Factory training file (`llamafactory-cli train FILE`) for the coreset; its dataset_info.json entry is in a comment."""
     entry = factory_entry(rows, coreset, positions)

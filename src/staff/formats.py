@@ -103,7 +103,8 @@ class Rows:
     def write_jsonl(self, path: str | os.PathLike, positions: Iterable[int]) -> None:
         """Write rows as JSON Lines: the very bytes of each line where they come from JSON Lines, else one json.dumps a row.
 
-        What JSON has no word for is written as the nearest: NaN as null, times as ISO 8601, bytes as base64, others as str() has them.
+        What JSON has no word for is written as the nearest: NaN as null, times as ISO 8601 to the microsecond, bytes as base64, others as
+        str() has them.
 
         Args:
             path: the file, replaced in one step once it is complete.

@@ -112,6 +112,8 @@ def _one(name: str, split: str | None, config: str | None, revision: str | None)
         if sys.stdin is None or sys.stdin.isatty():
             raise ValueError(f"{STDIN} is a terminal; pipe the rows in, as in: staff select --data - < rows.jsonl")
         return _spooled(sys.stdin.buffer, STDIN)
+    if re.match(r"\w+://", name):
+        raise ValueError(f"{name} is an address, not a file: download it first; a hub data set is named owner/name")
     path = Path(name).expanduser()
     if path.is_fifo():  # such as <(zcat rows.jsonl.gz) gives
         with open(path, "rb") as pipe:

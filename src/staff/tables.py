@@ -97,7 +97,7 @@ class TableRows:
                     if b - a == rows:
                         yield at, batch
                     elif b > a:
-                        yield at, batch.take(pa.array(wanted[a:b] - at))
+                        yield at, _take(batch, wanted[a:b] - at)
                 at += rows
             if at != unit.first + unit.rows:
                 raise ValueError(
@@ -132,10 +132,27 @@ class TableRows:
         for run in np.split(numbers, np.flatnonzero(np.diff(numbers) < 0) + 1):
             for at, batch in self.batches(columns, run):
                 with _readable(self.where(at)):
-                    values = batch.to_pydict()  # by column: three times as fast as to_pylist
+                    values = _microseconds(batch).to_pydict()  # by column: three times as fast as to_pylist
                 names = list(values)
                 for row in zip(*values.values(), strict=True):
                     yield dict(zip(names, row, strict=True))
+
+
+def _take(batch: Any, rows: np.ndarray) -> Any:
+    try:
+        return batch.take(pa.array(rows))
+    except pa.ArrowNotImplementedError:  # string views
+        slices = [batch.slice(i, 1) for i in rows.tolist()]
+        return pa.concat_tables(slices) if isinstance(batch, pa.Table) else pa.Table.from_batches(slices)
+
+
+def _microseconds(batch: Any) -> Any:
+    """Python's times end there; with pandas installed pyarrow would give other objects than without."""
+    for i, column in enumerate(batch.schema):
+        if getattr(column.type, "unit", None) == "ns":
+            kind = {pa.lib.Type_TIMESTAMP: pa.timestamp("us", getattr(column.type, "tz", None)), pa.lib.Type_DURATION: pa.duration("us")}
+            batch = batch.set_column(i, column.name, batch.column(i).cast(kind.get(column.type.id, pa.time64("us")), safe=False))
+    return batch
 
 
 @contextlib.contextmanager
