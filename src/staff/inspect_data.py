@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
@@ -189,6 +190,7 @@ def _near_duplicates(rows: Rows) -> dict:
         return {"rows": None, "reason": "not looked for: pip install datasketch"}
     positions = _spread(len(rows), ROWS_FOR_NEAR)
     index = MinHashLSH(threshold=SIMILAR, num_perm=64)
+    empty = MinHash(num_perm=64, seed=1, hashfunc=zlib.crc32)  # copied: making the permutations is most of a sketch's cost
     seen: set[int] = set()
     near = 0
     examples: list[tuple[int, int]] = []
@@ -200,7 +202,7 @@ def _near_duplicates(rows: Rows) -> dict:
         seen.add(digest)
         words = text.split()
         triples = {" ".join(words[i : i + 3]).encode() for i in range(max(len(words) - 2, 1))}
-        sketch = MinHash(num_perm=64, seed=1)
+        sketch = empty.copy()
         sketch.update_batch(triples)
         match = index.query(sketch)
         if match:
