@@ -25,6 +25,13 @@ def test_exact_neighbours_are_those_of_the_obvious_way():
     assert graph.neighbours(features, seed=0, num_neighbours=5).tolist() == plain_neighbours(features, 5).tolist()
 
 
+def test_the_lowest_of_many_columns_are_those_of_a_sort():
+    distances = np.random.default_rng(0).normal(size=(20, 1003))
+    for count in (1, 3):
+        assert graph._lowest(distances, count).tolist() == np.argsort(distances, axis=1)[:, :count].tolist()
+        assert graph._lowest(-np.ones((3, 1003)), count).shape == (3, count)
+
+
 def test_neighbours_by_hand():
     features = np.array([[0.0], [1.0], [3.0], [7.0]])
     assert graph.neighbours(features, seed=0, num_neighbours=2).tolist() == [[1, 2], [0, 2], [1, 0], [2, 1]]
@@ -48,8 +55,10 @@ def test_duplicates_are_neighbours_and_no_one_is_its_own():
     assert all(i not in row and len(set(row)) == 10 for i, row in enumerate(found.tolist()))
 
 
-def test_approximate_neighbours_are_nearly_all_true_and_it_is_said_how_many(caplog):
+def test_approximate_neighbours_are_nearly_all_true_and_it_is_said_how_many(monkeypatch, caplog):
+    monkeypatch.setattr(graph, "CANDIDATES", 300)
     features, _ = blobs()
+    features = features @ np.random.default_rng(1).normal(size=(10, 80)).astype(np.float32)  # so that there is something to project
     caplog.set_level("INFO")
     found = graph.neighbours(features, seed=0, exact=False)
     truth = plain_neighbours(features, 10)
@@ -58,8 +67,9 @@ def test_approximate_neighbours_are_nearly_all_true_and_it_is_said_how_many(capl
     assert found.tolist() == graph.neighbours(features, seed=0, exact=False).tolist()
 
 
-def test_an_approximate_search_that_misses_much_warns(caplog):
-    noise = np.random.default_rng(0).normal(size=(3000, 40))
+def test_an_approximate_search_that_misses_much_warns(monkeypatch, caplog):
+    monkeypatch.setattr(graph, "CANDIDATES", 300)
+    noise = np.random.default_rng(0).normal(size=(3000, 200))
     graph.neighbours(noise, seed=0, exact=False)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 

@@ -392,7 +392,7 @@ def test_kcenter_says_what_it_is_about_to_do_and_how_to_do_less(monkeypatch, cap
     features = rng().normal(size=(50, 2))
     METHODS["kcenter"].select(np.zeros(50), budget=10, rng=rng(), features=features)
     assert "50 samples against 10 picks" in caplog.text
-    assert "num_candidates=10" in caplog.text
+    assert "num_candidates=20" in caplog.text
     caplog.clear()
     selection = METHODS["kcenter"].select(np.zeros(50), budget=5, rng=rng(), features=features, num_candidates=19)
     assert caplog.text == ""

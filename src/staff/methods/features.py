@@ -98,7 +98,7 @@ def kcenter(
             len(features),
             budget,
             len(features) * budget,
-            max(budget, len(features) // 10),
+            max(2 * budget, len(features) // 10),
         )
     if budget == 0:
         return Selection(np.empty(0, np.int64))

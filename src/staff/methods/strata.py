@@ -57,11 +57,12 @@ def set_hardest_aside(scores: np.ndarray, hard_cutoff: float) -> tuple[np.ndarra
     num_cut = min(int(hard_cutoff * len(scores) + 1e-9), len(scores) - 1)
     if num_cut <= 0:
         return np.arange(len(scores)), np.empty(0, np.int64)
-    kept = highest(-scores, len(scores) - num_cut)
-    is_cut = np.ones(len(scores), bool)
-    is_cut[kept] = False
+    threshold = np.partition(scores, len(scores) - num_cut)[len(scores) - num_cut]
+    is_cut = scores > threshold
+    ties = np.flatnonzero(scores == threshold)
+    is_cut[ties[len(ties) - (num_cut - np.count_nonzero(is_cut)) :]] = True
     cut = np.flatnonzero(is_cut)
-    return kept, cut[np.argsort(scores[cut], kind="stable")]
+    return np.flatnonzero(~is_cut), cut[np.argsort(scores[cut], kind="stable")]
 
 
 def split(scores: np.ndarray, num_regions: int) -> tuple[np.ndarray, np.ndarray]:
