@@ -521,7 +521,7 @@ def test_texts_in_parquet_that_are_not_utf8_are_found(tmp_path):
     path = tmp_path / "a.parquet"
     bad = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")])
     pq.write_table(pa.table({"prompt": ["p"], "response": bad}), path)
-    assert re.search(r"a\.parquet: the data is cut or damaged \(.*Invalid UTF8", said(path))
+    assert re.search(r"a\.parquet, rows 0 to 0: the data is cut or damaged \(.*Invalid UTF8", said(path))
 
 
 @pytest.mark.parametrize("damage", ["cut", "footer", "page", "magic alone", "gzip"])

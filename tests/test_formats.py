@@ -314,6 +314,25 @@ def test_values_json_has_no_word_for_are_written_as_the_nearest(tmp_path):
     assert row == {"prompt": "p", "response": "r", "nan": None, "b": "AA==", "np": 3, "half": "\ud83d", "5": "{1}"}
 
 
+def test_a_name_that_says_something_else_is_noted(tmp_path):
+    write_json(tmp_path / "a.jsonl")
+    assert read(tmp_path / "a.jsonl").notes == (f"{tmp_path / 'a.jsonl'} is JSON by its content, whatever its name says",)
+    assert read(jsonl(tmp_path / "b.json")).notes == (), "JSON Lines named .json are common"
+
+
+def test_several_entries_are_read_together_if_they_are_laid_out_alike(tmp_path):
+    jsonl(tmp_path / "a.jsonl", ROWS[:2])
+    jsonl(tmp_path / "b.jsonl", ROWS[2:])
+    pair = {"columns": {"prompt": "prompt", "response": "response"}}
+    info = {"a": {"file_name": "a.jsonl", **pair}, "b": {"file_name": "b.jsonl", **pair}, "c": {"file_name": "b.jsonl"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    assert list(read(["a", "b"], dataset_info=tmp_path).raw(range(7))) == ROWS
+    with pytest.raises(ValueError, match="a and c are laid out differently; select from each alone"):
+        read(["a", "c"], dataset_info=tmp_path)
+    with pytest.raises(ValueError, match="--columns and --dataset-info both say which column holds what"):
+        read("a", dataset_info=tmp_path, columns="prompt=prompt,response=id")
+
+
 def test_several_files_are_counted_through(tmp_path):
     paths = [jsonl(tmp_path / "a.jsonl", ROWS[:3]), jsonl(tmp_path / "b.jsonl", ROWS[3:])]
     for data in (paths, tmp_path, [str(p) for p in paths]):

@@ -110,7 +110,8 @@ class TableRows:
             yield table if columns is None else table.select(list(columns))
             return
         name, path = self.names[unit.file], self.files[unit.file]
-        with _readable(name):
+        first = unit.first - self.first_row(unit.file)
+        with _readable(f"{name}, rows {first} to {first + unit.rows - 1}"):
             if self.stamps and (status := os.stat(path)) and (status.st_size, status.st_mtime_ns) != self.stamps[unit.file]:
                 raise ValueError(f"{name} changed while it was in use; start again, on a copy that nothing writes to")
             if self.kind == "Parquet":
