@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -37,7 +38,7 @@ def write(folder, n):
         whole.write("]\n")
     for name, made in (("pairs.parquet", rows(n)), ("chat.parquet", map(chat, rows(n)))):
         writer = None
-        while part := [r for r, _ in zip(made, range(100_000), strict=False)]:
+        while part := list(islice(made, 100_000)):
             table = pa.Table.from_pylist(part)
             writer = writer or pq.ParquetWriter(folder / name, table.schema)
             writer.write_table(table)
