@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from staff.methods.strata import allocate, check_scores, members_of, set_hardest_aside
+from staff.methods.strata import allocate, check_scores, members_of, set_hardest_aside, take_back
 from staff.types import Region, Selection
 
 
@@ -40,7 +40,7 @@ def ccs(scores: np.ndarray, *, budget: int, rng: np.random.Generator, num_strata
     sizes = np.array([len(positions) for positions in members])
     budgets = allocate(np.full(num_strata, np.nan), sizes, budget)
     chosen = [rng.choice(positions, share, replace=False) for positions, share in zip(members, budgets, strict=True) if share]
-    back = cut[: budget - int(budgets.sum())]
+    back = take_back(scores, cut, budget - int(budgets.sum()))
     region_of = np.full(len(scores), -1, np.int64)
     region_of[kept] = stratum_of
     regions = tuple(

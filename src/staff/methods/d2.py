@@ -7,7 +7,7 @@ import heapq
 import numpy as np
 
 from staff.methods.features import check_features, check_neighbours, neighbour_distances
-from staff.methods.strata import check_scores, set_hardest_aside
+from staff.methods.strata import check_scores, set_hardest_aside, take_back
 from staff.types import Selection
 
 REVERSE_MESSAGES = ("weighted", "absolute")
@@ -76,7 +76,7 @@ def d2(
     density = scores + (np.exp(-distances) * scores[neighbours] * is_edge).sum(axis=1)
     discounts = np.exp(-gamma * distances) if reverse_message == "weighted" else np.ones_like(distances)
     chosen = _walk(density, kept, np.where(is_edge, neighbours, -1), discounts, min(budget, len(kept)))
-    back = cut[: budget - len(chosen)]
+    back = take_back(scores, cut, budget - len(chosen))
     return Selection(np.sort(np.concatenate([chosen, back])), filled_from_cut=len(back))
 
 

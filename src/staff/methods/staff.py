@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from staff.methods.strata import allocate, check_scores, highest, members_of, set_hardest_aside, split
+from staff.methods.strata import allocate, check_scores, highest, members_of, set_hardest_aside, split, take_back
 from staff.types import Region, Selection
 
 PICKS = ("top", "random")
@@ -86,7 +86,7 @@ def staff(
     missing = budget - int(np.count_nonzero(is_taken))
     spare = kept[~is_taken[kept]]
     filled = fill.choice(spare, min(missing, len(spare)), replace=False) if missing else spare[:0]
-    from_cut = cut[: missing - len(filled)]
+    from_cut = take_back(scores, cut, missing - len(filled))
     is_taken[filled] = is_taken[from_cut] = True
 
     region_of = np.full(len(scores), -1, np.int64)

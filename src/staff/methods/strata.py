@@ -48,8 +48,7 @@ def set_hardest_aside(scores: np.ndarray, hard_cutoff: float) -> tuple[np.ndarra
         hard_cutoff: fraction of the pool set aside, in [0, 1).
 
     Returns:
-        (kept, cut): positions kept, ascending; positions set aside, easiest first. Of equal scores the later
-        positions are cut.
+        (kept, cut): positions, ascending. Of equal scores the later positions are cut.
     """
     if not 0 <= hard_cutoff < 1:
         raise ValueError(f"hard_cutoff is the fraction of the pool set aside as hardest, in [0, 1); found {hard_cutoff}")
@@ -61,8 +60,12 @@ def set_hardest_aside(scores: np.ndarray, hard_cutoff: float) -> tuple[np.ndarra
     is_cut = scores > threshold
     ties = np.flatnonzero(scores == threshold)
     is_cut[ties[len(ties) - (num_cut - np.count_nonzero(is_cut)) :]] = True
-    cut = np.flatnonzero(is_cut)
-    return np.flatnonzero(~is_cut), cut[np.argsort(scores[cut], kind="stable")]
+    return np.flatnonzero(~is_cut), np.flatnonzero(is_cut)
+
+
+def take_back(scores: np.ndarray, cut: np.ndarray, count: int) -> np.ndarray:
+    """The `count` easiest of the samples set aside, ascending positions; of equal scores the earlier ones."""
+    return cut[highest(-scores[cut], count)]
 
 
 def split(scores: np.ndarray, num_regions: int) -> tuple[np.ndarray, np.ndarray]:
@@ -82,7 +85,13 @@ def split(scores: np.ndarray, num_regions: int) -> tuple[np.ndarray, np.ndarray]
         return np.zeros(num_regions + 1), np.empty(0, np.int64)
     edges = np.linspace(scores.min(), scores.max(), num_regions + 1)
     edges[-1] = scores.max()
-    return edges, np.searchsorted(edges[1:], scores, side="left")
+    if edges[-1] == edges[0]:
+        return edges, np.zeros(len(scores), np.int64)
+    # a division says where each score should fall, the edges where it does: three times as fast as a search for each
+    region_of = np.clip(((scores - edges[0]) / (edges[-1] - edges[0]) * num_regions).astype(np.int64), 0, num_regions - 1)
+    is_off = (scores <= edges[region_of]) | (scores > edges[region_of + 1])
+    region_of[is_off] = np.searchsorted(edges[1:], scores[is_off], side="left")
+    return edges, region_of
 
 
 def members_of(region_of: np.ndarray, num_regions: int) -> list[np.ndarray]:
@@ -95,8 +104,8 @@ def members_of(region_of: np.ndarray, num_regions: int) -> list[np.ndarray]:
     Returns:
         K arrays of int64 positions, empty ones included.
     """
-    # numpy sorts 16-bit integers by radix, ten times faster than wider ones
-    order = np.argsort(region_of.astype(np.uint16) if num_regions <= 2**16 else region_of, kind="stable")
+    # numpy sorts integers of 8 and 16 bits by radix, ten times faster than wider ones
+    order = np.argsort(region_of.astype(np.min_scalar_type(num_regions)), kind="stable")
     return np.split(order, np.cumsum(np.bincount(region_of, minlength=num_regions))[:-1]) if num_regions else []
 
 
