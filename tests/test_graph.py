@@ -118,6 +118,12 @@ def test_features_without_numbers_are_refused_by_position():
             make(np.ones(5), seed=0)
 
 
+def test_without_scikit_learn_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(graph.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"staff-coreset\[graph\]"):
+        graph.clusters(blobs(100)[0], seed=0)
+
+
 def test_a_need_with_a_dot_names_what_to_make():
     features, _ = blobs(100)
     assert graph.derive("features.neighbours", features, 0).tolist() == graph.neighbours(features, seed=0).tolist()

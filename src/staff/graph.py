@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -117,8 +119,7 @@ def clusters(features: np.ndarray, *, seed: int, num_clusters: int | None = None
 
 def _cluster(features, num_clusters, seed, rows_a_cluster):
     """(labels, centres) by k-means on `rows_a_cluster` drawn rows a cluster, or all; the same for the same seed."""
-    import warnings
-
+    _need_sklearn()
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
@@ -139,10 +140,11 @@ def _cluster(features, num_clusters, seed, rows_a_cluster):
 
 def _project(features, seed):
     """(n, 64) principal components of the rows, those of 20,000 drawn rows; the rows themselves where they have no more."""
-    from sklearn.decomposition import PCA
-
     if features.shape[1] <= PROJECTED:
         return features
+    _need_sklearn()
+    from sklearn.decomposition import PCA
+
     drawn = np.sort(np.random.default_rng(seed).choice(len(features), min(len(features), APPROXIMATE_ABOVE), replace=False))
     model = PCA(min(PROJECTED, len(drawn)), svd_solver="randomized", random_state=seed)
     return model.fit(features[drawn]).transform(features)
@@ -199,6 +201,11 @@ def _lowest_by_sorting(values, count):
 
 def _squared_distances(a, b):
     return np.einsum("nd,nd->n", a, a)[:, None] - 2 * (a @ b.T) + np.einsum("nd,nd->n", b, b)
+
+
+def _need_sklearn():
+    if importlib.util.find_spec("sklearn") is None:
+        raise ImportError("clusters, and neighbours among more than 20,000 samples, need scikit-learn: pip install 'staff-coreset[graph]'")
 
 
 def _check(features):
