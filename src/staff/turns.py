@@ -59,9 +59,10 @@ def build(layout: Layout, row: Mapping, train_on: str = "last") -> Example:
         label = str(label) if isinstance(label, str | int) and not isinstance(label, bool) else None
     if layout.bare:  # the same as below, for the rows that most files are made of
         prompt, response = row.get(layout.prompt), row.get(layout.response)
-        if isinstance(prompt, str) and isinstance(response, str) and prompt.isascii() and response.isascii():
+        if isinstance(prompt, str) and isinstance(response, str):
             filled = prompt and response and not prompt.isspace() and not response.isspace()
-            if filled and not (layout.extras and any(map(row.get, layout.extras))):
+            whole = (prompt.isascii() or _is_whole(prompt)) and (response.isascii() or _is_whole(response))
+            if filled and whole and not (layout.extras and any(map(row.get, layout.extras))):
                 return Example((Turn("user", prompt, False), Turn("assistant", response, True)), label)
     if layout.text is not None:
         return Example((Turn("text", _text(row, layout.text), True),), label)
@@ -130,6 +131,14 @@ def _said(value: object, what: str) -> str:
             raise BadRow(f"{what} is empty; fill it in")
         return _clean(value, what)
     raise BadRow(f"{what} is {_kind(value)}; it must be text: {_text_cure(value)}")
+
+
+def _is_whole(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _clean(value: str, what: str) -> str:
