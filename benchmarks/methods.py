@@ -4,8 +4,9 @@
     python benchmarks/methods.py staff kcenter   these methods alone
 
 Scores are lognormal. Features stand in for hidden states: 24 latent dimensions in 200 clumps, mapped to 576 and blurred; "noise" has no
-structure at all, the worst there is for approximate neighbours. What scikit-learn makes of features (neighbours, clusters) is timed apart
-from the selection. Seconds are the least of seven runs up to 1,000,000 scores, else those of one. Memory is the process's peak, the given arrays and the interpreter included.
+structure at all, the worst there is for approximate neighbours. What graph.py makes of features (neighbours, clusters) is timed apart from
+the selection. Seconds are the least of seven runs up to 1,000,000 scores, else those of one. Memory is the process's peak, the given
+arrays and the interpreter included.
 """
 
 from __future__ import annotations
