@@ -1,5 +1,6 @@
 """The whole run: what it writes, what the target saw, and that a killed one ends with the same bytes."""
 
+import contextlib
 import json
 import multiprocessing
 import time
@@ -184,12 +185,13 @@ def start(data, output, family, pause):
 
     process = context.Process(target=work)
     process.start()
+    send.close()
     return process, receive
 
 
 def finish(process, receive):
-    while process.is_alive():
-        while receive.poll(0.02):
+    with contextlib.suppress(EOFError):  # the pipe closes with the process
+        while True:
             receive.recv()
     process.join()
     return process.exitcode

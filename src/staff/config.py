@@ -23,6 +23,8 @@ class SelectConfig:
     """The model the coreset is for: a hub id, a folder or a .gguf file."""
     draft: str | None = None
     """The small model that speculates, given like the target; or self:N, N of the target's own blocks."""
+    scores: str | None = None
+    """Scores of your own in place of a draft's: .npy in the data's order, or a table with row or id and score."""
     pruning_rate: float | None = None
     """Fraction of the pool removed, in [0, 1)."""
     budget: int | None = None

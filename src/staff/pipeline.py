@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import hashlib
 import json
 import logging
 import platform
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +21,15 @@ import numpy as np
 from staff import formats
 from staff.config import FinetuneConfig, SelectConfig, from_mapping, read_yaml, to_yaml
 from staff.methods import METHODS, Method
+from staff.scorefile import read_scores
+from staff.sources import locate
 from staff.store import Ledger, RunDirectory, fingerprint, hash_file, read_arrays, remove, write_arrays, write_aside, write_json, write_text
 from staff.types import Region, Selection
 from staff.work import PACKAGES, TRAINING, Progress, Work, version_of
 
 logger = logging.getLogger(__name__)
 
-NOT_RESULTS = ("data", "output", "checkpoint_seconds", "device", "trust_remote_code")  # named by content, or of no consequence
+NOT_RESULTS = ("data", "output", "scores", "checkpoint_seconds", "device", "trust_remote_code")  # named by content, or of no consequence
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,6 @@ class Run:
 
     Attributes:
         path: its folder.
-        rows: the pool as it was read.
         indices: (m,) int64 row numbers in the input that were kept.
         selection: pool positions, regions, what was verified.
         scores: (n,) float32 scores that the method chose by; None for random.
@@ -41,12 +46,17 @@ class Run:
     """
 
     path: Path
-    rows: formats.Rows
     indices: np.ndarray
     selection: Selection
     scores: np.ndarray | None
     cost: dict[str, Any] = field(repr=False)
     manifest: dict[str, Any] = field(repr=False)
+    read_rows: Callable[[], formats.Rows] = field(repr=False, compare=False)
+
+    @cached_property
+    def rows(self) -> formats.Rows:
+        """The pool, read again where the run was finished before."""
+        return self.read_rows()
 
 
 def select(config: SelectConfig, data: Any = None, *, update: bool = False, on_progress: Progress | None = None) -> Run:
@@ -63,32 +73,69 @@ def select(config: SelectConfig, data: Any = None, *, update: bool = False, on_p
     """
     method, options = _check(config, data)
     tell = on_progress or (lambda stage, done, total: None)
-    tell("read", 0, 1)
-    rows = formats.read(data if data is not None else list(config.data), on_bad_row=config.on_bad_row)
-    tell("read", 1, 1)
-    budget = _budget(config, len(rows))
     sources = _sources(config, method)
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_RESULTS}
+
+    def read() -> formats.Rows:
+        return formats.read(data if data is not None else list(config.data), on_bad_row=config.on_bad_row)
+
+    located = locate(list(config.data)) if data is None else None
     run = RunDirectory(config.output or tempfile.mkdtemp(prefix="staff-"))
     try:
-        inputs = {"data": _fingerprint_rows(run, rows)}
-        inputs |= {name: fingerprint({path.name: run.hash_file(path) for path in source.files()}) for name, source in sources.items()}
-        settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_RESULTS}
-        run.begin(settings, inputs, update)
-        finished = _finished(run.path, rows, fingerprint({"settings": settings, "inputs": inputs}))
+        inputs = {name: fingerprint({path.name: run.hash_file(path) for path in source.files()}) for name, source in sources.items()}
+        if config.scores:
+            inputs["scores"] = run.hash_file(_existing(config.scores))
+        rows = None
+        if located and located.paths and located.keep is None:
+            inputs["data"] = fingerprint([run.hash_file(path) for path in located.paths])
+        else:  # nothing on disk that could be compared without reading it
+            rows = read()
+            inputs["data"] = _fingerprint_rows(rows)
+        key = fingerprint({"settings": settings, "inputs": inputs})
+        finished = _finished(run.path, key, read)
         if finished:
-            logger.info("%s is finished: nothing to do", run.path)
             return finished
+        tell("read", 0, 1)
+        rows = rows or read()
+        budget = _budget(config, len(rows))
+        run.begin(settings, inputs, update)
         write_text(run.path / "config.yaml", to_yaml(config))
+        (run.path / "manifest.json").unlink(missing_ok=True)
         began = time.time()
         work = Work(config, run, rows, sources, inputs, tell)
-        scores = np.zeros(len(rows)) if not method.needs else work.scores(method.needs["scores"].split("/")[0])
-        verify = work.ledger(method.verify.split("/")[0]) if method.verify else None
+        scores = _scores(config, method, rows, work)
+        verify = work.ledger(method.verify.split("/")[0]) if method.verify and "target" in sources else None
         arguments = {} if verify is None else {"verify": verify}
         selection = method.select(scores, budget=budget, rng=np.random.default_rng(config.seed), **arguments, **options)
         work.free()
-        return _write(config, run, rows, selection, scores if method.needs else None, work, settings, inputs, began)
+        if (
+            located
+            and located.paths
+            and located.keep is None
+            and inputs["data"] != fingerprint([run.hash_file(path) for path in located.paths])
+        ):
+            raise ValueError(f"{', '.join(config.data)} changed while the run was reading it: start again with --update")
+        kept_scores = scores if method.needs else None
+        return _write(config, run, read, rows, selection, kept_scores, work, key, began)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ValueError(f"{run.path}: the disk is full. Free some space; the same command goes on from here") from error
+        raise
     finally:
         run.close()
+
+
+def _scores(config: SelectConfig, method: Method, rows: formats.Rows, work: Work) -> np.ndarray:
+    """(n,) what the method chooses by: the user's own scores, or those of a model of this run."""
+    if config.scores and method.needs:
+        return read_scores(config.scores, rows.numbers, [example.id for example in rows.examples()])
+    return work.scores(method.needs["scores"].split("/")[0]) if method.needs else np.zeros(len(rows))
+
+
+def _existing(path: str) -> Path:
+    if not Path(path).is_file():
+        raise ValueError(f"--scores {path}: there is no such file")
+    return Path(path)
 
 
 def _check(config: SelectConfig, data: Any) -> tuple[Method, dict[str, Any]]:
@@ -121,6 +168,8 @@ def _budget(config: SelectConfig, n: int) -> int:
 def _sources(config: SelectConfig, method: Method) -> dict[str, Any]:
     """The models that a method asks for, found; hub ids are fetched here."""
     wanted = {need.split("/")[0].split("@")[0] for need in (*method.needs.values(), method.verify or "") if need}
+    if config.scores:  # the user's own stand in for a model's; the target is asked where there is one
+        wanted = {"target"} if method.verify and config.target else set()
     if not wanted:
         return {}
     from staff import models
@@ -143,14 +192,14 @@ def _sources(config: SelectConfig, method: Method) -> dict[str, Any]:
     return {"target": target, "draft": target if is_self else models.resolve(config.draft, "--draft")}
 
 
-def _fingerprint_rows(run: RunDirectory, rows: formats.Rows) -> str:
-    if rows.paths:
-        files = [path for place in rows.paths for path in (sorted(place.rglob("*")) if place.is_dir() else [place]) if path.is_file()]
-        return fingerprint([run.hash_file(path) for path in files])
-    return fingerprint([json.dumps(row, sort_keys=True, default=str) for row in rows.raw(range(len(rows)))])
+def _fingerprint_rows(rows: formats.Rows) -> str:
+    digest = hashlib.sha256()
+    for row in rows.raw(range(len(rows))):
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode(errors="surrogatepass") + b"\n")
+    return digest.hexdigest()[:12]
 
 
-def _write(config, run, rows, selection, scores, work, settings, inputs, began) -> Run:
+def _write(config, run, read, rows, selection, scores, work, key, began) -> Run:
     """Write the results; the manifest comes last and says that all are there."""
     method = METHODS[config.method]
     indices = rows.numbers[selection.indices]
@@ -166,7 +215,7 @@ def _write(config, run, rows, selection, scores, work, settings, inputs, began) 
             run.path / "skipped.jsonl",
             "".join(json.dumps({"row": row, "reason": why}, ensure_ascii=False) + "\n" for row, why in rows.skipped),
         )
-    fidelity = _fidelity(scores, selection, work.ledger("target")) if method.verify and len(selection.verified) else None
+    fidelity = _fidelity(scores, selection, work.ledger("target")) if len(selection.verified) else None
     kept = {"indices": selection.indices, "verified": selection.verified, "filled": np.array([selection.filled, selection.filled_from_cut])}
     kept |= {} if selection.region_of is None else {"region_of": selection.region_of}
     kept |= {} if scores is None else {"scores": scores}
@@ -175,14 +224,14 @@ def _write(config, run, rows, selection, scores, work, settings, inputs, began) 
     write_json(run.path / "cost.json", cost)
     manifest = {
         "staff": version_of("staff-coreset"),
-        "finished": fingerprint({"settings": settings, "inputs": inputs}),
+        "finished": key,
         "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
         "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "n": len(rows),
         "m": len(indices),
         "skipped": len(rows.skipped),
         "format": rows.format,
-        "inputs": inputs,
+        "inputs": work.inputs,
         "seed": config.seed,
         "fidelity": fidelity,
         "files": {name: hash_file(run.path / name) for name in ("coreset.jsonl", "indices.npy")},
@@ -192,11 +241,10 @@ def _write(config, run, rows, selection, scores, work, settings, inputs, began) 
     }
     if work.sources:
         manifest |= {"device": str(work.device), "dtype": str(work.dtype).removeprefix("torch.")}
-        name = next(iter(method.needs.values())).split("/")[0]
-        pool = work.pool(name)
+        pool = work.pool("draft" if "draft" in work.sources else "target")
         manifest |= {"tokens": int(pool.lengths.sum()), "truncated": pool.truncated, "cut_responses": pool.cut_responses}
     write_json(run.path / "manifest.json", manifest)
-    return Run(run.path, rows, indices, selection, scores, cost, manifest)
+    return Run(run.path, indices, selection, scores, cost, manifest, lambda: rows)
 
 
 def _fidelity(scores: np.ndarray, selection: Selection, target: Ledger) -> float | None:
@@ -218,13 +266,14 @@ def _cell(value: Any) -> str:
     return repr(value) if isinstance(value, float) else str(value)
 
 
-def _finished(path: Path, rows: formats.Rows, key: str | None) -> Run | None:
+def _finished(path: Path, key: str | None, read: Callable[[], formats.Rows]) -> Run | None:
     """The run as it lies on disk, where it was finished with these settings and its results are as they were written."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         cost = json.loads((path / "cost.json").read_text(encoding="utf-8"))
         whole = key in (None, manifest["finished"]) and all(hash_file(path / name) == digest for name, digest in manifest["files"].items())
         kept = read_arrays(path / "work" / "selection.npz")
+        indices = np.load(path / "indices.npy", allow_pickle=False)
     except (OSError, ValueError, KeyError):
         return None
     if not whole or kept is None:
@@ -236,7 +285,7 @@ def _finished(path: Path, rows: formats.Rows, key: str | None) -> Run | None:
         regions = tuple(Region(*(kind(cell) for kind, cell in zip(kinds, line.split(",")[1:], strict=True))) for line in lines)
     filled = map(int, kept["filled"])
     selection = Selection(kept["indices"], regions, kept.get("region_of"), kept["verified"], *filled)
-    return Run(path, rows, rows.numbers[selection.indices], selection, kept.get("scores"), cost, manifest)
+    return Run(path, indices, selection, kept.get("scores"), cost, manifest, read)
 
 
 def finetune(config: FinetuneConfig, *, on_progress: Progress | None = None) -> Path:
@@ -263,7 +312,7 @@ def finetune(config: FinetuneConfig, *, on_progress: Progress | None = None) -> 
     dtype = models.pick_dtype(config.dtype, device)
     run = RunDirectory(config.output)
     try:
-        inputs = {"data": _fingerprint_rows(run, rows), "model": fingerprint({path.name: run.hash_file(path) for path in source.files()})}
+        inputs = {"data": _fingerprint_rows(rows), "model": fingerprint({path.name: run.hash_file(path) for path in source.files()})}
         settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_RESULTS}
         run.begin(settings, inputs, update=False)
         if (run.path / "adapter_model.safetensors").exists() and (run.path / "config.yaml").exists():
@@ -302,8 +351,7 @@ def load_run(path: str | Path) -> Run:
     if not (folder / "manifest.json").exists():
         raise ValueError(f"{folder} holds no finished run (no manifest.json)")
     config = from_mapping(SelectConfig, read_yaml(folder / "config.yaml"), str(folder / "config.yaml"))
-    rows = formats.read(list(config.data), on_bad_row=config.on_bad_row)
-    finished = _finished(folder, rows, None)
+    finished = _finished(folder, None, lambda: formats.read(list(config.data), on_bad_row=config.on_bad_row))
     if finished is None:
         raise ValueError(f"{folder}: its files are not as they were written; run `staff select --config {folder / 'config.yaml'} --update`")
     return finished

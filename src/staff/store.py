@@ -8,16 +8,21 @@ key.json, so a resumed run takes what fits and never what doesn't.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+logger = logging.getLogger(__name__)
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
@@ -58,7 +63,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError, KeyError):
+    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, KeyError):
+        logger.warning("%s is damaged; it is made again", path)
         return None
 
 
@@ -100,6 +106,7 @@ class RunDirectory:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.work = self.path / "work"
+        self._is_new = not self.path.exists() or not any(self.path.iterdir()) if not self.path.is_file() else False
         if self.path.is_dir() and not self.work.is_dir() and any(self.path.iterdir()):
             raise ValueError(f"{self.path} holds files that are not a run's: name an empty or a new folder with --output")
         try:
@@ -114,6 +121,11 @@ class RunDirectory:
         self._hashes: dict[str, list] = _read_json(self._hashes_path) or {}
 
     def close(self) -> None:
+        """Let go of the folder; one in which nothing was begun is left as it was found."""
+        if self._is_new and not (self.work / "begun.json").exists():
+            remove(self.work)
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
         self._lock.close()
 
     def hash_file(self, path: Path) -> str:
