@@ -3,38 +3,64 @@
 from __future__ import annotations
 
 import difflib
+import json
+import logging
 import math
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from staff import config as configs
 
+FAILED = 2  # something that the user can mend
 INTERRUPTED = 130
+SWITCHES = {
+    "update": "go on in a folder that was begun with other settings or inputs, keeping what still fits",
+    "quiet": "no progress and no summary; errors alone",
+    "json": "one line of JSON at the end in place of the summary",
+}
 
 
 def select(arguments: Sequence[str]) -> None:
     """Choose the coreset of a pool: the main job."""
     from staff import pipeline
 
-    config, switches = _parse(configs.SelectConfig, arguments, "staff select", ("update",))
+    config, given = _parse(configs.SelectConfig, arguments, "staff select", ("update", "quiet", "json"))
     if not config.output:
         raise ValueError("name a folder for the run with --output")
-    with _Progress() as progress:
-        run = pipeline.select(config, update="update" in switches, on_progress=progress)
-    print(summary(run, config))
+    with _Progress(quiet="quiet" in given) as progress:
+        run = pipeline.select(config, update="update" in given, on_progress=progress)
+    _say(given, summary(run, config), {"coreset": str(run.path / "coreset.jsonl"), **run.manifest, "cost": run.cost})
 
 
 def finetune(arguments: Sequence[str]) -> None:
     """Fine-tune a model on a file with LoRA, a coreset for example."""
     from staff import pipeline
 
-    config, _ = _parse(configs.FinetuneConfig, arguments, "staff finetune", ())
-    with _Progress() as progress:
+    config, given = _parse(configs.FinetuneConfig, arguments, "staff finetune", ("quiet", "json"))
+    with _Progress(quiet="quiet" in given) as progress:
         path = pipeline.finetune(config, on_progress=progress)
-    print(f"adapter    {path} (load it with peft.PeftModel.from_pretrained)")
+    _say(given, f"adapter    {path} (load it with peft.AutoPeftModelForCausalLM.from_pretrained)", {"adapter": str(path)})
+
+
+def score(arguments: Sequence[str]) -> None:
+    """Write the scores of every sample on one model: effort, loss, tokens."""
+    from staff import pipeline
+
+    config, given = _parse(configs.ScoreConfig, arguments, "staff score", ("quiet", "json"))
+    with _Progress(quiet="quiet" in given) as progress:
+        path, n = pipeline.score(config, on_progress=progress)
+    _say(given, f"scores     {path} ({n} samples; take them up again with staff select --scores {path})", {"scores": str(path), "n": n})
+
+
+def _say(given: set[str], text: str, values: dict[str, Any]) -> None:
+    if "json" in given:
+        print(json.dumps(values, ensure_ascii=False))
+    elif "quiet" not in given:
+        print(text)
 
 
 def methods(arguments: Sequence[str]) -> None:
@@ -48,6 +74,7 @@ def methods(arguments: Sequence[str]) -> None:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "select": select,
+    "score": score,
     "finetune": finetune,
     "methods": methods,
 }
@@ -80,21 +107,18 @@ def _parse(kind: type, arguments: Sequence[str], program: str, switches: tuple[s
     return tyro.cli(kind, args=rest, default=default, prog=program, description=description), given
 
 
-SWITCHES = {"update": "go on in a folder that was begun with other settings or inputs, keeping what still fits"}
-
-
 class _Progress:
     """Shows stages as bars with the time left; plain lines where the output is no terminal."""
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
         from rich.console import Console
 
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, quiet=quiet)
         self._bars: Any = None
         self._tasks: dict[str, Any] = {}
 
     def __enter__(self) -> _Progress:
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._console.quiet:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
             columns = (TextColumn("{task.description:22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -182,8 +206,30 @@ def _cost_table(cost: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _stop_at_once() -> None:
+    """End within a moment of Ctrl-C, even inside a long product that Python can't interrupt.
+
+    Nothing is lost by it: files are whole or absent, and the run's lock goes with the process.
+    """
+    if not hasattr(signal, "set_wakeup_fd") or threading.current_thread() is not threading.main_thread():
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+    def wait() -> None:
+        while os.read(reading, 1) != bytes([signal.SIGINT]):
+            pass
+        show_cursor = b"\x1b[?25h" if sys.stderr.isatty() else b""
+        os.write(2, show_cursor + b"\nstaff: stopped; the same command goes on from here\n")
+        os._exit(INTERRUPTED)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def main() -> None:
-    """Run a command; what the user can mend ends in one line and exit status 2, an interruption in 130."""
+    """Run a command. Exit status: 0 done, 2 something that the user can mend (one message says what), 130 stopped by Ctrl-C."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of libraries; ours are drawn here
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -197,6 +243,9 @@ def main() -> None:
 
         print(f"staff {__version__}")
         sys.exit(0)
+    _stop_at_once()
+    logging.basicConfig(format="staff: %(message)s", level=logging.ERROR)
+    logging.getLogger("staff").setLevel(logging.WARNING)
     try:
         if arguments[0] not in COMMANDS:
             near = difflib.get_close_matches(arguments[0], COMMANDS, 1)
@@ -208,12 +257,7 @@ def main() -> None:
         if os.environ.get("STAFF_TRACEBACK"):
             raise
         print(f"staff: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstaff: stopped; the same command goes on from here", file=sys.stderr)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        sys.stderr.flush()
-        os._exit(INTERRUPTED)
+        sys.exit(FAILED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

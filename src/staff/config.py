@@ -97,6 +97,47 @@ class SelectConfig:
 
 
 @dataclass(frozen=True)
+class ScoreConfig:
+    """Score every sample of a pool on one model, and nothing else."""
+
+    data: tuple[str, ...] = ()
+    """The pool, in any format that `staff select` reads."""
+    model: str = ""
+    """A hub id, a folder or a .gguf file."""
+    output: str | None = None
+    """The Parquet file to write: row, id, effort, loss, el2n, entropy, tokens."""
+    scope: Literal["last-value", "last-block", "lora"] = "last-value"
+    """Which weights the effort is taken on."""
+    lora_rank: int = 8
+    """Rank of the fresh adapter that scope lora looks at, where the model has none."""
+    lora_alpha: int = 16
+    """Scale of that adapter."""
+    max_length: int = 1024
+    """Tokens of a sample at most; longer prompts lose their start."""
+    seed: int = 42
+    """Seed of that adapter."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What to do with a row that can't be used: stop, or leave it out and count it."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
+    dtype: Dtype = "auto"
+    """What the model computes in; auto is bfloat16 where the hardware has it, else float32."""
+    batch_tokens: int = 4096
+    """Padded tokens of a scoring batch at most."""
+    trust_remote_code: bool = False
+    """Run Python code that a model's repository brings along."""
+
+    def __post_init__(self):
+        if isinstance(self.data, str):
+            object.__setattr__(self, "data", (self.data,))
+        object.__setattr__(self, "data", tuple(self.data))
+        for name in ("batch_tokens", "lora_rank"):
+            _in_range(self, name, 1, None)
+        _in_range(self, "max_length", 2, None)
+        _in_range(self, "seed", 0, 2**32 - 1)
+
+
+@dataclass(frozen=True)
 class FinetuneConfig:
     """Fine-tune a model on a file with LoRA, loss on the responses alone."""
 

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from staff import formats
-from staff.config import FinetuneConfig, SelectConfig, from_mapping, read_yaml, to_yaml
+from staff.config import FinetuneConfig, ScoreConfig, SelectConfig, from_mapping, read_yaml, to_yaml
 from staff.methods import METHODS, Method
-from staff.scorefile import read_scores
+from staff.scorefile import read_scores, write_scores
 from staff.sources import locate
 from staff.store import Ledger, RunDirectory, fingerprint, hash_file, read_arrays, remove, write_arrays, write_aside, write_json, write_text
 from staff.types import Region, Selection
@@ -339,6 +339,42 @@ def finetune(config: FinetuneConfig, *, on_progress: Progress | None = None) -> 
         return run.path
     finally:
         run.close()
+
+
+def score(config: ScoreConfig, *, on_progress: Progress | None = None) -> tuple[Path, int]:
+    """Score every sample of a pool on one model and write a Parquet file; what is done is kept beside it until the end.
+
+    Returns:
+        the file, and n.
+
+    Raises:
+        ValueError: something that the user can mend.
+    """
+    for name in ("data", "model", "output"):
+        if not getattr(config, name):
+            raise ValueError(f"name the {name} with --{name}")
+    output = Path(str(config.output))
+    if output.suffix != ".parquet":
+        raise ValueError(f"--output {output}: the scores are written as Parquet; name a file that ends in .parquet")
+    from staff import models
+
+    tell = on_progress or (lambda stage, done, total: None)
+    source = models.resolve(config.model, "--model")
+    rows = formats.read(list(config.data), on_bad_row=config.on_bad_row)
+    run = RunDirectory(output.with_suffix(".unfinished"))
+    try:
+        inputs = {"data": _fingerprint_rows(rows), "target": fingerprint({path.name: run.hash_file(path) for path in source.files()})}
+        names = {field.name for field in dataclasses.fields(SelectConfig)}
+        shared = {name: value for name, value in dataclasses.asdict(config).items() if name in names}
+        run.begin({name: value for name, value in shared.items() if name not in NOT_RESULTS}, inputs, update=True)
+        work = Work(SelectConfig(**shared), run, rows, {"target": source}, inputs, tell)
+        found = work.quantities("target")
+        columns = {"row": rows.numbers, "id": [example.id for example in rows.examples()], **found}
+        write_scores(output, {**columns, "tokens": work.pool("target").response_tokens()})
+    finally:
+        run.close()
+    remove(run.path)
+    return output, len(rows)
 
 
 def load_run(path: str | Path) -> Run:

@@ -178,13 +178,17 @@ class Work:
         gc.collect()
 
     def scores(self, name: str) -> np.ndarray:
-        """(n,) efforts of the whole pool on a model, by shards."""
+        """(n,) efforts of the whole pool on a model."""
+        return self.quantities(name)["effort"]
+
+    def quantities(self, name: str) -> dict[str, np.ndarray]:
+        """All that one pass over the pool gives, (n,) each, by shards."""
         from staff.score import score_shards
 
         folder = self.run.piece("scores", self._scores_key(name))
         whole = read_arrays(folder / "scores.npz")
         if whole is not None:
-            return whole["effort"]
+            return whole
         pool = self.pool(name)
         if name == "draft" and self.config.draft_epochs:
             self.adapter()  # first, so that its seconds are not counted as scoring
@@ -213,7 +217,7 @@ class Work:
         write_arrays(folder / "scores.npz", found)
         for shard in folder.glob("shard-*.npz"):
             shard.unlink()
-        return found["effort"]
+        return found
 
     def ledger(self, name: str) -> Ledger:
         """A model's scores of single samples, asked for by position; the model is loaded at the first call that needs it."""
