@@ -88,6 +88,8 @@ def ifd(scores: np.ndarray, *, budget: int, rng: np.random.Generator, unconditio
     Returns:
         Selection; `filled_from_cut` counts samples kept with an IFD of 1 or more.
     """
+    if np.shape(unconditional_loss) != np.shape(scores):
+        raise ValueError(f"unconditional_loss must be one number a sample, {np.shape(scores)}; found shape {np.shape(unconditional_loss)}")
     log_ifd = check_scores(scores) - check_scores(unconditional_loss)  # the ratio of perplexities, in logarithms: it can't overflow
     follows = np.flatnonzero(log_ifd < 0)
     chosen = follows[highest(log_ifd[follows], min(budget, len(follows)))]
