@@ -22,13 +22,14 @@ def test_more_blocks_than_there_are_is_an_error():
         draft.chosen_blocks(3, 4, "even")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "gemma3n-shared"])  # blocks that share can't be cut apart
 def test_a_cut_model_computes_as_one_with_only_those_blocks(layout):
     whole, pool = make_model(layout), make_pool()
     ids = torch.tensor(pool.ids(3), dtype=torch.int64)[None]
     kept = draft.cut(make_model(layout), 2, "ends")
     blocks = scopes.blocks(whole)
-    blocks[1].forward = lambda hidden, *args, **kwargs: hidden  # what a missing block does
+    in_tuple = layout in ("falcon", "bloom")
+    blocks[1].forward = lambda hidden, *args, **kwargs: (hidden, None) if in_tuple else hidden  # what a missing block does
     expected = whole(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(kept(input_ids=ids, use_cache=False).logits, expected, rtol=1e-10, atol=1e-10)
     assert Scorer(kept).scores(pool, range(7))["effort"].min() > 0

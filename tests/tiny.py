@@ -4,16 +4,7 @@ import copy
 
 import numpy as np
 import torch
-from transformers import (
-    Gemma2Config,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    Phi3Config,
-    Qwen3Config,
-)
+import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from staff.pool import Pool
@@ -32,29 +23,65 @@ SHAPE = {
     "eos_token_id": 2,
 }
 ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+BARE = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, **ENDS}
+WINDOW = {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LATENT = {
+    **{**SHAPE, "num_key_value_heads": 4},
+    **{"q_lora_rank": 12, "kv_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8},
+    **{"n_routed_experts": 4, "n_group": 2, "topk_group": 1, **EXPERTS},
+}
+SHARED = {
+    **{**SHAPE, "num_hidden_layers": 4, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "head_dim": 8},
+    **{"num_kv_shared_layers": 1, "laurel_rank": 4, "altup_num_inputs": 2, "sliding_window": 4},
+    **{"layer_types": ["full_attention"] * 4, "activation_sparsity_pattern": [0.0] * 4},
+}
 
 LAYOUTS = {
-    "llama": LlamaConfig(**SHAPE),
-    "llama-tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**SHAPE, head_dim=8),
-    "gemma3": Gemma3TextConfig(**SHAPE, head_dim=8, sliding_window=4, query_pre_attn_scalar=8),
-    "gemma2-capped": Gemma2Config(**SHAPE, head_dim=8, sliding_window=4, query_pre_attn_scalar=8, final_logit_softcapping=3.0),
-    "mistral": MistralConfig(**SHAPE, head_dim=8, sliding_window=5),
-    "gpt-neox": GPTNeoXConfig(**{k: v for k, v in SHAPE.items() if k != "num_key_value_heads"}),
-    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=128, **ENDS),
-    "phi3": Phi3Config(**SHAPE),
+    "llama": transformers.LlamaConfig(**SHAPE),
+    "llama-tied": transformers.LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "qwen2": transformers.Qwen2Config(**SHAPE),
+    "qwen3": transformers.Qwen3Config(**SHAPE, head_dim=8),
+    "gemma3": transformers.Gemma3TextConfig(**SHAPE, **WINDOW),
+    "gemma2-capped": transformers.Gemma2Config(**SHAPE, **WINDOW, final_logit_softcapping=3.0, attn_logit_softcapping=2.0),
+    "mistral": transformers.MistralConfig(**SHAPE, head_dim=8, sliding_window=5),
+    "granite": transformers.GraniteConfig(**SHAPE, logits_scaling=4.0, attention_multiplier=0.3, residual_multiplier=0.6),
+    "cohere": transformers.CohereConfig(**SHAPE, logit_scale=0.5),
+    "stablelm": transformers.StableLmConfig(**SHAPE),
+    "opt": transformers.OPTConfig(**BARE, ffn_dim=48, max_position_embeddings=128, word_embed_proj_dim=16, do_layer_norm_before=False),
+    "gpt-neox": transformers.GPTNeoXConfig(**{k: v for k, v in SHAPE.items() if k != "num_key_value_heads"}),
+    "falcon": transformers.FalconConfig(**BARE, new_decoder_architecture=True, num_kv_heads=2),
+    "bloom": transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=3, n_head=4, **ENDS),
+    "gpt2": transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=128, **ENDS),
+    "phi3": transformers.Phi3Config(**SHAPE),
+    "gemma3n-shared": transformers.Gemma3nTextConfig(**SHARED),
+    "mixtral": transformers.MixtralConfig(**SHAPE, num_local_experts=4),
+    "qwen3-moe": transformers.Qwen3MoeConfig(**SHAPE, num_experts=4, **EXPERTS, head_dim=8),
+    "qwen2-moe": transformers.Qwen2MoeConfig(**SHAPE, num_experts=4, **EXPERTS, shared_expert_intermediate_size=16),
+    "gpt-oss": transformers.GptOssConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2, head_dim=8, sliding_window=4),
+    "deepseek-v3": transformers.DeepseekV3Config(**LATENT, first_k_dense_replace=1),
 }
-# where the value projection of the last block is, and how many of its outputs are values
+EXPERT_LAYOUTS = ("mixtral", "qwen3-moe", "qwen2-moe", "gpt-oss", "deepseek-v3")
+ADAPTED_EXPERTS = ("mixtral", "qwen3-moe", "deepseek-v3")  # where PEFT puts LoRA on the experts themselves
+
+
+def interleaved(heads: int, group: int, first: int, last: int) -> list[int]:
+    """Rows first to last of every group of a fused projection."""
+    return [head * group + row for head in range(heads) for row in range(first, last)]
+
+
+# where the value projection of the last block is, how many outputs its layer has, and which of them are values
 VALUE = {
-    "llama": ("blocks.2.self_attn.v_proj", 16, None),
-    "llama-tied": ("blocks.2.self_attn.v_proj", 16, None),
-    "qwen3": ("blocks.2.self_attn.v_proj", 16, None),
-    "gemma3": ("blocks.2.self_attn.v_proj", 16, None),
-    "gemma2-capped": ("blocks.2.self_attn.v_proj", 16, None),
-    "mistral": ("blocks.2.self_attn.v_proj", 16, None),
-    "gpt-neox": ("blocks.2.attention.query_key_value", 96, [*range(16, 24), *range(40, 48), *range(64, 72), *range(88, 96)]),
+    **dict.fromkeys(LAYOUTS, ("blocks.2.self_attn.v_proj", 16, None)),
+    "cohere": ("blocks.2.self_attn.v_proj", 16, None),
+    "stablelm": ("blocks.2.self_attn.v_proj", 16, None),
+    "opt": ("blocks.2.self_attn.v_proj", 32, None),
+    "gpt-neox": ("blocks.2.attention.query_key_value", 96, interleaved(4, 24, 16, 24)),
+    "falcon": ("blocks.2.self_attention.query_key_value", 64, interleaved(2, 32, 24, 32)),
+    "bloom": ("blocks.2.self_attention.query_key_value", 96, interleaved(4, 24, 16, 24)),
     "gpt2": ("blocks.2.attn.c_attn", 96, [*range(64, 96)]),
     "phi3": ("blocks.2.self_attn.qkv_proj", 64, [*range(48, 64)]),
+    "deepseek-v3": ("blocks.2.self_attn.kv_b_proj", 64, interleaved(4, 16, 8, 16)),
 }
 
 
@@ -68,6 +95,8 @@ def make_model(layout: str, dtype=torch.float64, seed: int = 0) -> torch.nn.Modu
                 parameter.data += 0.3 * torch.randn(parameter.shape)
             elif "embed" not in name and "wte" not in name:
                 parameter.data *= 5
+    if layout in EXPERT_LAYOUTS and dtype == torch.float64:
+        model.set_experts_implementation("eager")  # the grouped product knows no float64
     return model.to(dtype).eval().requires_grad_(False)
 
 

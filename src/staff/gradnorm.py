@@ -11,10 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+# what the summed cross-entropy of a sample's response tokens is divided by: their number to this power
+LOSSES = {"mean": 1.0, "sum": 0.0, "sqrt": 0.5}
 CHUNK_BYTES = 32 * 2**20  # float32 working memory of one step of a chunked product: stays near the cache
 
 
@@ -26,11 +29,14 @@ class Site:
         module: maps (B, T, I) to (B, T, O) by a weight; (O, I) or transposed, the norm is the same.
         rows: (R,) int64 outputs that count, None for all: a fused projection holds queries and keys too.
         name: where it is, for messages.
+        sketch: (R, I), None for none: the norm is of G sketch^T, the gradient of the matrix B of an adapter that adds
+            B sketch a to the layer's output.
     """
 
     module: nn.Module
     rows: Tensor | None = None
     name: str = ""
+    sketch: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +59,7 @@ class record_sites:
 
         with record_sites(sites) as recorded:
             losses = ...           # one a sample, of a forward pass through the model
-            squares = recorded.squared_norms(losses.sum())
+            squares = recorded.squared_norms(losses)
 
     No parameter may require a gradient. The first site's output becomes the leaf of the graph, so everything below it
     runs as under no_grad. A module that a forward pass calls more than once has its calls added up.
@@ -72,34 +78,47 @@ class record_sites:
     def __exit__(self, *_):
         for handle in self._handles:
             handle.remove()
+        for calls in self._calls:
+            calls.clear()  # a hook on an output holds all of them: without this they'd wait for the garbage collector
 
-    def squared_norms(self, total: Tensor) -> Tensor:
-        """Squared gradient norm of each sample over all sites.
+    def squared_norms(self, losses: Tensor) -> Tensor:
+        """Squared gradient norm of each sample at each site.
+
+        A site's gradients are used and let go as they come, so that a scope of many layers keeps few of them at once.
 
         Args:
-            total: (), the sum over the batch of one loss a sample. The samples must not see each other.
+            losses: (B,), one loss a sample. The samples must not see each other.
 
         Returns:
-            (B,) in float32, or float64 where the model is.
+            (B, sites) in float32, or float64 where the model is.
         """
-        return torch.stack(self.squared_norms_by_site(total)).sum(0)
+        batch = len(losses)
+        squares = [torch.zeros(batch, dtype=losses.dtype, device=losses.device) for _ in self._sites]
 
-    def squared_norms_by_site(self, total: Tensor) -> list[Tensor]:
-        """As `squared_norms`, one (B,) for each site in order."""
-        outputs = [output for calls in self._calls for _, output in calls]
-        grads = iter(torch.autograd.grad(total, outputs, allow_unused=True))
-        squares = []
-        for site, calls in zip(self._sites, self._calls, strict=True):
+        def arrived(place: int, call: int, grad: Tensor) -> None:
+            waiting[place][call] = grad
+            if all(grad is not None for grad in waiting[place]):
+                squares[place] = _squared_norm(self._sites[place], [a for a, _ in self._calls[place]], waiting[place], batch)
+                waiting[place].clear()
+
+        waiting: list[list[Tensor | None]] = [[None] * len(calls) for calls in self._calls]
+        leaves = []
+        for place, (site, calls) in enumerate(zip(self._sites, self._calls, strict=True)):
             if not calls:
                 raise ValueError(f"{site.name or 'a site'} was not reached by the forward pass: no gradient to measure")
-            inputs, outs = [], []
-            for layer_input, output in calls:
-                grad = next(grads)
-                grad = torch.zeros_like(output) if grad is None else grad
-                inputs.append(layer_input)
-                outs.append(grad if site.rows is None else grad[..., site.rows])
-            squares.append(squared_norm_of_products(torch.cat(inputs, 1), torch.cat(outs, 1)))
-        return squares
+            for call, (_, output) in enumerate(calls):
+                if output.is_leaf:
+                    leaves.append((place, call, output))
+                else:
+                    output.register_hook(partial(arrived, place, call))
+        grads = torch.autograd.grad(losses.sum(), [output for *_, output in leaves], allow_unused=True)
+        for (place, call, output), grad in zip(leaves, grads, strict=True):
+            arrived(place, call, torch.zeros_like(output) if grad is None else grad)
+        for place, (site, calls) in enumerate(zip(self._sites, self._calls, strict=True)):
+            if any(grad is not None for grad in waiting[place]):  # some of its calls do not matter to the loss
+                known = [torch.zeros_like(out) if g is None else g for g, (_, out) in zip(waiting[place], calls, strict=True)]
+                squares[place] = _squared_norm(site, [a for a, _ in calls], known, batch)
+        return torch.stack(squares, 1)
 
 
 def _keep_in(calls):
@@ -109,6 +128,18 @@ def _keep_in(calls):
         calls.append((args[0].detach(), output))
 
     return keep
+
+
+def _squared_norm(site: Site, inputs: list[Tensor], grads: list, batch: int) -> Tensor:
+    """(B,) of one site; a layer may see (B, T, I), (B * T, I) or more axes between."""
+    a = torch.cat([part.reshape(batch, -1, part.shape[-1]) for part in inputs], 1)
+    g = torch.cat([part.reshape(batch, -1, part.shape[-1]) for part in grads], 1)
+    if site.rows is not None:
+        g = g[..., site.rows]
+    if site.sketch is not None:
+        wide = torch.promote_types(g.dtype, torch.float32)
+        a = a.to(wide) @ site.sketch.to(wide).mT
+    return squared_norm_of_products(a, g)
 
 
 def squared_norm_of_products(layer_input: Tensor, grad_output: Tensor) -> Tensor:
@@ -158,7 +189,7 @@ class TokenScores:
     entropy: Tensor
 
 
-def response_scores(hidden: Tensor, head: Head, labels: Tensor, chunk_bytes: int = CHUNK_BYTES) -> TokenScores:
+def response_scores(hidden: Tensor, head: Head, labels: Tensor, chunk_bytes: int = CHUNK_BYTES, grad_scale: float = 1.0) -> TokenScores:
     """Cross-entropy, EL2N and entropy of response tokens, the gradient in closed form.
 
     With p = softmax(W h), dloss/dh = W^T (p - onehot). Both are taken chunk by chunk, so that no (tokens x vocabulary)
@@ -169,18 +200,20 @@ def response_scores(hidden: Tensor, head: Head, labels: Tensor, chunk_bytes: int
         head: the output embedding; its weight gets no gradient.
         labels: (N,) int64, the response tokens.
         chunk_bytes: float32 working memory for a chunk of logits.
+        grad_scale: the gradient that flows back is this many times the loss's own. A power of two above 1 keeps small
+            probabilities from vanishing in float16.
 
     Returns:
         TokenScores; `loss` alone is differentiable, with respect to `hidden`.
     """
     weight = head.module.weight
     bias = getattr(head.module, "bias", None)
-    return TokenScores(*_ResponseScores.apply(hidden, weight, bias, labels, head.scale, head.cap, chunk_bytes))
+    return TokenScores(*_ResponseScores.apply(hidden, weight, bias, labels, head.scale, head.cap, chunk_bytes, grad_scale))
 
 
 class _ResponseScores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, scale, cap, chunk_bytes):
+    def forward(ctx, hidden, weight, bias, labels, scale, cap, chunk_bytes, grad_scale):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         needs_grad = ctx.needs_input_grad[0]
         num_tokens = len(labels)
@@ -210,8 +243,8 @@ class _ResponseScores(torch.autograd.Function):
                 if grad is not None:
                     if capped is not None:
                         p *= capped
-                    if scale != 1.0:
-                        p *= scale
+                    if scale * grad_scale != 1.0:
+                        p *= scale * grad_scale
                     grad[part] = (p.to(weight.dtype) @ weight).to(grad.dtype)
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(el2n, entropy)
@@ -220,7 +253,7 @@ class _ResponseScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):
         (grad,) = ctx.saved_tensors
-        return (grad * grad_loss[:, None].to(grad.dtype), *[None] * 6)
+        return (grad * grad_loss[:, None].to(grad.dtype), *[None] * 7)
 
 
 def mean_by_sample(values: Tensor, sample_of: Tensor, counts: Tensor) -> Tensor:
@@ -237,7 +270,9 @@ def mean_by_sample(values: Tensor, sample_of: Tensor, counts: Tensor) -> Tensor:
     return torch.zeros(len(counts), dtype=values.dtype, device=values.device).index_add(0, sample_of, values) / counts
 
 
-def efforts(forward: Callable[[], Tensor], head: Head, sites: Sequence[Site], batch) -> dict[str, Tensor]:
+def efforts(
+    forward: Callable[[], Tensor], head: Head, sites: Sequence[Site], batch, loss: str = "mean", grad_scale: float | None = None
+) -> dict[str, Tensor]:
     """One pass over a batch: effort, loss, EL2N and entropy of each sample.
 
     Args:
@@ -245,19 +280,30 @@ def efforts(forward: Callable[[], Tensor], head: Head, sites: Sequence[Site], ba
         head: what makes logits of them.
         sites: where the gradient is measured.
         batch: a `pool.Batch`: `sample_of`, `before` and `labels` (N,), `counts` (B,).
+        loss: a key of `LOSSES`, what L is of the cross-entropies of a sample's response tokens.
+        grad_scale: for float16, a power of two that gradients are multiplied by on their way and divided by at the end;
+            the division by the tokens of a sample waits until then too. None: neither is needed.
 
     Returns:
-        "effort": ||dL/dphi||_2, "loss": L, "el2n", "entropy"; each (B,). L is the mean cross-entropy over a sample's
-        response tokens, one mean a sample, so a score does not depend on the batch.
+        "effort": ||dL/dphi||_2, "loss": L, "el2n", "entropy"; each (B,), L one of its own for each sample, so a score
+        does not depend on the batch. "site_norms": (B, sites), ||dL/dW||_2 of each site; effort^2 is the sum of their squares.
     """
     with torch.enable_grad(), record_sites(sites) as recorded:
         hidden = forward()[batch.sample_of, batch.before]
-        tokens = response_scores(hidden, head, batch.labels)
-        loss = mean_by_sample(tokens.loss, batch.sample_of, batch.counts)
-        squares = recorded.squared_norms(loss.sum())
+        tokens = response_scores(hidden, head, batch.labels, grad_scale=grad_scale or 1.0)
+        means = mean_by_sample(tokens.loss, batch.sample_of, batch.counts)
+        counts = batch.counts.to(means.dtype)
+        grown = torch.ones_like(means) if grad_scale is None else counts.log2().ceil().exp2()
+        squares = recorded.squared_norms(means if grad_scale is None else means * grown)
+    to_loss = counts ** (1 - LOSSES[loss])
+    norms = squares.sqrt()
+    effort = squares.sum(1).sqrt()
+    if grad_scale is not None:
+        norms, effort = norms / (grown * grad_scale)[:, None], effort / (grown * grad_scale)
     return {
-        "effort": squares.sqrt(),
-        "loss": loss.detach(),
+        "effort": effort * to_loss,
+        "loss": means.detach() * to_loss,
         "el2n": mean_by_sample(tokens.el2n, batch.sample_of, batch.counts),
         "entropy": mean_by_sample(tokens.entropy, batch.sample_of, batch.counts),
+        "site_norms": norms * to_loss[:, None],
     }

@@ -1,10 +1,12 @@
 """Which weights a score looks at, found by a model's structure and not by a list of names. torch alone.
 
-A scope is the phi of STAFF's Eq. 2. `SCOPES` says what there is; a pass over the pool costs about the same for the
-first two, and a backward pass through the whole model for "lora".
+A scope is the phi of STAFF's Eq. 2; `SCOPES` says what there is and what each costs, in passes over the pool forward
+through the whole model.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +15,27 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from staff.gradnorm import Head, Site
 
 SCOPES = {
-    "last-value": "the last block's value projection: the cheapest, and the default",
-    "last-block": "every linear weight of the last block, at about the same price",
-    "lora": "the trainable LoRA matrices of the whole model: a backward pass through every block",
+    "last-value": "the last block's value projection: forward, and back through the last block alone; the default",
+    "last-block": "every linear weight of the last block: about the same price",
+    "linear": "every linear weight of the blocks, no embeddings, no head: back through every block, and the norms; 2 to 3 times the price",
+    "lora": "the trainable LoRA matrices of the whole model: forward, and back through every block; twice the price",
+    "released": "lora_B of a fresh LoRA on the last value projection, as the authors' script has it: the price of last-value",
 }
+RELEASED_RANK, RELEASED_ALPHA = 81, 16
+PROBE = (2, 16)  # samples and tokens of the batch that shows how layers see their input
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A module with one weight matrix: nn.Linear and what derives from it, GPT-2's Conv1D."""
-    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+    """A module with one weight matrix: nn.Linear and what derives from it, GPT-2's Conv1D, quantised layers of either kind."""
+    if isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf")):
+        return True
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return all(isinstance(size, int) for size in sizes) and next(module.children(), None) is None
+
+
+def weight_shape(module: nn.Module) -> tuple[int, int]:
+    """(outputs, inputs) of a linear layer, whatever way its weight is packed."""
+    return (module.nf, module.nx) if hasattr(module, "nf") else (module.out_features, module.in_features)  # type: ignore[return-value]
 
 
 def inner(model: nn.Module) -> nn.Module:
@@ -40,8 +54,7 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     Raises:
         ValueError: there is none.
     """
-    causal = inner(model)
-    config = causal.config.get_text_config() if hasattr(causal.config, "get_text_config") else causal.config
+    causal, config = inner(model), text_config(model)
     lists = [(name.count("."), module) for name, module in causal.named_modules() if isinstance(module, nn.ModuleList)]
     fitting = [(depth, module) for depth, module in lists if len(module) == config.num_hidden_layers]
     if not fitting:
@@ -49,6 +62,12 @@ def blocks(model: nn.Module) -> nn.ModuleList:
             f"found no list of {config.num_hidden_layers} blocks in {type(causal).__name__}: this architecture is not supported"
         )
     return min(fitting, key=lambda pair: pair[0])[1]
+
+
+def text_config(model: nn.Module):
+    """The configuration of the language model, of a model that sees images too."""
+    config = inner(model).config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _linears(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
@@ -62,13 +81,17 @@ def value_projection(model: nn.Module) -> Site:
     Found by two probes. With one token, softmax is over a single key and so 1: queries and keys get no gradient.
     With two tokens and a loss on the second, the first token's outputs matter only where attention carries them
     over: its query, its output projection and its MLP get none. What is left in both is the value projection. A block
-    that shares an earlier block's values has none of its own, and the earlier one is found.
+    that shares an earlier block's values has none of its own, and the earlier one is found; so it is with blocks that
+    have no attention. Where values are made in two steps (multi-head latent attention) it is the second.
 
     Raises:
         ValueError: no block has one.
     """
-    all_blocks = blocks(model)
+    all_blocks, config = blocks(model), text_config(model)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     for index in reversed(range(len(all_blocks))):
+        if not hasattr(config, "num_attention_heads") or (kinds and not _is_softmax(kinds[index])):
+            continue  # no softmax to tell values by: a state space or a linear attention
         named = _linears(all_blocks[index], f"blocks.{index}.")
         alone = _moves_last_token(model, [module for _, module in named], num_tokens=1)
         carried = _moves_last_token(model, [module for _, module in named], num_tokens=2)
@@ -79,6 +102,10 @@ def value_projection(model: nn.Module) -> Site:
             name, module = named[place]
             return Site(module, None if is_value[place].all() else torch.nonzero(is_value[place])[:, 0], name)
     raise ValueError(f"found no value projection in {type(inner(model)).__name__}; try --scope last-block")
+
+
+def _is_softmax(kind: str) -> bool:
+    return kind in ("attention", "hybrid") or (kind.endswith("_attention") and not kind.startswith("linear"))
 
 
 def _moves_last_token(model: nn.Module, modules: list[nn.Module], num_tokens: int) -> dict[int, Tensor]:
@@ -92,7 +119,8 @@ def _moves_last_token(model: nn.Module, modules: list[nn.Module], num_tokens: in
 
     def keep(place):
         def hook(module, args, output):
-            outputs[place] = output if output.requires_grad else output.requires_grad_(True)
+            if isinstance(output, Tensor):  # a router may hand out more
+                outputs[place] = output if output.requires_grad else output.requires_grad_(True)
 
         return hook
 
@@ -117,42 +145,135 @@ def _moves_last_token(model: nn.Module, modules: list[nn.Module], num_tokens: in
             handle.remove()
         if not is_plain:
             causal.set_attn_implementation(implementation)
-    by_place = zip(outputs, grads, strict=True)
-    return {place: grad[0, 0] != 0 for place, grad in by_place if grad is not None and grad.ndim == 3}
+    in_order = {
+        place: grad.reshape(num_tokens, -1)[0]
+        for place, grad in zip(outputs, grads, strict=True)
+        if grad is not None and grad.ndim >= 3 and len(grad) == 1 and grad[..., 0].numel() == num_tokens
+    }
+    return {place: grad != 0 for place, grad in in_order.items()}
 
 
-def sites(model: nn.Module, scope: str) -> list[Site]:
+def sites(model: nn.Module, scope: str, seed: int = 0) -> list[Site]:
     """The weights of a scope.
 
     Args:
         model: a causal language model, perhaps with a LoRA adapter.
         scope: a key of `SCOPES`.
+        seed: of the fresh adapter of scope "released".
 
     Raises:
         ValueError: unknown scope, or the model does not have what it needs.
     """
+    check(model, scope)
     if scope == "last-value":
         return [value_projection(model)]
-    if scope == "last-block":
-        last = len(blocks(model)) - 1
-        found = _linears(blocks(model)[last], f"blocks.{last}.")
-        _check_experts(blocks(model)[last], scope)
-        return [Site(module, None, name) for name, module in found]
+    if scope == "released":
+        return [_released(model, seed)]
     if scope == "lora":
         found = [(name, m) for name, m in model.named_modules() if is_linear(m) and (".lora_A." in name or ".lora_B." in name)]
         if not found:
             raise ValueError("scope 'lora' needs a model with a LoRA adapter; this one has none")
-        return [Site(module, None, name) for name, module in found]
-    raise ValueError(f"scope must be one of {', '.join(SCOPES)}; found {scope!r}")
+    else:
+        counted = _counted_blocks(model, scope)
+        found = [linear for name, block in counted.items() for linear in _linears(block, f"{name}.")]
+    return [Site(module, None, name) for name, module in _that_run(model, found, scope)]
 
 
-def _check_experts(block: nn.Module, scope: str) -> None:
-    """Weights of experts are three-dimensional or see a part of the tokens: the scope can't be had there."""
-    for name, module in block.named_modules():
-        if "expert" in type(module).__name__.lower() or (isinstance(module, nn.ModuleList) and "expert" in name):
-            raise ValueError(
-                f"scope {scope!r} needs plain linear weights, but the last block routes tokens to experts ({name}); use --scope last-value"
-            )
+def check(model: nn.Module, scope: str) -> None:
+    """Can the scope be had? Looks at the structure alone, so a model on the meta device will do.
+
+    Raises:
+        ValueError: no such scope, or it takes in weights that are no plain linear layers.
+    """
+    if scope not in SCOPES:
+        raise ValueError(f"scope must be one of {', '.join(SCOPES)}; found {scope!r}")
+    wrapped = [name for name, module in model.named_modules() if type(module).__name__ == "ParamWrapper"]
+    if scope == "lora" and wrapped:
+        where = f"its adapter changes experts from within ({wrapped[-1]})"
+        raise ValueError(f"scope 'lora' can't be had, {where}: use --scope last-value or released")
+    if scope not in ("last-block", "linear"):
+        return
+    for block_name, block in _counted_blocks(model, scope).items():
+        for name, module in block.named_modules():
+            routed = isinstance(module, nn.ModuleList) and "expert" in name
+            fused = "expert" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
+            cubes = [p for p in module.parameters(recurse=False) if p.ndim >= 3]
+            if routed or fused or (cubes and not isinstance(module, (nn.Conv1d, nn.Conv2d))):
+                raise ValueError(
+                    f"scope {scope!r} needs plain linear weights, but {block_name}.{name} of {type(inner(model)).__name__} sends tokens to "
+                    "experts, whose weights see a part of them: use --scope last-value, lora or released"
+                )
+
+
+def _counted_blocks(model: nn.Module, scope: str) -> dict[str, nn.Module]:
+    """The blocks of scopes "last-block" and "linear" by name."""
+    every = {f"blocks.{index}": block for index, block in enumerate(blocks(model))}
+    return every if scope == "linear" else dict([list(every.items())[-1]])
+
+
+def _that_run(model: nn.Module, found: list[tuple[str, nn.Module]], scope: str) -> list[tuple[str, nn.Module]]:
+    """Those layers that a forward pass calls, each with all tokens of the batch in order.
+
+    Raises:
+        ValueError: a layer sees its tokens otherwise.
+    """
+    shapes: dict[str, torch.Size] = {}
+
+    def keep(name):
+        def hook(module, args, output):
+            shapes[name] = args[0].shape
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in found]
+    samples, tokens = PROBE
+    ids = torch.arange(3, 3 + samples * tokens, device=next(model.parameters()).device) % text_config(model).vocab_size
+    try:
+        with torch.no_grad():
+            decoder(model)(input_ids=ids.reshape(PROBE), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, shape in shapes.items():
+        if shape[0] != samples and shape[:-1] != (samples * tokens,):
+            raise ValueError(f"scope {scope!r} can't be had: {name} sees {tuple(shape)} of a batch of {samples} x {tokens} tokens")
+    return [(name, module) for name, module in found if name in shapes]
+
+
+def _released(model: nn.Module, seed: int) -> Site:
+    """The weight that the authors' script takes the norm on: `lora_B` of a fresh LoRA on the last value projection.
+
+    Reproduced from selection/effort_score.py: rank 81, alpha 16, no dropout, matrix A drawn as PEFT draws it (uniform
+    within 1 / sqrt(I)), B = 0, so that the model computes what it did without. The gradient of B is
+    (alpha / rank) G A^T, with G that of the value projection: no adapter has to be there. Left out: the script adds the
+    same gradient twice before it takes the norm, a factor of 2 that no ratio or region sees; and it finds the layer by a
+    number for each of five model names. A is ours to draw: the script has no seed.
+    """
+    site = value_projection(model)
+    inputs = weight_shape(site.module)[1]
+    drawn = torch.rand(RELEASED_RANK, inputs, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    drawn *= RELEASED_ALPHA / RELEASED_RANK / math.sqrt(inputs)
+    return Site(site.module, site.rows, site.name, drawn.to(next(model.parameters()).device))
+
+
+def drop_tuned_queries_and_values(model: nn.Module) -> list[str]:
+    """Undo the tuning of the query and value projections, in place, as the authors' script does without saying so.
+
+    It puts its fresh adapter under the name of the tuned one, on "q_proj" and "v_proj": there the tuned matrices are
+    lost, everywhere else they stay. In a model with a fused projection it is that one, queries, keys and values.
+
+    Returns:
+        the names of the layers; none where the model has no adapter.
+    """
+    tuned = {name: module for name, module in model.named_modules() if hasattr(module, "lora_B") and hasattr(module, "base_layer")}
+    if not tuned:
+        return []
+    wanted = {"q_proj", "v_proj", value_projection(model).name.removesuffix(".base_layer").rsplit(".", 1)[-1]}
+    dropped = [name for name in tuned if name.rsplit(".", 1)[-1] in wanted]
+    for name in dropped:
+        for matrix in tuned[name].lora_B.values():
+            nn.init.zeros_(matrix.weight)
+    return dropped
 
 
 def head_of(model: nn.Module) -> Head:
@@ -162,8 +283,8 @@ def head_of(model: nn.Module) -> Head:
         ValueError: the model does something else to its logits than a scale and a soft cap.
     """
     causal = inner(model)
-    config = causal.config.get_text_config() if hasattr(causal.config, "get_text_config") else causal.config
-    scale = getattr(config, "logit_scale", None) or 1.0
+    config = text_config(model)
+    scale = (getattr(config, "logit_scale", None) or 1.0) * (getattr(config, "lm_head_multiplier", None) or 1.0)
     scale /= getattr(config, "logits_scaling", None) or 1.0
     head = Head(causal.get_output_embeddings(), scale, getattr(config, "final_logit_softcapping", None))
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,6 +14,8 @@ from staff.pool import Batch, Pool, batches, collate
 
 SHARD = 512  # samples whose scores are written together; batches never cross one, so a resumed run cuts them alike
 QUANTITIES = ("effort", "loss", "el2n", "entropy")
+FLOAT16_SCALES = (2.0**8, 2.0**-4)  # what gradients are multiplied by on their way; the second for samples that overflow
+CALIBRATION = 128  # samples that a model's layer means are taken over where it never sees the whole pool
 
 
 class Scorer:
@@ -22,18 +25,46 @@ class Scorer:
         model: a causal language model, perhaps with an adapter, on its device.
         scope: a key of `scopes.SCOPES`.
         batch_tokens: padded tokens of a batch at most.
+        loss: a key of `gradnorm.LOSSES`.
+        balance: keep the norm of each weight apart, so that `level` can divide it by its mean over the pool.
+        seed: of scope "released". A tuned draft loses its query and value matrices there, for good.
 
     Raises:
         ValueError: the model has no such scope, or an unknown head.
     """
 
-    def __init__(self, model: torch.nn.Module, scope: str = "last-value", batch_tokens: int = 4096, padding_side: str = "right"):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        scope: str = "last-value",
+        batch_tokens: int = 4096,
+        padding_side: str = "right",
+        *,
+        loss: str = "mean",
+        balance: bool = False,
+        seed: int = 0,
+    ):
         self.model = model.eval().requires_grad_(False)
-        self.batch_tokens = batch_tokens
-        self.padding_side = padding_side
+        self.batch_tokens, self.padding_side, self.loss, self.balance = batch_tokens, padding_side, loss, balance
         self.device = next(model.parameters()).device
         self.head = scopes.head_of(model)
-        self.sites = scopes.sites(model, scope)
+        if scope == "released":
+            scopes.drop_tuned_queries_and_values(model)
+        self.sites = scopes.sites(model, scope, seed)
+        self.site_means: np.ndarray | None = None
+        self._takes_positions = "position_ids" in inspect.signature(scopes.decoder(model).forward).parameters
+
+    def calibrate(self, pool: Pool, positions: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Take the mean norm of each weight over some samples; from here on efforts are levelled by them.
+
+        For a model that scores single samples and never the whole pool, as the target does in verification.
+
+        Returns:
+            (sites,) float64.
+        """
+        self.site_means = None
+        self.site_means = self.scores(pool, positions)["site_norms"].mean(0, dtype=np.float64)
+        return self.site_means
 
     def scores(
         self, pool: Pool, positions: Sequence[int] | np.ndarray, on_samples: Callable[[int], None] | None = None
@@ -45,37 +76,65 @@ class Scorer:
             on_samples: called after each batch with the number of its samples.
 
         Returns:
-            each of QUANTITIES as (k,) float32 (float64 for a float64 model), in the order asked for.
+            each of QUANTITIES as (k,) float32 (float64 for a float64 model), in the order asked for. With `balance`
+            "site_norms" (k, sites) besides, and "effort" levelled where the means are known.
 
         Raises:
             ValueError: a score is nan or infinite; the message names the positions.
         """
         positions = np.asarray(positions)
-        cut = batches(pool.lengths[positions], self.batch_tokens)
-        parts = []
-        for places in cut:
-            parts.append(self._batch(collate(pool, positions[places], self.device, padding_side=self.padding_side)))
-            if on_samples:
-                on_samples(len(places))
-        order = np.argsort(np.concatenate(cut)) if cut else np.empty(0, np.int64)
-        found = {
-            name: torch.cat([part[name] for part in parts]).cpu().numpy()[order] if parts else np.empty(0, np.float32)
-            for name in QUANTITIES
-        }
+        is_float16 = self.head.module.weight.dtype == torch.float16
+        first, *others = FLOAT16_SCALES if is_float16 else (None,)
+        found = self._scores(pool, positions, first, on_samples)
+        for scale in others:
+            again = np.flatnonzero(~np.isfinite(found["effort"]))
+            if len(again):
+                for name, values in self._scores(pool, positions[again], scale).items():
+                    found[name][again] = values
         bad = positions[~np.isfinite(found["effort"])]
         if len(bad):
             raise ValueError(
                 f"{len(bad)} samples have an effort that is nan or infinite (positions {bad[:5].tolist()}): "
                 "the model overflows on them; try --dtype float32"
             )
+        if self.site_means is not None:
+            found["effort"] = level(found["site_norms"], self.site_means)
         return found
 
-    def _batch(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def _scores(self, pool, positions, grad_scale, on_samples=None) -> dict[str, np.ndarray]:
+        cut = batches(pool.lengths[positions], self.batch_tokens)
+        parts = []
+        for places in cut:
+            parts.append(self._batch(collate(pool, positions[places], self.device, padding_side=self.padding_side), grad_scale))
+            if on_samples:
+                on_samples(len(places))
+        order = np.argsort(np.concatenate(cut)) if cut else np.empty(0, np.int64)
+        empty = {name: np.empty(0, np.float32) for name in QUANTITIES}
+        empty |= {"site_norms": np.empty((0, len(self.sites)), np.float32)} if self.balance else {}
+        return {name: torch.cat([part[name] for part in parts]).cpu().numpy()[order] if parts else none for name, none in empty.items()}
+
+    def _batch(self, batch: Batch, grad_scale: float | None) -> dict[str, torch.Tensor]:
         def forward():
-            extra = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids} if batch.attention_mask is not None else {}
+            extra = {} if batch.attention_mask is None else {"attention_mask": batch.attention_mask}
+            if extra and self._takes_positions:
+                extra["position_ids"] = batch.position_ids
             return scopes.decoder(self.model)(input_ids=batch.input_ids, use_cache=False, **extra).last_hidden_state
 
-        return efforts(forward, self.head, self.sites, batch)
+        return efforts(forward, self.head, self.sites, batch, self.loss, grad_scale)
+
+
+def level(site_norms: np.ndarray, means: np.ndarray) -> np.ndarray:
+    """Efforts with the norm of each weight divided by its mean, so that wide layers do not drown the others.
+
+    Args:
+        site_norms: (k, sites).
+        means: (sites,); a weight whose mean is 0 never has a gradient, and is left out.
+
+    Returns:
+        (k,) sqrt of the sum of (norm / mean)^2, in the type of site_norms.
+    """
+    shares = np.divide(site_norms, means, out=np.zeros(site_norms.shape), where=means > 0)
+    return np.sqrt(np.square(shares).sum(1)).astype(site_norms.dtype)
 
 
 def score_shards(
@@ -95,10 +154,12 @@ def score_shards(
         on_samples: called with the number of samples that were just done, those from disk included.
 
     Returns:
-        each of QUANTITIES, (n,).
+        each of QUANTITIES, (n,). Of a scorer with `balance`, "site_means" (sites,) besides, the mean norm of each
+        weight over the pool, and "effort" levelled by them; the norms themselves stay with the shards.
     """
     made: list[Scorer] = []
     parts = []
+    sums = np.zeros(0)
     for number, start in enumerate(range(0, len(pool), shard)):
         positions = np.arange(start, min(start + shard, len(pool)))
         part = load(number)
@@ -109,5 +170,13 @@ def score_shards(
             save(number, part)
         elif on_samples:
             on_samples(len(positions))
-        parts.append(part)
-    return {name: np.concatenate([part[name] for part in parts]) if parts else np.empty(0, np.float32) for name in QUANTITIES}
+        if "site_norms" in part:
+            sums = part["site_norms"].sum(0, dtype=np.float64) + (sums if number else 0)
+        parts.append({name: part[name] for name in QUANTITIES})
+    found = {name: np.concatenate([part[name] for part in parts]) if parts else np.empty(0, np.float32) for name in QUANTITIES}
+    if len(sums):  # a second walk over the shards: all norms at once may not fit
+        found["site_means"] = sums / len(pool)
+        shards = (load(number) for number in range(len(parts)))
+        found["effort"] = np.concatenate([level(part["site_norms"], found["site_means"]) for part in shards if part])
+        assert len(found["effort"]) == len(pool), "a shard that was saved is gone"
+    return found
