@@ -104,7 +104,7 @@ def _parse(kind: type, arguments: Sequence[str], program: str, switches: tuple[s
             break
     known = {"config FILE.yaml": "a YAML file of settings: flags typed earlier", **{name: SWITCHES[name] for name in switches}}
     description = "\n".join([kind.__doc__ or "", "", *(f"--{name}: {text}" for name, text in known.items())])
-    return tyro.cli(kind, args=rest, default=default, prog=program, description=description), given
+    return tyro.cli(kind, args=rest, default=default, prog=program, description=description, config=(tyro.conf.OmitArgPrefixes,)), given
 
 
 class _Progress:

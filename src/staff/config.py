@@ -14,11 +14,36 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How the data is read; the same for every command."""
+
+    columns: str | None = None
+    """Which columns hold what, as in prompt=question,response=answer; found by looking where not given."""
+    train_on: Literal["last", "all"] = "last"
+    """Take the loss on the last assistant turn of a conversation, or on every one."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What to do with a row that can't be used: stop, or leave it out, count it and list it."""
+    dataset_info: str | None = None
+    """LLaMA-Factory's dataset_info.json, or its folder; --data then names entries."""
+    split: str | None = None
+    """Split of a hub data set, or of a folder that holds several."""
+    dataset_config: str | None = None
+    """Configuration of a hub data set."""
+    revision: str | None = None
+    """Revision of a hub data set."""
+
+    def keywords(self) -> dict[str, Any]:
+        """As `formats.read` takes them."""
+        values = dataclasses.asdict(self)
+        return {"config": values.pop("dataset_config"), **values}
+
+
+@dataclass(frozen=True)
 class SelectConfig:
     """Choose the coreset of a pool: the main job."""
 
     data: tuple[str, ...] = ()
-    """The pool: JSONL or Parquet files with prompt/response, prompt/completion or messages."""
+    """The pool: JSONL, JSON, CSV, TSV, Parquet or Arrow files, a folder, a hub data set, or - for standard input."""
     target: str = ""
     """The model the coreset is for: a hub id, a folder or a .gguf file."""
     draft: str | None = None
@@ -65,8 +90,8 @@ class SelectConfig:
     """Tokens of a sample at most; longer prompts lose their start."""
     seed: int = 42
     """One seed for the draft's sample and adapter, the draws, the picks and the fill."""
-    on_bad_row: Literal["error", "skip"] = "error"
-    """What to do with a row that can't be used: stop, or leave it out, count it and list it."""
+    reading: Reading = Reading()
+    """How the data is read."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
     dtype: Dtype = "auto"
@@ -116,8 +141,8 @@ class ScoreConfig:
     """Tokens of a sample at most; longer prompts lose their start."""
     seed: int = 42
     """Seed of that adapter."""
-    on_bad_row: Literal["error", "skip"] = "error"
-    """What to do with a row that can't be used: stop, or leave it out and count it."""
+    reading: Reading = Reading()
+    """How the data is read."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
     dtype: Dtype = "auto"
@@ -163,8 +188,8 @@ class FinetuneConfig:
     """Tokens of a sample at most; longer prompts lose their start."""
     seed: int = 42
     """Seed of the adapter and of the order of the samples."""
-    on_bad_row: Literal["error", "skip"] = "error"
-    """What to do with a row that can't be used: stop, or leave it out, count it and list it."""
+    reading: Reading = Reading()
+    """How the data is read."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
     dtype: Dtype = "auto"
@@ -204,22 +229,40 @@ def _in_range(config, name: str, low, high, open_below: bool = False, open_above
         raise ValueError(f"{flag} must lie in {interval}; found {value}")
 
 
+def flat(config) -> dict[str, Any]:
+    """Every setting by its own name, those of a group (`reading`) among the rest."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        values |= flat(value) if dataclasses.is_dataclass(value) else {field.name: value}
+    return values
+
+
+def _groups(kind: type) -> dict[str, type]:
+    """The fields of a config that are configs themselves."""
+    return {field.name: type(field.default) for field in dataclasses.fields(kind) if dataclasses.is_dataclass(field.default)}
+
+
 def from_mapping(kind: type, values: dict[str, Any], source: str):
-    """A config of named fields, as a YAML file has them.
+    """A config of named settings, as a YAML file has them: flat, those of a group among the rest.
 
     Raises:
         ValueError: a name that no field has, or a value of the wrong type; says what was meant.
     """
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    groups = _groups(kind)
+    own = {field.name: field for field in dataclasses.fields(kind) if field.name not in groups}
+    fields = own | {field.name: field for group in groups.values() for field in dataclasses.fields(group)}
     clean: dict[str, Any] = {}
     for name, value in values.items():
         key = str(name).replace("-", "_")
         if key not in fields:
             near = difflib.get_close_matches(key, fields, 1)
-            raise ValueError(
-                f"{source}: there is no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(fields)}")
-            )
+            cure = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(fields)}"
+            raise ValueError(f"{source}: there is no setting {name!r}; {cure}")
         clean[key] = _typed(value, str(fields[key].type), f"{source}: {name}")
+    for name, group in groups.items():
+        taken = {field.name: clean.pop(field.name) for field in dataclasses.fields(group) if field.name in clean}
+        clean[name] = group(**taken)
     return kind(**clean)
 
 
@@ -285,5 +328,5 @@ def to_yaml(config) -> str:
     """A config as YAML that `read_yaml` and `from_mapping` turn into the same config again."""
     import yaml
 
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(config).items()}
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in flat(config).items()}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=False)

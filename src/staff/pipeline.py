@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from staff import formats
-from staff.config import FinetuneConfig, ScoreConfig, SelectConfig, from_mapping, read_yaml, to_yaml
+from staff.config import FinetuneConfig, ScoreConfig, SelectConfig, flat, from_mapping, read_yaml, to_yaml
 from staff.methods import METHODS, Method
 from staff.scorefile import read_scores, write_scores
 from staff.sources import locate
@@ -74,12 +74,17 @@ def select(config: SelectConfig, data: Any = None, *, update: bool = False, on_p
     method, options = _check(config, data)
     tell = on_progress or (lambda stage, done, total: None)
     sources = _sources(config, method)
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_RESULTS}
+    settings = {name: value for name, value in flat(config).items() if name not in NOT_RESULTS}
 
     def read() -> formats.Rows:
-        return formats.read(data if data is not None else list(config.data), on_bad_row=config.on_bad_row)
+        return formats.read(data if data is not None else list(config.data), **config.reading.keywords())
 
-    located = locate(list(config.data)) if data is None else None
+    reading = config.reading
+    located = (
+        None
+        if data is not None
+        else locate(list(config.data), reading.split, reading.dataset_config, reading.revision, reading.dataset_info)
+    )
     run = RunDirectory(config.output or tempfile.mkdtemp(prefix="staff-"))
     try:
         inputs = {name: fingerprint({path.name: run.hash_file(path) for path in source.files()}) for name, source in sources.items()}
@@ -306,14 +311,14 @@ def finetune(config: FinetuneConfig, *, on_progress: Progress | None = None) -> 
             raise ValueError(f"name the {name} with --{name}")
     assert config.output
     tell = on_progress or (lambda stage, done, total: None)
-    rows = formats.read(list(config.data), on_bad_row=config.on_bad_row)
+    rows = formats.read(list(config.data), **config.reading.keywords())
     source = models.resolve(config.model, "--model")
     device = models.pick_device(config.device)
     dtype = models.pick_dtype(config.dtype, device)
     run = RunDirectory(config.output)
     try:
         inputs = {"data": _fingerprint_rows(rows), "model": fingerprint({path.name: run.hash_file(path) for path in source.files()})}
-        settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_RESULTS}
+        settings = {name: value for name, value in flat(config).items() if name not in NOT_RESULTS}
         run.begin(settings, inputs, update=False)
         if (run.path / "adapter_model.safetensors").exists() and (run.path / "config.yaml").exists():
             logger.info("%s is finished: nothing to do", run.path)
@@ -360,14 +365,15 @@ def score(config: ScoreConfig, *, on_progress: Progress | None = None) -> tuple[
 
     tell = on_progress or (lambda stage, done, total: None)
     source = models.resolve(config.model, "--model")
-    rows = formats.read(list(config.data), on_bad_row=config.on_bad_row)
+    rows = formats.read(list(config.data), **config.reading.keywords())
     run = RunDirectory(output.with_suffix(".unfinished"))
     try:
         inputs = {"data": _fingerprint_rows(rows), "target": fingerprint({path.name: run.hash_file(path) for path in source.files()})}
         names = {field.name for field in dataclasses.fields(SelectConfig)}
-        shared = {name: value for name, value in dataclasses.asdict(config).items() if name in names}
-        run.begin({name: value for name, value in shared.items() if name not in NOT_RESULTS}, inputs, update=True)
-        work = Work(SelectConfig(**shared), run, rows, {"target": source}, inputs, tell)
+        shared = {name: getattr(config, name) for name in names & {field.name for field in dataclasses.fields(config)}}
+        stand_in = SelectConfig(**shared)
+        run.begin({name: value for name, value in flat(stand_in).items() if name not in NOT_RESULTS}, inputs, update=True)
+        work = Work(stand_in, run, rows, {"target": source}, inputs, tell)
         found = work.quantities("target")
         columns = {"row": rows.numbers, "id": [example.id for example in rows.examples()], **found}
         write_scores(output, {**columns, "tokens": work.pool("target").response_tokens()})
@@ -387,7 +393,7 @@ def load_run(path: str | Path) -> Run:
     if not (folder / "manifest.json").exists():
         raise ValueError(f"{folder} holds no finished run (no manifest.json)")
     config = from_mapping(SelectConfig, read_yaml(folder / "config.yaml"), str(folder / "config.yaml"))
-    finished = _finished(folder, None, lambda: formats.read(list(config.data), on_bad_row=config.on_bad_row))
+    finished = _finished(folder, None, lambda: formats.read(list(config.data), **config.reading.keywords()))
     if finished is None:
         raise ValueError(f"{folder}: its files are not as they were written; run `staff select --config {folder / 'config.yaml'} --update`")
     return finished

@@ -41,7 +41,7 @@ class Work:
     def _pool_key(self, name: str) -> dict[str, Any]:
         return {
             "data": self.inputs["data"],
-            "on_bad_row": self.config.on_bad_row,
+            "reading": dataclasses.asdict(self.config.reading),
             "tokenizer": self.inputs[name],
             "max_length": self.config.max_length,
         }
