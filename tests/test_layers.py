@@ -17,10 +17,10 @@ ROWS = [
     ["finetune", "score"],
     ["scopes", "pool", "models", "inspect_data", "export"],
     ["gradnorm", "formats", "graph", "store"],
-    ["config", "types", "tables", "sources", "readers", "writers", "layouts"],
+    ["config", "types", "tables", "sources", "model_files", "readers", "writers", "layouts"],
 ]
 HUGGING_FACE = {"transformers", "peft", "datasets", "huggingface_hub", "accelerate", "tokenizers"}
-KNOWS_HUGGING_FACE = {"formats", "sources", "tables", "pool", "models", "draft", "finetune", "inspect_data", "export"}
+KNOWS_HUGGING_FACE = {"formats", "sources", "tables", "pool", "models", "model_files", "draft", "finetune", "inspect_data", "export"}
 
 
 def imports(path):
@@ -57,7 +57,11 @@ def test_imports_run_down(module):
 
 
 def test_importing_staff_and_its_numbers_loads_no_torch():
-    assert not loads("import staff, staff.methods, staff.config, staff.store, staff.plan, staff.cli, staff.formats, staff.pipeline", "torch", "transformers")
+    assert not loads(
+        "import staff, staff.methods, staff.config, staff.store, staff.plan, staff.cli, staff.formats, staff.pipeline",
+        "torch",
+        "transformers",
+    )
 
 
 def test_methods_are_numpy_alone():

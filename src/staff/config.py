@@ -58,12 +58,18 @@ class SelectConfig:
     """The run's folder. Typing the same command again goes on where it stopped."""
     method: str = "staff"
     """How samples are chosen: staff, direct (score the target itself, no draft) or random."""
-    scope: Literal["last-value", "last-block", "lora"] = "last-value"
+    scope: Literal["last-value", "last-block", "linear", "lora", "released"] = "last-value"
     """Which weights the effort is taken on."""
+    loss: Literal["mean", "sum", "sqrt"] = "mean"
+    """L of a sample: its response tokens' losses summed and divided by their number, by nothing, or by the number's root."""
+    balance_layers: bool = False
+    """Divide the gradient norm of each weight by its mean over the pool first, so that wide layers do not drown the others."""
     draft_epochs: float = 3.0
     """T, epochs of fine-tuning the draft before it scores; 0 scores it as it comes."""
     draft_share: float = 1.0
     """f, share of the pool that the draft is fine-tuned on, drawn at random, in (0, 1]."""
+    target_epochs: float = 3.0
+    """Epochs of fine-tuning the target for the methods that score a fine-tuned one: grand, el2n, ccs, d2."""
     draft_blocks: Literal["even", "first", "last", "ends"] = "even"
     """Which blocks a self:N draft keeps: spread evenly, the first, the last, or half from either end."""
     num_regions: int = 50
@@ -96,6 +102,8 @@ class SelectConfig:
     """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
     dtype: Dtype = "auto"
     """What the models compute in; auto is bfloat16 where the hardware has it, else float32."""
+    load_in: Literal["8bit", "4bit"] | None = None
+    """Quantise the models' weights as they load, with bitsandbytes."""
     batch_tokens: int = 4096
     """Padded tokens of a scoring batch at most."""
     checkpoint_seconds: float = 60.0
@@ -116,8 +124,10 @@ class SelectConfig:
         _in_range(self, "draft_share", 0, 1, open_below=True)
         _in_range(self, "hard_cutoff", 0, 1, open_above=True)
         _in_range(self, "draft_epochs", 0, None)
+        _in_range(self, "target_epochs", 0, None, open_below=True)
         for name in ("num_regions", "verification_budget", "batch_tokens"):
             _in_range(self, name, 1, None)
+        _check_scoring(self)
         _check_training(self)
 
 
@@ -131,8 +141,12 @@ class ScoreConfig:
     """A hub id, a folder or a .gguf file."""
     output: str | None = None
     """The Parquet file to write: row, id, effort, loss, el2n, entropy, tokens."""
-    scope: Literal["last-value", "last-block", "lora"] = "last-value"
+    scope: Literal["last-value", "last-block", "linear", "lora", "released"] = "last-value"
     """Which weights the effort is taken on."""
+    loss: Literal["mean", "sum", "sqrt"] = "mean"
+    """L of a sample: its response tokens' losses summed and divided by their number, by nothing, or by the number's root."""
+    balance_layers: bool = False
+    """Divide the gradient norm of each weight by its mean over the pool first, so that wide layers do not drown the others."""
     lora_rank: int = 8
     """Rank of the fresh adapter that scope lora looks at, where the model has none."""
     lora_alpha: int = 16
@@ -147,6 +161,8 @@ class ScoreConfig:
     """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
     dtype: Dtype = "auto"
     """What the model computes in; auto is bfloat16 where the hardware has it, else float32."""
+    load_in: Literal["8bit", "4bit"] | None = None
+    """Quantise the weights as they load, with bitsandbytes."""
     batch_tokens: int = 4096
     """Padded tokens of a scoring batch at most."""
     trust_remote_code: bool = False
@@ -158,6 +174,7 @@ class ScoreConfig:
         object.__setattr__(self, "data", tuple(self.data))
         for name in ("batch_tokens", "lora_rank"):
             _in_range(self, name, 1, None)
+        _check_scoring(self)
         _in_range(self, "max_length", 2, None)
         _in_range(self, "seed", 0, 2**32 - 1)
 
@@ -205,6 +222,11 @@ class FinetuneConfig:
         object.__setattr__(self, "data", tuple(self.data))
         _in_range(self, "epochs", 0, None, open_below=True)
         _check_training(self)
+
+
+def _check_scoring(config) -> None:
+    if config.balance_layers and config.scope in ("last-value", "released"):
+        raise ValueError(f"--balance-layers needs a scope of several weights, as last-block or linear; {config.scope} has one")
 
 
 def _check_training(config) -> None:

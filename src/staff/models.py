@@ -1,14 +1,20 @@
-"""Find, identify and load models: a hub id, a folder, or a .gguf file; and which smaller sibling could be the draft."""
+"""Load models, and say which smaller sibling could be the draft and what a token costs. No torch until one is loaded."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from staff.model_files import Source as Source
+from staff.model_files import check_quantised
+from staff.model_files import resolve as resolve
 
 if TYPE_CHECKING:  # models are found and identified without torch: a finished run is recognised in no time
     import torch
@@ -42,66 +48,6 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "OPT": (r"opt-", ("opt",), ("facebook/opt-125m", "facebook/opt-350m", "facebook/opt-1.3b", "facebook/opt-2.7b")),
     "OLMo 2": (r"olmo-?2", ("olmo2",), ("allenai/OLMo-2-0425-1B", "allenai/OLMo-2-1124-7B")),
 }
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-DESCRIBES = ("config.json", "generation_config.json", "tokenizer*", "*.jinja", "special_tokens_map.json", "vocab*", "merges.txt", "*.model")
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model comes from.
-
-    Attributes:
-        name: as the user gave it.
-        folder: what transformers loads from; the file's folder for a .gguf.
-        gguf: the .gguf file's name, or None.
-    """
-
-    name: str
-    folder: Path
-    gguf: str | None = None
-
-    def files(self) -> list[Path]:
-        """The files that make the model what it is, sorted."""
-        if self.gguf:
-            return [self.folder / self.gguf]
-        return sorted({path for pattern in (*WEIGHTS, *DESCRIBES) for path in self.folder.glob(pattern) if path.is_file()})
-
-
-def resolve(name: str, flag: str = "--target") -> Source:
-    """Find a model's files; a hub id is fetched (or taken from the hub's cache) whole.
-
-    Raises:
-        ValueError: there is no such model; says what was tried.
-    """
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ValueError(f"{flag} {name}: there is no such file")
-        return Source(name, path.parent, path.name)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            adapter = (path / "adapter_config.json").is_file()
-            cure = "it is a LoRA adapter: merge it into its base first" if adapter else "name the folder that holds it"
-            raise ValueError(f"{flag} {name}: the folder has no config.json; {cure}")
-        if not any(path.glob("*.safetensors")):
-            raise ValueError(f"{flag} {name}: the folder has no .safetensors weights; convert the model (pickled weights are not read)")
-        return Source(name, path)
-    if path.exists() or not HUB_ID.fullmatch(name) or name.startswith((".", "/", "~")):
-        raise ValueError(f"{flag} {name}: there is no such folder or .gguf file, and it is not a hub id (owner/model)")
-    return Source(name, _fetch(name, flag))
-
-
-def _fetch(name: str, flag: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=[*WEIGHTS, *DESCRIBES, "*.py"]))
-    except Exception as error:  # the hub's client raises its own, requests' and httpx's errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"{flag} {name}: no such folder here, and the hub did not give it ({type(error).__name__}: {reason[:200]})"
-        ) from None
 
 
 def self_blocks(draft: str | None) -> int | None:
@@ -202,26 +148,102 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False):
     """
     from transformers import AutoTokenizer
 
-    extra = {"gguf_file": source.gguf} if source.gguf else {}
-    return _quietly(lambda: AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **extra), source)
+    extra = {"gguf_file": source.gguf} if source.gguf and source.tokenizer == source.folder else {}
+    return _quietly(lambda: AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=trust_remote_code, **extra), source)
 
 
-def load_model(source: Source, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> torch.nn.Module:
+def check(source: Source, scope: str, load_in: str | None = None, trust_remote_code: bool = False) -> None:
+    """Can the model be loaded so, and has it the scope? Reads configurations, no weights: seconds, even for a large model.
+
+    Raises:
+        ValueError: a library that is missing, or a scope that can't be had; before anything is loaded or trained.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from staff import scopes
+
+    check_quantised(source, load_in)
+
+    def empty():
+        extra = {"gguf_file": source.gguf} if source.gguf else {}
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **extra)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return _bare_lora(model) if scope == "lora" else model
+
+    scopes.check(_quietly(empty, source), scope)
+
+
+def _bare_lora(model: torch.nn.Module) -> torch.nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def load_model(
+    source: Source,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    load_in: str | None = None,
+    merge: bool = True,
+) -> torch.nn.Module:
     """The model, in eval mode, its parameters frozen.
+
+    Args:
+        load_in: "8bit" (LLM.int8) or "4bit" (NF4), by bitsandbytes as it loads; `dtype` is then what it computes in.
+            LLM.int8 looks for outliers over a batch, so an 8-bit score depends a little on its batch.
+        merge: fold a LoRA adapter into the base, in `dtype`: a plain model, cut, tuned and scored like any other. A
+            quantised base keeps it apart, since folding would quantise its matrices too. False: keep it apart, as a
+            PEFT model, to be scored in scope "lora".
 
     Raises:
         ValueError: it can't be loaded; the reason in one line.
     """
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig
 
-    extra = {"gguf_file": source.gguf, "quantization_config": GgufConfig(dequantize=True)} if source.gguf else {"use_safetensors": True}
+    is_quantised = bool(check_quantised(source, load_in) or load_in)
+    extra: dict[str, Any] = {"use_safetensors": True}
+    if source.gguf:
+        _check_gguf()
+        extra = {"gguf_file": source.gguf, "quantization_config": GgufConfig(dequantize=True)}
+        if load_in:
+            raise ValueError(f"{source.name}: --load-in {load_in} can't be had of a .gguf file itself: unpack it first")
+    elif load_in == "8bit":
+        extra["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif load_in == "4bit":
+        extra["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    if is_quantised:
+        extra["device_map"] = {"": device}
 
     def load():
         return AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, trust_remote_code=trust_remote_code, **extra)
 
-    if source.gguf:
-        _check_gguf()
-    return _quietly(load, source).to(device).eval().requires_grad_(False)
+    model = _quietly(load, source)
+    if is_quantised:
+        for module in model.modules():  # else bitsandbytes repacks 4-bit weights on a CPU so that no gradient gets through
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    else:
+        model = model.to(device)
+    adapter = source.adapter
+    if adapter:
+        model = _quietly(lambda: _put_on(model, adapter, merge and not is_quantised), source)
+    return model.eval().requires_grad_(False)
+
+
+def _put_on(model: torch.nn.Module, adapter: Path, merge: bool) -> torch.nn.Module:
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")  # it fits another model
+        warnings.filterwarnings("ignore", message=".*fan_in_fan_out")  # GPT-2's transposed weights: peft sees to them
+        try:
+            wrapped = PeftModel.from_pretrained(model, str(adapter))
+        except UserWarning as warning:
+            raise ValueError(f"the adapter does not fit its base: {warning}") from None
+    return wrapped.merge_and_unload() if merge else wrapped
 
 
 def _check_gguf() -> None:
@@ -244,13 +266,14 @@ def unpack_gguf(source: Source, folder: Path, dtype: torch.dtype) -> Source:
 
     done = folder / "unpacked.json"
     if not done.exists():
-        model, tokenizer = load_model(source, dtype, torch.device("cpu")), load_tokenizer(source)
+        alone = replace(source, adapter=None)
+        model, tokenizer = load_model(alone, dtype, torch.device("cpu")), load_tokenizer(alone)
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         _quietly(lambda: model.save_pretrained(folder), source)
         tokenizer.save_pretrained(folder)
         done.write_text(json.dumps({"from": source.name}) + "\n", encoding="utf-8")
-    return Source(source.name, folder)
+    return replace(source, folder=folder, gguf=None)
 
 
 @dataclass(frozen=True)
@@ -276,11 +299,21 @@ class Size:
 
 
 def measure(model: torch.nn.Module) -> Size:
-    """Count a loaded model's weights, adapters left out."""
+    """Count a loaded model's weights, adapters left out; of experts those that a token meets."""
     from staff import scopes
 
-    def count(module) -> int:
-        return sum(parameter.numel() for name, parameter in module.named_parameters() if parameter.ndim >= 2 and "lora_" not in name)
+    share = scopes.share_of_experts(model)
+
+    def count(block) -> int:
+        total = 0.0
+        for name, module in block.named_modules():
+            if "lora_" in name:
+                continue
+            if scopes.is_linear(module):  # a quantised weight is packed: its own size says little
+                total += math.prod(scopes.weight_shape(module))
+            else:
+                total += sum(p.numel() * (share if p.ndim >= 3 else 1) for p in module.parameters(recurse=False) if p.ndim >= 2)
+        return round(total)
 
     each = [count(block) for block in scopes.blocks(model)]
     return Size(sum(each[:-1]), each[-1], scopes.inner(model).get_output_embeddings().weight.numel())

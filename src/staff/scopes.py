@@ -70,6 +70,14 @@ def text_config(model: nn.Module):
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def share_of_experts(model: nn.Module) -> float:
+    """The share of its experts that a token meets; 1 for a model without any."""
+    config = text_config(model)
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    total = next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+    return (getattr(config, "num_experts_per_tok", None) or total) / total if total else 1.0
+
+
 def _linears(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
     """All linear layers below a module, adapters left out."""
     return [(prefix + name, m) for name, m in module.named_modules() if is_linear(m) and "lora_" not in name]

@@ -154,8 +154,8 @@ def score_shards(
         on_samples: called with the number of samples that were just done, those from disk included.
 
     Returns:
-        each of QUANTITIES, (n,). Of a scorer with `balance`, "site_means" (sites,) besides, the mean norm of each
-        weight over the pool, and "effort" levelled by them; the norms themselves stay with the shards.
+        each of QUANTITIES, (n,). Of a scorer with `balance`, "effort" is levelled by the mean norm of each weight over
+        the pool; the norms themselves stay with the shards.
     """
     made: list[Scorer] = []
     parts = []
@@ -175,8 +175,8 @@ def score_shards(
         parts.append({name: part[name] for name in QUANTITIES})
     found = {name: np.concatenate([part[name] for part in parts]) if parts else np.empty(0, np.float32) for name in QUANTITIES}
     if len(sums):  # a second walk over the shards: all norms at once may not fit
-        found["site_means"] = sums / len(pool)
+        means = sums / len(pool)
         shards = (load(number) for number in range(len(parts)))
-        found["effort"] = np.concatenate([level(part["site_norms"], found["site_means"]) for part in shards if part])
+        found["effort"] = np.concatenate([level(part["site_norms"], means) for part in shards if part])
         assert len(found["effort"]) == len(pool), "a shard that was saved is gone"
     return found

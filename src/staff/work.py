@@ -63,13 +63,16 @@ class Work:
 
     def _base_key(self, name: str) -> dict[str, Any]:
         keeps = self.config.draft if name == "draft" and (self.config.draft or "").startswith("self") else None
-        return {"weights": self.inputs[name], "blocks": [keeps, self.config.draft_blocks] if keeps else None}
+        blocks = [keeps, self.config.draft_blocks] if keeps else None
+        return {"weights": self.inputs[name], "blocks": blocks, "load_in": self.config.load_in}
 
     def _scores_key(self, name: str) -> dict[str, Any]:
         model = self._adapter_key() if name == "draft" and self.config.draft_epochs else self._base_key(name)
-        # with no adapter of its own a model gets a fresh, seeded one to be scored in scope "lora"
-        fresh = [self.config.lora_rank, self.config.lora_alpha, self.config.seed] if self.config.scope == "lora" else None
-        return {"model": model, "pool": self._pool_key(name), "scope": self.config.scope, "lora": fresh, **self._engine_key()}
+        config = self.config
+        # with no adapter of its own a model gets a fresh, seeded one to be scored in scope "lora"; "released" has its own
+        fresh = {"lora": [config.lora_rank, config.lora_alpha, config.seed], "released": [config.seed]}.get(config.scope)
+        measured = {"scope": config.scope, "lora": fresh, "loss": config.loss, "balance_layers": config.balance_layers}
+        return {"model": model, "pool": self._pool_key(name), **measured, **self._engine_key()}
 
     def pool(self, name: str):
         """The pool in a model's tokens."""
@@ -110,10 +113,14 @@ class Work:
         return models.load_tokenizer(self._source(name), self.config.trust_remote_code)
 
     def _load(self, name: str):
-        """A base model, cut to its blocks where the draft is the target's own."""
+        """A base model, cut to its blocks where the draft is the target's own; an adapter that it came with is merged,
+        save where its matrices are what is scored."""
         from staff import draft, models
 
-        model = models.load_model(self._source(name), self.dtype, self.device, self.config.trust_remote_code)
+        config = self.config
+        scored = config.scope == "lora" and not (name == "draft" and config.draft_epochs)
+        source = self._source(name)
+        model = models.load_model(source, self.dtype, self.device, config.trust_remote_code, config.load_in, merge=not scored)
         keep = models.self_blocks(self.config.draft) if name == "draft" else None
         return draft.cut(model, keep, self.config.draft_blocks) if keep else model
 
@@ -151,11 +158,17 @@ class Work:
             write_json(done, {"samples": len(positions), "epochs": config.draft_epochs})
         return folder
 
-    def scorer(self, name: str):
-        """A model ready to score; the one loaded before it is freed."""
-        from staff import finetune, models
-        from staff.score import Scorer
+    def scorer(self, name: str, calibrate: bool = False):
+        """A model ready to score; the one loaded before it is freed.
 
+        Args:
+            calibrate: it will score single samples and not the pool. With --balance-layers the mean norm of each weight
+                is then taken over `score.CALIBRATION` samples, drawn by the seed and counted as the verification they are for.
+        """
+        from staff import finetune, models
+        from staff.score import CALIBRATION, Scorer
+
+        config = self.config
         if self._scorer and self._scorer[0] == name:
             return self._scorer[1]
         self.free()
@@ -165,12 +178,23 @@ class Work:
         size = models.measure(model)
         if adapter:
             model = finetune.load_adapter(model, adapter)
-        elif self.config.scope == "lora":
-            model = finetune.add_lora(model, self.config.lora_rank, self.config.lora_alpha, self.config.seed)
-        self._scorer = (name, Scorer(model, self.config.scope, self.config.batch_tokens))
+        elif config.scope == "lora" and not hasattr(model, "peft_config"):
+            model = finetune.add_lora(model, config.lora_rank, config.lora_alpha, config.seed)
+        made = Scorer(model, config.scope, config.batch_tokens, loss=config.loss, balance=config.balance_layers, seed=config.seed)
+        self._scorer = (name, made)
         self.run.spend(stage="load models", seconds=time.monotonic() - began)
-        write_json(self.run.piece("scores", self._scores_key(name)) / "size.json", dataclasses.asdict(size))
-        return self._scorer[1]
+        folder = self.run.piece("scores", self._scores_key(name))
+        write_json(folder / "size.json", dataclasses.asdict(size))
+        if calibrate and config.balance_layers:
+            kept = read_arrays(folder / "site_means.npz")
+            if kept:
+                made.site_means = kept["means"]
+            else:
+                pool, began = self.pool(name), time.monotonic()
+                drawn = np.random.default_rng([config.seed, 2]).choice(len(pool), min(CALIBRATION, len(pool)), replace=False)
+                write_arrays(folder / "site_means.npz", {"means": made.calibrate(pool, np.sort(drawn))})
+                self._spend(f"verify on the {name}", name, np.sort(drawn), time.monotonic() - began)
+        return made
 
     def free(self) -> None:
         """Let go of the model that is loaded."""
@@ -224,7 +248,7 @@ class Work:
         pool, stage = self.pool(name), f"verify on the {name}"
 
         def score(positions: np.ndarray) -> np.ndarray:
-            scorer = self.scorer(name)
+            scorer = self.scorer(name, calibrate=True)
             began = time.monotonic()
             found = scorer.scores(pool, positions)["effort"]
             self._spend(stage, name, positions, time.monotonic() - began)

@@ -1,0 +1,150 @@
+"""Find and identify a model's files: a hub id, a folder, a LoRA adapter with its base, or a .gguf file. No torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+TOKENIZER = ("tokenizer*", "*.jinja", "special_tokens_map.json", "vocab*", "merges.txt", "*.model")
+DESCRIBES = ("config.json", "generation_config.json", *TOKENIZER)
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+# what a config.json calls its quantisation -> the package that transformers needs to load it, for the common ones
+QUANTISERS = {
+    "bitsandbytes": "bitsandbytes",
+    "gptq": "gptqmodel",
+    "awq": "gptqmodel",
+    "compressed-tensors": "compressed_tensors",
+    "hqq": "hqq",
+    "torchao": "torchao",
+    "quanto": "optimum.quanto",
+    "aqlm": "aqlm",
+    "fp8": "triton",
+    "mxfp4": "kernels",
+}
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from.
+
+    Attributes:
+        name: as the user gave it.
+        folder: what transformers loads from; the file's folder for a .gguf.
+        gguf: the .gguf file's name, or None.
+        adapter: the folder of a LoRA adapter on it, or None.
+    """
+
+    name: str
+    folder: Path
+    gguf: str | None = None
+    adapter: Path | None = None
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of the tokenizer: an adapter may bring its own."""
+        return self.adapter if self.adapter and (self.adapter / "tokenizer_config.json").is_file() else self.folder
+
+    def files(self) -> list[Path]:
+        """The files that make the model what it is, adapter included; no two have the same name."""
+        files = [self.folder / self.gguf] if self.gguf else _matching(self.folder, (*WEIGHTS, *DESCRIBES))
+        if self.adapter:
+            own = _matching(self.adapter, (*ADAPTER, *TOKENIZER) if self.tokenizer == self.adapter else ADAPTER)
+            names = {path.name for path in own}
+            files = [path for path in files if path.name not in names] + own
+        return files
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+
+
+def resolve(name: str, flag: str = "--target") -> Source:
+    """Find a model's files; a hub id is fetched (or taken from the hub's cache) whole.
+
+    A LoRA adapter is found with its base: the one its adapter_config.json names, a folder or .gguf file beside the adapter
+    or below the working directory, or a hub id.
+
+    Raises:
+        ValueError: there is no such model; says what was tried.
+    """
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"{flag} {name}: there is no such file")
+        return Source(name, path.parent, path.name)
+    if path.is_dir():
+        return _in_folder(name, path, flag)
+    if path.exists() or not HUB_ID.fullmatch(name) or name.startswith((".", "/", "~")):
+        raise ValueError(f"{flag} {name}: there is no such folder or .gguf file, and it is not a hub id (owner/model)")
+    return _in_folder(name, _fetch(name, flag), flag)
+
+
+def _in_folder(name: str, folder: Path, flag: str) -> Source:
+    has_weights = any(path.name != "adapter_model.safetensors" for path in folder.glob("*.safetensors"))
+    if (folder / "adapter_config.json").is_file() and not has_weights:
+        return _with_base(name, folder, flag)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{flag} {name}: the folder has no config.json; name the folder that holds it")
+    if not has_weights:
+        raise ValueError(f"{flag} {name}: the folder has no .safetensors weights; convert the model (pickled weights are not read)")
+    return Source(name, folder)
+
+
+def _with_base(name: str, folder: Path, flag: str) -> Source:
+    """A LoRA adapter and the base that it names."""
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{flag} {name}: its adapter_config.json is not valid JSON ({error})") from None
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{flag} {name}: its adapter is of type {config.get('peft_type')}; only LoRA adapters are read")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ValueError(f"{flag} {name}: the adapter has no adapter_model.safetensors (pickled weights are not read)")
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{flag} {name}: its adapter_config.json names no base model; write it there as base_model_name_or_path")
+    beside = folder / base
+    try:
+        found = resolve(str(beside) if beside.exists() else base, "its base model,")
+    except ValueError as error:
+        raise ValueError(f"{flag} {name}: {error}") from None
+    if found.adapter:
+        raise ValueError(f"{flag} {name}: its base model, {base}, is an adapter itself; merge that one into its own base first")
+    return Source(name, found.folder, found.gguf, folder)
+
+
+def _fetch(name: str, flag: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[*WEIGHTS, *DESCRIBES, *ADAPTER, "*.py"]))
+    except Exception as error:  # the hub's client raises its own, requests' and httpx's errors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{flag} {name}: no such folder here, and the hub did not give it ({type(error).__name__}: {reason[:200]})"
+        ) from None
+
+
+def check_quantised(source: Source, load_in: str | None = None) -> str | None:
+    """How a folder's weights are quantised already, None where they aren't.
+
+    Raises:
+        ValueError: the library for it, or for `load_in`, is missing; or it is asked for twice.
+    """
+    config = source.folder / "config.json"
+    settings = json.loads(config.read_text(encoding="utf-8")).get("quantization_config") if config.is_file() else None
+    method = settings.get("quant_method", "bitsandbytes") if settings else None
+    if method and load_in:
+        raise ValueError(f"{source.name} is quantised already ({method}): leave --load-in {load_in} away")
+    if load_in and load_in not in ("8bit", "4bit"):
+        raise ValueError(f"--load-in must be 8bit or 4bit; found {load_in!r}")
+    package = QUANTISERS.get(method) if method else "bitsandbytes" if load_in else None
+    if package and find_spec(package.split(".")[0]) is None:
+        what = f"--load-in {load_in}" if load_in else f"{source.name} is quantised ({method}), which"
+        raise ValueError(f"{what} needs the {package} package: pip install {package.replace('.', '-')}")
+    return method
