@@ -85,7 +85,8 @@ VALUE = {
 }
 
 
-def make_model(layout: str, dtype=torch.float64, seed: int = 0) -> torch.nn.Module:
+def make_model(layout: str, dtype=torch.float64, seed: int = 0, settle: float = 5.0) -> torch.nn.Module:
+    """A model of its own random weights; matrices are `settle` times as large as a library would make them."""
     config = copy.deepcopy(LAYOUTS[layout])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -94,7 +95,7 @@ def make_model(layout: str, dtype=torch.float64, seed: int = 0) -> torch.nn.Modu
             if parameter.ndim == 1:
                 parameter.data += 0.3 * torch.randn(parameter.shape)
             elif "embed" not in name and "wte" not in name:
-                parameter.data *= 5
+                parameter.data *= settle
     if layout in EXPERT_LAYOUTS and dtype == torch.float64:
         model.set_experts_implementation("eager")  # the grouped product knows no float64
     return model.to(dtype).eval().requires_grad_(False)
