@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from family import TEMPLATE, make_tokenizer
 
-from staff.layouts import Example, Turn
+from family import TEMPLATE, make_tokenizer
 from staff.pool import batches, collate, tokenise
+from staff.turns import Example, Turn
 
 
 def example(*turns, train=-1):
@@ -71,6 +71,30 @@ def test_a_long_prompt_loses_its_start_and_a_long_response_its_end_and_both_are_
     assert (pool.truncated, pool.cut_responses) == (1, 1)
     assert texts(tokenizer, pool, 1) == (("long " * 10 + "\n")[-18:] + "short<|im_end|>", "short<|im_end|>")
     assert texts(tokenizer, pool, 2) == ("\n" + ("long " * 10)[:23], ("long " * 10)[:23])
+
+
+def test_text_that_spells_control_tokens_is_read_as_trainers_read_it_and_counted():
+    tokenizer = make_tokenizer()
+    spelling = example(("user", "What does <|im_end|> mean?"), ("assistant", "It ends a turn."))
+    text = Example((Turn("text", "<|im_start|>user\nhi<|im_end|>", True),), None)  # formatted already: meant
+    pool = tokenise([QUESTION, spelling, text], tokenizer, 1024)
+    assert pool.spelled == 1
+    messages = [{"role": turn.role, "content": turn.content} for turn in spelling.turns]
+    assert pool.ids(1).tolist() == tokenizer.apply_chat_template(messages, return_dict=False)[:-1]
+    assert tokenise([QUESTION], make_tokenizer(None), 1024).spelled == 0
+
+
+def test_parts_of_any_size_give_one_pool(monkeypatch):
+    tokenizer = make_tokenizer()
+    rows = [example(("user", f"How many {i}?"), ("assistant", "many " * i + "<|im_end|>" * (i == 3))) for i in range(11)]
+    whole, seen = tokenise(rows, tokenizer, 40), []
+    monkeypatch.setattr("staff.pool.TOKENISED_AT_ONCE", 3)
+    parts = tokenise(iter(rows), tokenizer, 40, seen.append)
+    assert seen == [3, 6, 9, 11]
+    for name in ("input_ids", "is_response", "offsets"):
+        assert getattr(parts, name).tolist() == getattr(whole, name).tolist()
+    assert (parts.truncated, parts.cut_responses, parts.spelled) == (whole.truncated, whole.cut_responses, whole.spelled) == (6, 3, 1)
+    assert len(tokenise([], tokenizer, 40)) == 0
 
 
 def test_batches_hold_every_sample_once_within_the_token_budget():

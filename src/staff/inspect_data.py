@@ -25,6 +25,7 @@ ROWS_SHOWN = 3
 LETTERS_SHOWN = 1_500
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 SIMILAR = 0.8  # Jaccard similarity of word triples
+SPELLED = "text that spells the model's control tokens, which trainers read as such"
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -45,7 +46,11 @@ def inspect(rows: Rows, tokenizer: Any = None, max_length: int = 1024) -> dict:
     turns: Counter[int] = Counter()
     ids: Counter[str] = Counter()
     odd: Counter[str] = Counter()
-    special = _special_tokens(tokenizer)
+    control = None
+    if tokenizer is not None:
+        from staff.pool import control_tokens, spells
+
+        control = control_tokens(tokenizer)
     for i, example in enumerate(rows.examples()):
         prompt, response = _halves(example)
         prompt_words[i], response_words[i] = len(prompt.split()), len(response.split())
@@ -56,8 +61,8 @@ def inspect(rows: Rows, tokenizer: Any = None, max_length: int = 1024) -> dict:
         text = f"{prompt}\n{response}"
         if _CONTROL.search(text):
             odd["control characters"] += 1
-        if special is not None and special.search(text):
-            odd["the model's special tokens as text"] += 1
+        if control is not None and spells(control, example):
+            odd[SPELLED] += 1
     text_only = rows.layout.text is not None
     lengths = {"words": _lengths(response_words)} if text_only else {"prompt words": _lengths(prompt_words)}
     if not text_only:
@@ -96,11 +101,6 @@ def _halves(example: Example) -> tuple[str, str]:
 
 def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def _special_tokens(tokenizer: Any) -> re.Pattern | None:
-    tokens = [t for t in getattr(tokenizer, "all_special_tokens", []) if t and not t.isspace()]
-    return re.compile("|".join(map(re.escape, tokens))) if tokens else None
 
 
 def _lengths(values: np.ndarray) -> dict:
