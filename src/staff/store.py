@@ -1,28 +1,40 @@
 """The run directory: files whole or absent, pieces by fingerprint, one run at a time, the ledger of target calls.
 
-    config.yaml  inputs.json  work/  then coreset.jsonl  indices.npy  regions.csv  cost.json  manifest.json
+    config.yaml  work/  then coreset.jsonl  indices.npy  regions.csv  cost.json  manifest.json
 
 A piece of `work/` lies in a folder named by a fingerprint of exactly what determines it, with that written out in its
-key.json, so a resumed run takes what fits and never what doesn't.
+key.json, so a resumed run takes what fits and never what doesn't. Everything that is taken up again has a checksum: what
+is damaged is named in a warning and made again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
+import struct
+import time
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 logger = logging.getLogger(__name__)
+
+NAMES = "__names__"  # in an .npz, the names of its arrays: each array has a checksum, but a lost one would not be missed
+SEAL = "finished.json"  # in a folder of files, says that all are there and what their checksums are
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# what zipfile and numpy raise over flipped bytes
+DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, ValueError, OSError, EOFError, LookupError, RuntimeError, MemoryError)
+ASIDE = re.compile(r"\.(.+)\.\d+(\.partial)?")
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
@@ -46,12 +58,92 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def write_checked(path: Path, values: Mapping[str, Any]) -> None:
+    """A mapping as JSON that `read_checked` takes up again, with a checksum of the rest."""
+    write_json(path, {**values, "checksum": fingerprint(values)})
+
+
+def read_checked(path: Path) -> dict[str, Any] | None:
+    """What `write_checked` wrote, or None where there is nothing whole, which is said."""
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.pop("checksum") == fingerprint(values):
+            return values
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    logger.warning("%s is damaged; it is made again", path)
+    return None
+
+
+def seal(folder: Path, files: Iterable[str], **about: Any) -> None:
+    """Say that a folder's files are all there, with a checksum of each; what is told about them goes in too."""
+    for name in files:
+        with open(folder / name, "rb") as written:
+            os.fsync(written.fileno())
+    write_checked(folder / SEAL, {**about, "files": {name: hash_file(folder / name) for name in files}})
+
+
+def sealed(folder: Path) -> dict[str, Any] | None:
+    """What `seal` said of a folder, or None where it is not finished or a file is not as it was written, which is said."""
+    told = read_checked(folder / SEAL)
+    if told is None:
+        return None
+    return None if changed_files(folder, told["files"]) else told
+
+
+def changed_files(folder: Path, files: Mapping[str, str]) -> list[str]:
+    """The files that are gone or not as they were written, by checksum; a warning names each."""
+    changed = []
+    for name, digest in files.items():
+        path = folder / name
+        if not path.is_file() or hash_file(path) != digest:
+            logger.warning("%s is %s; it is made again", path, "damaged" if path.exists() else "gone")
+            changed.append(name)
+    return changed
+
+
+@contextlib.contextmanager
+def full_disk_is_said(path: Path) -> Iterator[None]:
+    """Turn what a full disk raises, in us or in a library, into one message. Any other error of a file names it.
+
+    Raises:
+        ValueError: the disk is full, or a file can't be written or read.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        if _is_full(error):
+            raise ValueError(f"{path}: the disk is full. Free some space; the same command goes on from here") from error
+        if isinstance(error, OSError) and error.filename and not isinstance(error, BrokenPipeError):
+            raise ValueError(f"{error.filename}: {error.strerror}. The same command goes on from here") from error
+        raise
+    except Exception as error:  # safetensors has an error class of its own, straight below Exception
+        if _is_full(error):
+            raise ValueError(f"{path}: the disk is full. Free some space; the same command goes on from here") from error
+        raise
+
+
+def _is_full(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return True
+        if type(error).__name__ == "SafetensorError" and re.search(r"os error (28|27|122)\b|code: (28|27|122)\b", str(error)):
+            return True
+        # torch.save reports no errno: a write of its archive that did not go through has hardly another cause
+        if isinstance(error, RuntimeError) and re.search(r"PytorchStreamWriter failed|file write failed|unexpected pos", str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Named arrays as .npz: no pickle, a checksum for each inside, equal arrays give equal bytes."""
 
     def write(aside: Path) -> None:
         with open(aside, "wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
+            np.savez(file, allow_pickle=False, **arrays, **{NAMES: np.array(list(arrays), dtype=np.str_)})
 
     write_aside(path, write)
 
@@ -62,8 +154,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
         return None
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, KeyError):
+            return {name: arrays[name] for name in arrays[NAMES].tolist()}
+    except DAMAGE:
         logger.warning("%s is damaged; it is made again", path)
         return None
 
@@ -78,7 +170,7 @@ def hash_file(path: Path, remembered: dict[str, list] | None = None) -> str:
     status = path.stat()
     seen = [status.st_size, status.st_mtime_ns]
     name = str(path.resolve())
-    if remembered is not None and remembered.get(name, [])[:2] == seen:
+    if remembered is not None and name in remembered and remembered[name][:2] == seen:
         return remembered[name][2]
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -107,21 +199,38 @@ class RunDirectory:
         self.path = Path(path)
         self.work = self.path / "work"
         self._is_new = not self.path.exists() or not any(self.path.iterdir()) if not self.path.is_file() else False
-        if self.path.is_dir() and not self.work.is_dir() and any(self.path.iterdir()):
+        # work/ may be deleted once a run is finished
+        is_run = self.work.is_dir() or all((self.path / name).is_file() for name in ("manifest.json", "config.yaml"))
+        if self.path.is_dir() and not is_run and any(self.path.iterdir()):
             raise ValueError(f"{self.path} holds files that are not a run's: name an empty or a new folder with --output")
         try:
             self.work.mkdir(parents=True, exist_ok=True)
             self._lock = _hold(self.work / "lock")
-        except (PermissionError, NotADirectoryError, FileExistsError, OSError) as error:
+        except OSError as error:
             if isinstance(error, BlockingIOError):
                 holder = (self.work / "lock").read_text().strip() or "another process"
                 raise ValueError(f"{self.path} is in use by {holder}: wait for it, stop it, or name another --output") from None
+            if error.errno in FULL:
+                raise ValueError(f"{self.path}: the disk is full. Free some space, or name another --output") from None
             raise ValueError(f"{self.path} can't be written to: {error.strerror}; name another folder with --output") from None
         self._hashes_path = self.work / "hashes.json"
-        self._hashes: dict[str, list] = _read_json(self._hashes_path) or {}
+        self._hashes: dict[str, list] = (read_checked(self._hashes_path) or {}).get("hashes", {})
+        for left in (*self.path.glob(".*"), *self.work.rglob(".*")):
+            if ASIDE.fullmatch(left.name) and left.is_file():
+                left.unlink(missing_ok=True)  # what a killed process was writing
+        self._pieces: set[Path] = set()  # whose key.json was looked at
+        self._log = _Log(self.work / "log.txt")
+        if (self.work / "begun.json").exists():
+            self._log.open()
+        logging.getLogger("staff").addHandler(self._log)
+
+    def note(self, line: str) -> None:
+        """Write a line to work/log.txt, with the time: stages, versions; never a user's text."""
+        self._log.write(line)
 
     def close(self) -> None:
         """Let go of the folder; one in which nothing was begun is left as it was found."""
+        logging.getLogger("staff").removeHandler(self._log)
         if self._is_new and not (self.work / "begun.json").exists():
             remove(self.work)
             with contextlib.suppress(OSError):
@@ -133,7 +242,7 @@ class RunDirectory:
         known = len(self._hashes), self._hashes.get(str(path.resolve()))
         digest = hash_file(path, self._hashes)
         if known != (len(self._hashes), self._hashes.get(str(path.resolve()))):
-            write_json(self._hashes_path, self._hashes)
+            write_checked(self._hashes_path, {"hashes": self._hashes})
         return digest
 
     def begin(self, config: Mapping[str, Any], inputs: Mapping[str, Any], update: bool) -> None:
@@ -148,8 +257,8 @@ class RunDirectory:
             ValueError: settings or inputs have changed since; each is named.
         """
         path = self.work / "begun.json"
-        before = _read_json(path)
-        now = {"settings": dict(config), "inputs": dict(inputs)}
+        before = read_checked(path)
+        now = json.loads(json.dumps({"settings": dict(config), "inputs": dict(inputs)}))
         if before is not None and not update:
             settings = differences(before["settings"], now["settings"])
             if settings:
@@ -163,33 +272,48 @@ class RunDirectory:
                     f"{', '.join(changed)} changed since {self.path} was begun. Name another --output, "
                     "or add --update to keep what still fits and do the rest again"
                 )
-        if before != json.loads(json.dumps(now)):
-            write_json(path, now)
+        if before != now:
+            write_checked(path, now)
+        self._log.open()
 
     def piece(self, kind: str, key: Mapping[str, Any]) -> Path:
         """The folder of a piece of work, made by its first caller: work/KIND-FINGERPRINT, the key in key.json."""
         path = self.work / f"{kind}-{fingerprint(key)}"
-        if not (path / "key.json").exists():
-            write_json(path / "key.json", key)
+        about = path / "key.json"
+        if path not in self._pieces:
+            try:
+                whole = about.exists() and fingerprint(json.loads(about.read_text(encoding="utf-8"))) == fingerprint(key)
+            except ValueError:
+                whole = False
+            if not whole:
+                if about.exists():
+                    logger.warning("%s is damaged; it is made again", about)
+                write_json(about, key)
+            self._pieces.add(path)
         return path
 
     def spend(self, **entry: Any) -> None:
         """Append a line to the account of work done: stage, seconds, samples, tokens, and what else is known."""
-        with open(self.work / "account.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        with open(self.work / "account.jsonl", "ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # the last line of a killed run
+                    file.write(b"\n")
+            file.write(json.dumps(entry).encode() + b"\n")
 
     def account(self) -> dict[str, dict[str, float]]:
         """What each stage took over all the times this run was started: stage -> summed numbers."""
         total: dict[str, dict[str, float]] = {}
         path = self.work / "account.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        for line in path.read_bytes().splitlines() if path.exists() else []:
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError:
+                name, numbers = str(entry.pop("stage")), {str(key): value + 0 for key, value in entry.items()}
+            except (ValueError, KeyError, TypeError, AttributeError):
                 continue  # the last line of a killed run
-            stage = total.setdefault(entry.pop("stage"), {})
-            for name, value in entry.items():
-                stage[name] = stage.get(name, 0) + value
+            stage = total.setdefault(name, {})
+            for key, value in numbers.items():
+                stage[key] = stage.get(key, 0) + value
         return total
 
 
@@ -211,11 +335,34 @@ def _hold(path: Path):
     return file
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
+class _Log(logging.Handler):
+    """work/log.txt: what is noted, and the warnings of this package. Kept in memory until the run is begun."""
+
+    def __init__(self, path: Path):
+        super().__init__(logging.WARNING)
+        self._path, self._is_open = path, False
+        self._waiting: list[str] = []
+
+    def open(self) -> None:
+        self._is_open = True
+        waiting, self._waiting = self._waiting, []
+        for line in waiting:
+            self._append(line)
+
+    def write(self, text: str) -> None:
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        line = f"{stamp} {' '.join(text.split())}\n"
+        if self._is_open:
+            self._append(line)
+        else:
+            self._waiting.append(line)
+
+    def _append(self, line: str) -> None:
+        with contextlib.suppress(OSError), open(self._path, "a", encoding="utf-8") as file:  # no run ends for its log
+            file.write(line)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.write(f"{record.levelname.lower()}: {record.getMessage()}")
 
 
 class Ledger:
@@ -232,14 +379,18 @@ class Ledger:
         self, path: Path, score: Callable[[np.ndarray], np.ndarray], part: int = 128, on_progress: Callable[[int, int], None] | None = None
     ):
         self._path, self._score, self._part, self._on_progress = path, score, part, on_progress
-        self._files = 0
+        self._taken: set[int] = set()
         self._known: dict[int, float] = {}
-        while (kept := read_arrays(self._file())) is not None:
-            self._known.update(zip(kept["positions"].tolist(), kept["scores"].tolist(), strict=True))
-            self._files += 1
+        for file in sorted(path.glob("ledger-*.npz")):
+            kept = read_arrays(file)
+            if kept is not None:
+                self._known.update(zip(kept["positions"].tolist(), kept["scores"].tolist(), strict=True))
+                self._taken.add(int(file.stem.removeprefix("ledger-")))
 
-    def _file(self) -> Path:
-        return self._path / f"ledger-{self._files:05d}.npz"
+    @property
+    def next(self) -> int:
+        """Number of the next part: the first whose file is not there, or is damaged and so asked for again."""
+        return next(number for number in range(len(self._taken) + 1) if number not in self._taken)
 
     def __len__(self) -> int:
         """Samples that the target has scored."""
@@ -251,8 +402,9 @@ class Ledger:
         for start in range(0, len(missing), self._part):
             asked = missing[start : start + self._part]
             scores = np.asarray(self._score(asked), np.float32)
-            write_arrays(self._file(), {"positions": asked, "scores": scores})
-            self._files += 1
+            number = self.next
+            write_arrays(self._path / f"ledger-{number:05d}.npz", {"positions": asked, "scores": scores})
+            self._taken.add(number)
             self._known.update(zip(asked.tolist(), scores.tolist(), strict=True))
             if self._on_progress:
                 self._on_progress(len(positions) - len(missing) + start + len(asked), len(positions))
