@@ -45,7 +45,12 @@ def inner(model: nn.Module) -> nn.Module:
 
 def decoder(model: nn.Module) -> nn.Module:
     """The part below the head: tokens to final hidden states."""
-    return inner(model).get_decoder()
+    causal = inner(model)
+    found = causal.get_decoder()
+    if found is causal:  # Llama 4 finds no further than itself
+        within = blocks(model)
+        found = next(child for child in causal.children() if any(module is within for module in child.modules()))
+    return found
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
@@ -101,8 +106,8 @@ def value_projection(model: nn.Module) -> Site:
         if not hasattr(config, "num_attention_heads") or (kinds and not _is_softmax(kinds[index])):
             continue  # no softmax to tell values by: a state space or a linear attention
         named = _linears(all_blocks[index], f"blocks.{index}.")
-        alone = _moves_last_token(model, [module for _, module in named], num_tokens=1)
-        carried = _moves_last_token(model, [module for _, module in named], num_tokens=2)
+        alone = _moves_last_token(model, all_blocks[index], [module for _, module in named], num_tokens=1)
+        carried = _moves_last_token(model, all_blocks[index], [module for _, module in named], num_tokens=2)
         is_value = {place: alone[place] & carried[place] for place in alone if place in carried}
         found = [place for place in is_value if is_value[place].any()]
         if found:
@@ -116,14 +121,18 @@ def _is_softmax(kind: str) -> bool:
     return kind in ("attention", "hybrid") or (kind.endswith("_attention") and not kind.startswith("linear"))
 
 
-def _moves_last_token(model: nn.Module, modules: list[nn.Module], num_tokens: int) -> dict[int, Tensor]:
-    """Which outputs of each module, at the first token, move the last token's hidden state.
+def _moves_last_token(model: nn.Module, block: nn.Module, modules: list[nn.Module], num_tokens: int) -> dict[int, Tensor]:
+    """Which outputs of each module, at the first token, move what comes out of their block at the last token.
 
     Returns:
         place in `modules` -> (O,) bool, in the order in which they ran. Modules that did not run, or saw their tokens
         out of order (routed experts), are left out.
     """
     outputs: dict[int, Tensor] = {}
+    from_block: list[Tensor] = []
+
+    def keep_block(module, args, output):
+        from_block.append(output[0] if isinstance(output, tuple) else output)
 
     def keep(place):
         def hook(module, args, output):
@@ -135,6 +144,7 @@ def _moves_last_token(model: nn.Module, modules: list[nn.Module], num_tokens: in
     causal = inner(model)
     device = next(model.parameters()).device
     handles = [module.register_forward_hook(keep(place)) for place, module in enumerate(modules)]
+    handles.append(block.register_forward_hook(keep_block))
     implementation = causal.config._attn_implementation
     is_plain = implementation in ("sdpa", "eager")
     try:
@@ -143,7 +153,8 @@ def _moves_last_token(model: nn.Module, modules: list[nn.Module], num_tokens: in
             if not is_plain:
                 causal.set_attn_implementation("eager")
             ids = torch.arange(3, 3 + num_tokens, device=device)[None]
-            last = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state[0, -1].float()
+            decoder(model)(input_ids=ids, use_cache=False)
+            last = from_block[0][..., -1, :].flatten().float()
             if not last.requires_grad:
                 return {}
             direction = torch.linspace(-1, 1.3, last.numel(), device=device).cos()
