@@ -1,4 +1,4 @@
-"""The coreset in other trainers: a LLaMA-Factory entry, and snippets for TRL, LLaMA-Factory and Axolotl."""
+"""The coreset on disk and in other trainers: its files, a LLaMA-Factory entry, and snippets for TRL, LLaMA-Factory and Axolotl."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 from staff.formats import Rows
 from staff.layouts import ROLES, Layout
 from staff.sources import read_json
+from staff.store import remove, write_aside, write_text
 from staff.writers import aside
 
 ROWS_LOOKED_AT = 1_000
@@ -25,6 +27,51 @@ FACTORY_TAGS = {
     "function_tag": ("function_call",),
     "system_tag": ("system", "developer"),
 }
+
+
+def write_coreset(folder: Path, rows: Rows, positions: np.ndarray, model: str, same: bool = False) -> list[str]:
+    """Write the coreset, and what other trainers need to take it.
+
+    coreset.jsonl, with `same` also in the format the rows came in; skipped.jsonl where rows were left out; an entry in
+    dataset_info.json and train/llama_factory.yaml where LLaMA-Factory has words for such rows; train/trl.py and
+    train/axolotl.yaml.
+
+    Args:
+        folder: where.
+        rows: the pool.
+        positions: (m,) of the coreset in the pool, ascending.
+        model: a model that transformers loads, for the snippets.
+        same: also in the format the rows came in.
+
+    Returns:
+        the files that hold rows, as paths in the folder.
+    """
+    coreset = folder / "coreset.jsonl"
+    for old in [folder / "skipped.jsonl", *folder.glob("coreset.*")]:  # of a run with other settings
+        old.unlink(missing_ok=True)
+    remove(folder / "coreset")
+    write_aside(coreset, lambda aside: rows.write_jsonl(aside, positions))
+    files = [coreset]
+    if same and rows.suffix == "":
+        rows.write_same(folder / "coreset", positions)
+        files += sorted((folder / "coreset").iterdir())
+    elif same and rows.suffix != ".jsonl":
+        files.append(folder / f"coreset{rows.suffix}")
+        write_aside(files[-1], lambda aside: rows.write_same(aside, positions))
+    if rows.skipped:
+        write_aside(folder / "skipped.jsonl", rows.write_skipped)
+    if len(positions):
+        _write_snippets(folder, coreset, rows, positions, model)
+    return [path.relative_to(folder).as_posix() for path in files]
+
+
+def _write_snippets(folder: Path, coreset: Path, rows: Rows, positions: np.ndarray, model: str) -> None:
+    snippets = {"trl.py": trl(rows, coreset, model), "axolotl.yaml": axolotl(rows, coreset, model, positions)}
+    if entry := factory_entry(rows, coreset, positions):
+        write_factory_entry(entry, folder)
+        snippets["llama_factory.yaml"] = llama_factory(rows, coreset, model, positions)
+    for name, text in snippets.items():
+        write_text(folder / "train" / name, text)
 
 
 def factory_entry(rows: Rows, coreset: str | os.PathLike, positions: Iterable[int] | None = None) -> dict | None:

@@ -124,6 +124,18 @@ class Rows:
             for number, reason in self.skipped:
                 file.write(dumps({"row": number, "reason": reason}) + b"\n")
 
+    @property
+    def suffix(self) -> str:
+        """The extension of what `write_same` writes; empty where it is a folder, as `save_to_disk` makes them."""
+        source = self.source
+        if isinstance(source, TextRows):
+            file = source.files[0]
+            suffix = {"JSONL": ".jsonl", "JSON": ".json"}.get(source.kind, ".tsv" if file.delimiter == "\t" else ".csv")
+            return suffix + (".gz" if any(f.gzipped for f in source.files) else "")
+        if not _is_table(source):
+            return ".jsonl"
+        return "" if source.saved is not None else ".arrow" if source.kind == "Arrow" else ".parquet"
+
     def write_same(self, path: str | os.PathLike, positions: Iterable[int]) -> None:
         """Write rows in the format they came in: the same bytes for JSONL, JSON and CSV, the same schema and values for Parquet and Arrow.
 
@@ -175,7 +187,7 @@ def read(
 
     Args:
         data: a path, several, a folder (one written by `save_to_disk` too), "-" for standard input, the id of a hub data set; or a list of
-            dicts, a `datasets.Dataset`, a pandas DataFrame.
+            dicts, a `datasets.Dataset`, a pandas DataFrame; or what `sources.locate` found.
         columns: names columns, as in "prompt=question,response=answer"; None: found by looking.
         train_on: "last" or "all": the loss is on the last assistant turn or on every one.
         on_bad_row: "error", or "skip" to leave out rows that can't be used and count them in `Rows.skipped`.
@@ -198,9 +210,9 @@ def read(
         raise ValueError(f"{MEMORY} is an empty list; it should hold at least one row")
     if isinstance(data, list | tuple) and not all(isinstance(d, str | os.PathLike) for d in data):
         return _read_memory(data, layout, train_on, skip)
-    if not isinstance(data, str | os.PathLike | list | tuple):
+    if not isinstance(data, str | os.PathLike | list | tuple | Input):
         return _read_object(data, layout, train_on, skip, split)
-    found = locate(data, split, config, revision, dataset_info)
+    found = data if isinstance(data, Input) else locate(data, split, config, revision, dataset_info)
     if layout is not None and found.layout is not None:
         raise ValueError("--columns and --dataset-info both say which column holds what; give one of them")
     layout = found.layout if layout is None else layout

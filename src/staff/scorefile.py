@@ -12,13 +12,13 @@ VALUES = ("effort", "score", "draft_effort")  # columns taken as the score, the 
 
 
 def write_scores(path: Path, columns: Mapping[str, Any]) -> None:
-    """Columns of n values each as one Parquet file, a row a sample; the file is whole or absent."""
+    """Columns of n values each as one Parquet file, a row a sample; equal columns give equal bytes, the file is whole or absent."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     from staff.store import write_aside
 
-    table = pa.table(dict(columns))
+    table = pa.table({name: pa.array(values, pa.string()) if name == "id" else values for name, values in columns.items()})
     write_aside(path, lambda aside: pq.write_table(table, aside))
 
 
