@@ -14,10 +14,11 @@ ROWS = [
     ["pipeline", "__init__"],
     ["work"],
     ["plan", "draft", "methods"],
+    ["similarity"],
     ["finetune", "score"],
-    ["scopes", "pool", "models", "inspect_data", "export"],
+    ["scopes", "pool", "memory", "models", "inspect_data", "export"],
     ["gradnorm", "formats", "graph", "store"],
-    ["config", "types", "tables", "sources", "model_files", "readers", "writers", "layouts"],
+    ["config", "types", "tables", "sources", "model_files", "scorefile", "readers", "writers", "layouts"],
 ]
 HUGGING_FACE = {"transformers", "peft", "datasets", "huggingface_hub", "accelerate", "tokenizers"}
 KNOWS_HUGGING_FACE = {"formats", "sources", "tables", "pool", "models", "model_files", "draft", "finetune", "inspect_data", "export"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 import warnings
@@ -15,10 +16,13 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from staff import scopes
 from staff.gradnorm import Head, response_scores
+from staff.memory import is_out_of_memory
 from staff.pool import Pool, collate
+from staff.store import SEAL, seal, sealed
 
 SORTED_TOGETHER = 50  # batches whose samples are sorted by length among themselves: little padding, still random
-FINISHED = "staff-finished"  # marks a checkpoint whose files are all there
+CHECKPOINTS = 2  # kept: one that turns out damaged has another before it
+ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 
 
 def batch_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
@@ -99,12 +103,16 @@ class _ResponseTrainer(Trainer):
 
 
 class _Watch(TrainerCallback):
-    """Tells the progress, and saves by the clock."""
+    """Tells the progress, saves by the clock, and keeps the adapter as it is at even steps through the run."""
 
-    def __init__(self, checkpoint_seconds: float, on_progress: Callable[[int, int], None] | None):
+    def __init__(self, checkpoint_seconds: float, on_progress: Callable[[int, int], None] | None, output: Path, snapshots: int):
         self._seconds, self._on_progress, self._saved = checkpoint_seconds, on_progress, time.monotonic()
+        self._output, self._snapshots = output, snapshots
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        for number in range(1, self._snapshots + 1):
+            if state.global_step == max(1, round(number * state.max_steps / self._snapshots)):
+                model.save_pretrained(self._output / "snapshots" / str(number))
         if self._on_progress:
             self._on_progress(state.global_step, state.max_steps)
         if time.monotonic() - self._saved >= self._seconds and state.global_step < state.max_steps:
@@ -112,7 +120,11 @@ class _Watch(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         self._saved = time.monotonic()
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / FINISHED).touch()
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        seal(checkpoint, sorted(path.name for path in checkpoint.iterdir()))
+        # by step: the Trainer's own rotation goes by time of change, and drops the newest where the clock went back
+        for old in sorted(checkpoint.parent.glob("checkpoint-*"), key=_step)[:-CHECKPOINTS]:
+            shutil.rmtree(old)
 
 
 def add_lora(model: torch.nn.Module, rank: int, alpha: int, seed: int) -> torch.nn.Module:
@@ -149,26 +161,28 @@ def finetune(
     batch_size: int = 8,
     seed: int = 42,
     checkpoint_seconds: float = 60.0,
+    snapshots: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> torch.nn.Module:
     """Fine-tune a model with LoRA on some samples of a pool, or finish a fine-tuning that was cut off.
 
     Cosine learning rate after a linear warm-up, AdamW, no weight decay, no dropout; the loss is the mean over a
-    batch's response tokens. Checkpoints lie in output/checkpoints while it runs; when it ends they go, and
-    adapter_config.json and adapter_model.safetensors are there.
+    batch's response tokens. Checkpoints lie in output/checkpoints while it runs; when it ends, adapter_config.json and
+    adapter_model.safetensors are there, and a seal with their checksums (`store.sealed`).
 
     Args:
         model: as loaded, without an adapter; it is changed.
         positions: (k,) pool positions trained on.
         output: a folder of this fine-tuning's own.
         epochs: T > 0, passes over the samples; fractions count.
+        snapshots: how many times the adapter is kept on the way, at even steps, in output/snapshots/1 and on.
         on_progress: called with (steps done, steps in all).
 
     Returns:
         the model with its adapter.
 
     Raises:
-        ValueError: no samples.
+        ValueError: no samples, or the memory does not hold a step.
     """
     if len(positions) == 0:
         raise ValueError("there is nothing to fine-tune on: no samples")
@@ -188,7 +202,6 @@ def finetune(
         warmup_steps=round(warmup * steps),
         seed=seed,
         save_strategy="no",  # `_Watch` saves by the clock
-        save_total_limit=2,
         logging_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -211,21 +224,36 @@ def finetune(
         data_collator=to_batch,
         head=head,
         order=_ByLength(pool.lengths[positions], batch_size, seed),
-        callbacks=[_Watch(checkpoint_seconds, on_progress)],
+        callbacks=[_Watch(checkpoint_seconds, on_progress, output, snapshots)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=_last_finished(checkpoints))
-    model.save_pretrained(output, safe_serialization=True)
+    try:
+        trainer.train(resume_from_checkpoint=_last_finished(checkpoints))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"out of memory while fine-tuning with --batch-size {batch_size}: lower it, or --max-length, and add --update"
+        ) from error
+    aside = output / ".adapter"
+    model.save_pretrained(aside)
+    for name in ADAPTER:
+        os.replace(aside / name, output / name)
+    shutil.rmtree(aside)
+    parts = sorted(str(part.relative_to(output)) for part in output.glob("snapshots/*/*") if part.is_file())
+    seal(output, [*ADAPTER, *parts], samples=len(positions), epochs=epochs)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return model.eval().requires_grad_(False)
 
 
 def _last_finished(checkpoints: Path) -> str | None:
-    """The newest checkpoint whose files are all there; unfinished ones are removed."""
-    finished = []
-    for path in checkpoints.glob("checkpoint-*"):
-        if (path / FINISHED).exists():
-            finished.append(path)
-        else:
-            shutil.rmtree(path)
-    return str(max(finished, key=lambda path: int(path.name.split("-")[1]))) if finished else None
+    """The newest checkpoint whose files are all there and as they were written; unfinished and damaged ones are removed."""
+    for path in sorted(checkpoints.glob("checkpoint-*"), key=_step, reverse=True):
+        if (path / SEAL).exists() and sealed(path):
+            return str(path)
+        shutil.rmtree(path)
+    return None
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])

@@ -1,0 +1,116 @@
+"""What happens when memory runs out while scoring: smaller batches from that shard on, written down and said."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from staff.pool import Pool, batches
+from staff.store import read_checked, write_checked
+
+logger = logging.getLogger(__name__)
+
+# a GPU's error has a class of its own; the CPU's allocator and some kernels raise a plain RuntimeError
+OUT_OF_MEMORY = re.compile(r"out of memory|DefaultCPUAllocator|not enough memory|can't allocate memory|ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+    return named or (isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error))))
+
+
+class Budgets:
+    """Padded tokens of a batch, by shard: what was settled at the start, and less from a shard on where memory ran out.
+
+    On disk, so that a resumed run cuts its batches as the run that ran through did, and ends with the same bytes.
+
+    Args:
+        path: a file of the piece of work that they are for.
+        first: the budget of the first shard.
+    """
+
+    def __init__(self, path: Path, first: int):
+        self._path = path
+        self._steps: list[list[int]] = [[0, first], *(read_checked(path) or {}).get("from_shard", [])]
+
+    def of(self, shard: int) -> int:
+        """The budget of a shard, in padded tokens."""
+        return [tokens for start, tokens in self._steps if start <= shard][-1]
+
+    def lower(self, shard: int, tokens: int) -> None:
+        """From this shard on at most `tokens`; shards before it keep what they had."""
+        later = [[start, min(least, tokens)] for start, least in self._steps if start > shard]
+        self._steps = [*(step for step in self._steps if step[0] < shard or step == self._steps[0]), [shard, tokens], *later]
+        write_checked(self._path, {"from_shard": self._steps[1:]})
+
+
+def score_within(
+    scorer: Any,
+    pool: Pool,
+    positions: np.ndarray,
+    budgets: Budgets,
+    shard: int,
+    name_of: Callable[[int], str],
+    on_samples: Callable[[int], None] | None = None,
+) -> dict[str, np.ndarray]:
+    """Score the samples of a shard in batches that fit: the token budget is halved for as long as memory runs out.
+
+    Args:
+        scorer: a `score.Scorer`.
+        positions: (k,) pool positions.
+        name_of: pool position -> what messages call the sample.
+        on_samples: called with the number of samples done; with a negative one where they are begun again.
+
+    Returns:
+        as `Scorer.scores`.
+
+    Raises:
+        ValueError: a sample does not fit alone.
+    """
+    lengths = pool.lengths[positions]
+    while True:
+        budget, done = budgets.of(shard), 0
+        scorer.batch_tokens = budget
+
+        def count(samples: int) -> None:
+            nonlocal done
+            done += samples
+            if on_samples:
+                on_samples(samples)
+
+        try:
+            return scorer.scores(pool, positions, count)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # here, not in the handler: the error holds the frames whose tensors are in the way
+        if on_samples and done:
+            on_samples(-done)
+        _let_go()
+        cut = batches(lengths, budget)
+        behind = np.cumsum([len(places) for places in cut])
+        failed = cut[min(int(np.searchsorted(behind, done % len(positions), side="right")), len(cut) - 1)]
+        if len(failed) == 1:
+            at = int(failed[0])
+            raise ValueError(
+                f"{name_of(int(positions[at]))} does not fit into memory alone, with its {lengths[at]} tokens: "
+                "lower --max-length, take a smaller model or scope, or another --device"
+            )
+        largest = max(len(places) * int(lengths[places].max()) for places in cut)
+        lowered = min(budget, largest) // 2
+        budgets.lower(shard, lowered)
+        logger.warning("out of memory: from shard %d on a batch holds %d tokens at most, not %d", shard, lowered, budget)
+
+
+def _let_go() -> None:
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
