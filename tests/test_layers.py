@@ -17,8 +17,8 @@ ROWS = [
     ["similarity"],
     ["finetune", "score"],
     ["scopes", "pool", "memory", "models", "inspect_data", "export"],
-    ["gradnorm", "formats", "graph", "store"],
-    ["config", "types", "tables", "sources", "model_files", "scorefile", "readers", "writers", "layouts"],
+    ["gradnorm", "formats", "graph", "scorefile", "store"],
+    ["config", "types", "tables", "sources", "model_files", "readers", "scanners", "writers", "layouts", "turns"],
 ]
 HUGGING_FACE = {"transformers", "peft", "datasets", "huggingface_hub", "accelerate", "tokenizers"}
 KNOWS_HUGGING_FACE = {"formats", "sources", "tables", "pool", "models", "model_files", "draft", "finetune", "inspect_data", "export"}

@@ -18,7 +18,9 @@ __version__ = "0.1.0"
 __all__ = ["METHODS", "Run", "Selection", "load_run", "select"]
 
 
-def select(data: Any, *, output: str | None = None, update: bool = False, on_progress: Progress | None = None, **settings: Any) -> Run:
+def select(
+    data: Any, *, output: str | None = None, update: bool = False, on_progress: Progress | None = None, **settings: Any
+) -> Run | list[Run]:
     """Choose the coreset of a pool, as `staff select` does.
 
     Args:
@@ -29,7 +31,8 @@ def select(data: Any, *, output: str | None = None, update: bool = False, on_pro
         **settings: fields of `staff.config.SelectConfig`: target, draft, pruning_rate or budget, method, ...
 
     Returns:
-        Run: path, rows, indices (row numbers kept), selection, scores, cost, manifest.
+        Run: path, rows, indices (row numbers kept), selection, scores, cost, manifest. A list of them for several methods
+        or pruning rates.
 
     Raises:
         ValueError: something that the caller can mend: a bad row, an unknown model, a setting out of range.
@@ -45,7 +48,9 @@ def select(data: Any, *, output: str | None = None, update: bool = False, on_pro
         data = None
     if output is not None:
         settings["output"] = str(output)
-    return pipeline.select(config.from_mapping(config.SelectConfig, settings, "staff.select"), data, update=update, on_progress=on_progress)
+    made = config.from_mapping(config.SelectConfig, settings, "staff.select")
+    runs = pipeline.select(made, data, update=update, on_progress=on_progress)
+    return runs[0] if len(runs) == 1 else runs
 
 
 def load_run(path: str) -> Run:

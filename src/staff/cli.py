@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
 import json
 import logging
@@ -32,8 +33,12 @@ def select(arguments: Sequence[str]) -> None:
     if not config.output:
         raise ValueError("name a folder for the run with --output")
     with _Progress(quiet="quiet" in given) as progress:
-        run = pipeline.select(config, update="update" in given, on_progress=progress)
-    _say(given, summary(run, config), {"coreset": str(run.path / "coreset.jsonl"), **run.manifest, "cost": run.cost})
+        runs = pipeline.select(config, update="update" in given, on_progress=progress)
+    values = [{"coreset": str(run.path / "coreset.jsonl"), **run.manifest, "cost": run.cost} for run in runs]
+    if len(runs) == 1:
+        _say(given, summary(runs[0], config), values[0])
+    else:
+        _say(given, _cells_table(runs, config), {"coresets": values})
 
 
 def finetune(arguments: Sequence[str]) -> None:
@@ -56,6 +61,24 @@ def score(arguments: Sequence[str]) -> None:
     _say(given, f"scores     {path} ({n} samples; take them up again with staff select --scores {path})", {"scores": str(path), "n": n})
 
 
+def inspect(arguments: Sequence[str]) -> None:
+    """Show how a file is read: format, columns, lengths, duplicates, the first rows as the model sees them."""
+    from rich.console import Console
+
+    from staff import formats, inspect_data
+
+    config, given = _parse(configs.InspectConfig, arguments, "staff inspect", ("json",))
+    if not config.data:
+        raise ValueError("name the data with --data FILE")
+    tokenizer = inspect_data.load_tokenizer(config.model, config.trust_remote_code) if config.model else None
+    rows = formats.read(list(config.data), **{**config.reading.keywords(), "on_bad_row": "skip"})
+    report = inspect_data.inspect(rows, tokenizer, config.max_length)
+    if "json" in given:
+        _say(given, "", report)
+    else:
+        Console(soft_wrap=True).print(inspect_data.render(report), emoji=False, highlight=False)
+
+
 def _say(given: set[str], text: str, values: dict[str, Any]) -> None:
     if "json" in given:
         print(json.dumps(values, ensure_ascii=False))
@@ -65,17 +88,22 @@ def _say(given: set[str], text: str, values: dict[str, Any]) -> None:
 
 def methods(arguments: Sequence[str]) -> None:
     """List the methods: what each needs and where it is from."""
-    from staff.methods import METHODS
+    from staff.methods import COST_SYMBOLS, methods_table
 
-    for name, method in METHODS.items():
-        needs = ", ".join([*method.needs.values(), *([f"{method.verify} of some samples"] if method.verify else [])]) or "nothing"
-        print(f"{name:10} needs {needs:45} {method.paper or ''}".rstrip())
+    del arguments
+    for row in methods_table():
+        print(f"{row.name:18}{row.about}")
+        print(f"{'':18}needs {row.needs or 'nothing'}; cost {row.cost}" + (f"; {row.paper}" if row.paper else ""))
+        if row.options:
+            print(f"{'':18}options {row.options}")
+    print(f"\ncost in passes of the target over the pool. {COST_SYMBOLS}")
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "select": select,
     "score": score,
     "finetune": finetune,
+    "inspect": inspect,
     "methods": methods,
 }
 
@@ -149,14 +177,14 @@ class _Progress:
 
 def summary(run: Any, config: configs.SelectConfig) -> str:
     """What a person wants to know of a finished selection."""
+    from staff.pipeline import remarks
+
     selection, cost, manifest = run.selection, run.cost, run.manifest
     n, m = manifest["n"], manifest["m"]
     lines = ["", f"pool       {n} samples ({manifest['format']})" + (f", {manifest['tokens']:,} tokens" if "tokens" in manifest else "")]
+    lines += [f"           {remark}" for remark in remarks(manifest, config.max_length)]
     if manifest["skipped"]:
-        lines.append(f"           {manifest['skipped']} rows can't be used and were left out: {run.path / 'skipped.jsonl'}")
-    for name, what in (("truncated", "prompts lost their start"), ("cut_responses", "responses lost their end")):
-        if manifest.get(name):
-            lines.append(f"           {manifest[name]} {what}: longer than --max-length {config.max_length}")
+        lines.append(f"           rows left out are listed in {run.path / 'skipped.jsonl'}")
     lines.append(f"coreset    {m} samples, {m / n:.0%} of the pool")
     regions = [region for region in selection.regions if region.size]
     if regions:
@@ -172,7 +200,7 @@ def summary(run: Any, config: configs.SelectConfig) -> str:
         lines.append(f"           V_i from {ratios[0]:.3g} to {ratios[-1]:.3g}")
         if min(pool_share, budget_share) < 0.5:
             lines.append("           warning: less than half lies in verified regions. Fewer --num-regions hold more samples each")
-    elif config.method == "staff":
+    elif manifest["method"] == "staff":
         lines.append(
             f"           warning: none verified, for none has more than {config.verification_budget} samples. Use fewer --num-regions"
         )
@@ -183,9 +211,29 @@ def summary(run: Any, config: configs.SelectConfig) -> str:
     if selection.filled or selection.filled_from_cut:
         lines.append(f"fill       {selection.filled} samples drawn at random, since the budgets left them over")
         lines.append(f"           {selection.filled_from_cut} taken back from the hardest ones that were set aside")
-    lines += ["", _cost_table(cost), "", f"coreset is {run.path / 'coreset.jsonl'} (row numbers in indices.npy, regions in regions.csv)"]
+    files = f"for other trainers see {run.path / 'train'}, for every row's scores scores.parquet"
+    lines += ["", _cost_table(cost), "", f"coreset is {run.path / 'coreset.jsonl'}; {files}"]
+    if config.push_to_hub:
+        lines.append(f"it is on the hub as the data set {config.push_to_hub}")
     target = f" --model {config.target}" if config.target else " --model MODEL"
     lines.append(f"train on it: staff finetune --data {run.path / 'coreset.jsonl'}{target} --output {run.path / 'adapter'}")
+    return "\n".join(lines)
+
+
+def _cells_table(runs: list[Any], config: configs.SelectConfig) -> str:
+    """A line a coreset, how alike they are, and what all of it cost."""
+    lines = ["", f"{'coreset':24}{'pruning rate':>13}{'samples':>9}{'verified':>10}"]
+    for run in runs:
+        rate = run.manifest["pruning_rate"]
+        lines.append(f"{run.path.name:24}{'' if rate is None else f'{rate:g}':>13}{len(run.indices):9}{len(run.selection.verified):10}")
+    folder = runs[0].path.parent
+    with open(folder / "likeness.csv", encoding="utf-8") as file:
+        pairs = list(csv.DictReader(file))
+    lines += ["", f"{'of the smaller, shared by':50}{'share':>7}{'by chance':>11}"]
+    for pair in pairs:
+        both = f"{pair['first']} and {pair['second']}"
+        lines.append(f"{both:50}{float(pair['overlap']):7.2f}{float(pair['chance_overlap']):11.2f}")
+    lines += ["", _cost_table(runs[-1].cost), "", f"coresets are in {folder}, one folder each (cells.csv, likeness.csv)"]
     return "\n".join(lines)
 
 

@@ -50,14 +50,24 @@ class SelectConfig:
     """The small model that speculates, given like the target; or self:N, N of the target's own blocks."""
     scores: str | None = None
     """Scores of your own in place of a draft's: .npy in the data's order, or a table with row or id and score."""
-    pruning_rate: float | None = None
-    """Fraction of the pool removed, in [0, 1)."""
+    validation: str | None = None
+    """A few rows of the task as it will be judged, for the method less."""
+    pruning_rate: tuple[float, ...] = ()
+    """Fraction of the pool removed, in [0, 1); several make a coreset each."""
     budget: int | None = None
     """Samples kept, in place of a pruning rate."""
     output: str | None = None
     """The run's folder. Typing the same command again goes on where it stopped."""
-    method: str = "staff"
-    """How samples are chosen: staff, direct (score the target itself, no draft) or random."""
+    format: Literal["jsonl", "same"] = "jsonl"
+    """The coreset is JSON Lines; same: beside it also in the format the data came in."""
+    push_to_hub: str | None = None
+    """OWNER/NAME: upload the coreset to the Hugging Face hub, as a private data set."""
+    method: tuple[str, ...] = ("staff",)
+    """How samples are chosen; `staff methods` lists them. Several make a coreset each."""
+    option: tuple[str, ...] = ()
+    """Options of methods that have no flag of their own, as in num_strata=20 or part=bottom."""
+    group_by: str | None = None
+    """A column of the data: the budget is shared over its values by size, and selection runs inside each."""
     scope: Literal["last-value", "last-block", "linear", "lora", "released"] = "last-value"
     """Which weights the effort is taken on."""
     loss: Literal["mean", "sum", "sqrt"] = "mean"
@@ -115,10 +125,14 @@ class SelectConfig:
         if isinstance(self.data, str):
             object.__setattr__(self, "data", (self.data,))
         object.__setattr__(self, "data", tuple(self.data))
-        if self.pruning_rate is not None and self.budget is not None:
+        method, rates = self.method, self.pruning_rate
+        object.__setattr__(self, "method", (method,) if isinstance(method, str) else tuple(dict.fromkeys(method)))
+        object.__setattr__(self, "pruning_rate", (rates,) if isinstance(rates, (int, float)) else tuple(dict.fromkeys(rates or ())))
+        if self.pruning_rate and self.budget is not None:
             raise ValueError("give --pruning-rate or --budget, not both")
-        if self.pruning_rate is not None and not 0 <= self.pruning_rate < 1:
-            raise ValueError(f"--pruning-rate is the fraction of the pool removed, in [0, 1); found {self.pruning_rate}")
+        for rate in self.pruning_rate:
+            if not 0 <= rate < 1:
+                raise ValueError(f"--pruning-rate is the fraction of the pool removed, in [0, 1); found {rate}")
         if self.budget is not None and self.budget < 0:
             raise ValueError(f"--budget is a number of samples, 0 or more; found {self.budget}")
         _in_range(self, "draft_share", 0, 1, open_below=True)
@@ -229,6 +243,28 @@ def _check_scoring(config) -> None:
         raise ValueError(f"--balance-layers needs a scope of several weights, as last-block or linear; {config.scope} has one")
 
 
+@dataclass(frozen=True)
+class InspectConfig:
+    """Show how a file is read, and what a model would see of it; no weights are loaded."""
+
+    data: tuple[str, ...] = ()
+    """What to look at, in any format that `staff select` reads."""
+    model: str | None = None
+    """A hub id, a folder or a .gguf file: its tokenizer and chat template say what is masked and what is truncated."""
+    max_length: int = 1024
+    """Tokens of a sample at most, as `staff select` takes it."""
+    reading: Reading = Reading()
+    """How the data is read; rows that can't be used are always listed and left out."""
+    trust_remote_code: bool = False
+    """Run Python code that a model's repository brings along."""
+
+    def __post_init__(self):
+        if isinstance(self.data, str):
+            object.__setattr__(self, "data", (self.data,))
+        object.__setattr__(self, "data", tuple(self.data))
+        _in_range(self, "max_length", 2, None)
+
+
 def _check_training(config) -> None:
     for name in ("lora_rank", "batch_size"):
         _in_range(config, name, 1, None)
@@ -292,10 +328,15 @@ def _typed(value: Any, type_name: str, where: str) -> Any:
     """A YAML value as the field's type has it; text is never read as a number, nor 3.0 refused for 3."""
     if value is None and "None" in type_name:
         return None
+    if value is None and type_name.startswith("tuple"):
+        return ()
+    if type_name == "tuple[float, ...]":
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_typed(number, "float", where) for number in numbers)
     if type_name.startswith("tuple"):
         parts = [value] if isinstance(value, str) else value
         if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) for part in parts):
-            raise ValueError(f"{where} must be a path or a list of paths; found {value!r}")
+            raise ValueError(f"{where} must be text or a list of texts; found {value!r}")
         return tuple(map(expand, parts))
     base = type_name.split(" | ")[0]
     if base == "float" and isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
@@ -325,6 +366,13 @@ def expand(text: str) -> str:
         return os.environ[match[1]]
 
     return re.sub(r"\$\{(\w+)\}", fill, text)
+
+
+def yaml_value(text: str) -> Any:
+    """A value as YAML reads it: a number, true, null, or text."""
+    import yaml
+
+    return yaml.safe_load(text)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

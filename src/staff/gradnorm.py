@@ -65,8 +65,9 @@ class record_sites:
     runs as under no_grad. A module that a forward pass calls more than once has its calls added up.
     """
 
-    def __init__(self, sites: Sequence[Site]):
+    def __init__(self, sites: Sequence[Site], measure: Callable[[int, Tensor, Tensor], Tensor] | None = None):
         self._sites = sites
+        self._measure = measure or (lambda place, a, g: squared_norm_of_products(a, g))
         self._calls: list[list[tuple[Tensor, Tensor]]] = [[] for _ in sites]
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -82,7 +83,11 @@ class record_sites:
             calls.clear()  # a hook on an output holds all of them: without this they'd wait for the garbage collector
 
     def squared_norms(self, losses: Tensor) -> Tensor:
-        """Squared gradient norm of each sample at each site.
+        """Squared gradient norm of each sample at each site, (B, sites); see `measured`."""
+        return torch.stack(self.measured(losses), 1)
+
+    def measured(self, losses: Tensor) -> list[Tensor]:
+        """What `measure` makes of each site's gradients: by default the squared norm of each sample's.
 
         A site's gradients are used and let go as they come, so that a scope of many layers keeps few of them at once.
 
@@ -90,15 +95,20 @@ class record_sites:
             losses: (B,), one loss a sample. The samples must not see each other.
 
         Returns:
-            (B, sites) in float32, or float64 where the model is.
+            for each site measure(place, a, g), of what went into it, (B, T, I), and the gradient at what came out,
+            (B, T, O); (B,) in float32, or float64 where the model is.
         """
         batch = len(losses)
-        squares = [torch.zeros(batch, dtype=losses.dtype, device=losses.device) for _ in self._sites]
+        found: list[Tensor] = [losses.new_zeros(0) for _ in self._sites]
+
+        def of_site(place: int, grads: list) -> Tensor:
+            inputs = [layer_input for layer_input, _ in self._calls[place]]
+            return self._measure(place, *_operands(self._sites[place], inputs, grads, batch))
 
         def arrived(place: int, call: int, grad: Tensor) -> None:
             waiting[place][call] = grad
             if all(grad is not None for grad in waiting[place]):
-                squares[place] = _squared_norm(self._sites[place], [a for a, _ in self._calls[place]], waiting[place], batch)
+                found[place] = of_site(place, waiting[place])
                 waiting[place].clear()
 
         waiting: list[list[Tensor | None]] = [[None] * len(calls) for calls in self._calls]
@@ -114,11 +124,11 @@ class record_sites:
         grads = torch.autograd.grad(losses.sum(), [output for *_, output in leaves], allow_unused=True)
         for (place, call, output), grad in zip(leaves, grads, strict=True):
             arrived(place, call, torch.zeros_like(output) if grad is None else grad)
-        for place, (site, calls) in enumerate(zip(self._sites, self._calls, strict=True)):
-            if any(grad is not None for grad in waiting[place]):  # some of its calls do not matter to the loss
+        for place, calls in enumerate(self._calls):
+            if waiting[place]:  # some of its calls do not matter to the loss
                 known = [torch.zeros_like(out) if g is None else g for g, (_, out) in zip(waiting[place], calls, strict=True)]
-                squares[place] = _squared_norm(site, [a for a, _ in calls], known, batch)
-        return torch.stack(squares, 1)
+                found[place] = of_site(place, known)
+        return found
 
 
 def _keep_in(calls):
@@ -130,8 +140,8 @@ def _keep_in(calls):
     return keep
 
 
-def _squared_norm(site: Site, inputs: list[Tensor], grads: list, batch: int) -> Tensor:
-    """(B,) of one site; a layer may see (B, T, I), (B * T, I) or more axes between."""
+def _operands(site: Site, inputs: list[Tensor], grads: list[Tensor], batch: int) -> tuple[Tensor, Tensor]:
+    """All calls of a site as one (B, T, I) and one (B, T, O); a layer may see (B * T, I) or more axes between."""
     a = torch.cat([part.reshape(batch, -1, part.shape[-1]) for part in inputs], 1)
     g = torch.cat([part.reshape(batch, -1, part.shape[-1]) for part in grads], 1)
     if site.rows is not None:
@@ -139,7 +149,33 @@ def _squared_norm(site: Site, inputs: list[Tensor], grads: list, batch: int) -> 
     if site.sketch is not None:
         wide = torch.promote_types(g.dtype, torch.float32)
         a = a.to(wide) @ site.sketch.to(wide).mT
-    return squared_norm_of_products(a, g)
+    return a, g
+
+
+def gradient_matrix(place: int, layer_input: Tensor, grad_output: Tensor) -> Tensor:
+    """The gradients themselves, sum_t g_t a_t^T for each sample: (B, O, I) in float32 or wider. For a few samples."""
+    wide = torch.promote_types(grad_output.dtype, torch.float32)
+    return grad_output.to(wide).mT @ layer_input.to(wide)
+
+
+def inner_products(directions: Sequence[Tensor]) -> Callable[[int, Tensor, Tensor], Tensor]:
+    """A measure for `record_sites`: each sample's <gradient, direction>, and its squared norm.
+
+    <sum_t g_t a_t^T, D> = sum_t g_t . (D a_t): no gradient is formed.
+
+    Args:
+        directions: D, (O, I) for each site.
+
+    Returns:
+        a function to (B, 2).
+    """
+
+    def measure(place: int, layer_input: Tensor, grad_output: Tensor) -> Tensor:
+        direction = directions[place]
+        along = torch.linalg.vecdot(layer_input.to(direction.dtype) @ direction.mT, grad_output.to(direction.dtype)).sum(1)
+        return torch.stack([along, squared_norm_of_products(layer_input, grad_output).to(direction.dtype)], 1)
+
+    return measure
 
 
 def squared_norm_of_products(layer_input: Tensor, grad_output: Tensor) -> Tensor:
@@ -260,14 +296,14 @@ def mean_by_sample(values: Tensor, sample_of: Tensor, counts: Tensor) -> Tensor:
     """Mean of token values over each sample.
 
     Args:
-        values: (N,).
+        values: (N,), or (N, H) where counts is (B, 1).
         sample_of: (N,) int64, the sample in the batch that each token belongs to.
         counts: (B,) response tokens of each sample, 1 or more.
 
     Returns:
         (B,).
     """
-    return torch.zeros(len(counts), dtype=values.dtype, device=values.device).index_add(0, sample_of, values) / counts
+    return values.new_zeros(len(counts), *values.shape[1:]).index_add(0, sample_of, values) / counts
 
 
 def efforts(

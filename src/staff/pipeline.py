@@ -10,7 +10,7 @@ import logging
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,9 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from staff import formats
-from staff.config import FinetuneConfig, ScoreConfig, SelectConfig, flat, from_mapping, read_yaml, to_yaml
+from staff import export, formats
+from staff.config import FinetuneConfig, ScoreConfig, SelectConfig, flat, from_mapping, read_yaml, to_yaml, yaml_value
 from staff.methods import METHODS, Method
+from staff.methods.groups import select_by_group
+from staff.methods.likeness import Likeness, likeness, nestedness
 from staff.scorefile import read_scores, write_scores
 from staff.sources import locate
 from staff.store import Ledger, RunDirectory, fingerprint, hash_file, read_arrays, remove, write_arrays, write_aside, write_json, write_text
@@ -29,7 +31,16 @@ from staff.work import PACKAGES, TRAINING, Progress, Work, version_of
 
 logger = logging.getLogger(__name__)
 
-NOT_RESULTS = ("data", "output", "scores", "checkpoint_seconds", "device", "trust_remote_code")  # named by content, or of no consequence
+NOT_RESULTS = (
+    "data",
+    "output",
+    "scores",
+    "validation",
+    "checkpoint_seconds",
+    "push_to_hub",
+    "device",
+    "trust_remote_code",
+)  # named by content, or of no consequence
 
 
 @dataclass(frozen=True)
@@ -59,69 +70,80 @@ class Run:
         return self.read_rows()
 
 
-def select(config: SelectConfig, data: Any = None, *, update: bool = False, on_progress: Progress | None = None) -> Run:
-    """Choose the coreset of a pool and write it to the run's folder, or finish a run that was cut off.
+@dataclass(frozen=True)
+class Cell:
+    """One coreset of a run: a method at one pruning rate.
+
+    Attributes:
+        folder: where its files go: the run's folder itself where it makes one coreset only.
+        kept: what a finished cell is known by again, in work/.
+    """
+
+    method: str
+    pruning_rate: float | None
+    folder: Path
+    kept: Path
+
+
+def select(config: SelectConfig, data: Any = None, *, update: bool = False, on_progress: Progress | None = None) -> list[Run]:
+    """Choose the coresets of a pool and write them to the run's folder, or finish a run that was cut off.
 
     Args:
-        config: what to do.
+        config: what to do: one coreset for each method and pruning rate. What they share is done once.
         data: the pool, where it is not files: a list of dicts, a Dataset, a DataFrame.
         update: go on in a folder that was begun with other settings or inputs, keeping what still fits.
         on_progress: called with (stage, done, in all).
 
+    Returns:
+        a Run for each coreset, methods outside, rates inside.
+
     Raises:
         ValueError: something that the user can mend; nothing was half-written.
     """
-    method, options = _check(config, data)
+    _check(config, data)
     tell = on_progress or (lambda stage, done, total: None)
-    sources = _sources(config, method)
+    sources = _sources(config)
     settings = {name: value for name, value in flat(config).items() if name not in NOT_RESULTS}
+    reading = config.reading
+    places = (reading.split, reading.dataset_config, reading.revision, reading.dataset_info)
+    located = locate(list(config.data), *places) if data is None else None
+    paths = located.paths if located and located.keep is None else ()  # () where nothing on disk could be compared
 
     def read() -> formats.Rows:
-        return formats.read(data if data is not None else list(config.data), **config.reading.keywords())
+        return formats.read(located if data is None else data, **reading.keywords())
 
-    reading = config.reading
-    located = (
-        None
-        if data is not None
-        else locate(list(config.data), reading.split, reading.dataset_config, reading.revision, reading.dataset_info)
-    )
     run = RunDirectory(config.output or tempfile.mkdtemp(prefix="staff-"))
     try:
         inputs = {name: fingerprint({path.name: run.hash_file(path) for path in source.files()}) for name, source in sources.items()}
-        if config.scores:
-            inputs["scores"] = run.hash_file(_existing(config.scores))
-        rows = None
-        if located and located.paths and located.keep is None:
-            inputs["data"] = fingerprint([run.hash_file(path) for path in located.paths])
-        else:  # nothing on disk that could be compared without reading it
-            rows = read()
-            inputs["data"] = _fingerprint_rows(rows)
-        key = fingerprint({"settings": settings, "inputs": inputs})
-        finished = _finished(run.path, key, read)
-        if finished:
-            return finished
+        inputs |= {name: run.hash_file(_existing(name, path)) for name in ("scores", "validation") if (path := getattr(config, name))}
+        rows = None if paths else read()
+        inputs["data"] = _fingerprint_rows(rows) if rows is not None else fingerprint([run.hash_file(path) for path in paths])
+        cells = _cells(config, run)
+        keys = [fingerprint({"method": cell.method, "rate": cell.pruning_rate, "settings": settings, "inputs": inputs}) for cell in cells]
+        finished = [_finished(cell, key, read) for cell, key in zip(cells, keys, strict=True)]
+        if all(finished):
+            return _pushed(config, [done for done in finished if done])
         tell("read", 0, 1)
-        rows = rows or read()
-        budget = _budget(config, len(rows))
+        rows = rows if rows is not None else read()
+        budgets = [_budget(config, cell.pruning_rate, len(rows)) for cell in cells]
+        if sources:
+            _check_models(config, sources)
         run.begin(settings, inputs, update)
         write_text(run.path / "config.yaml", to_yaml(config))
-        (run.path / "manifest.json").unlink(missing_ok=True)
-        began = time.time()
         work = Work(config, run, rows, sources, inputs, tell)
-        scores = _scores(config, method, rows, work)
-        verify = work.ledger(method.verify.split("/")[0]) if method.verify and "target" in sources else None
-        arguments = {} if verify is None else {"verify": verify}
-        selection = method.select(scores, budget=budget, rng=np.random.default_rng(config.seed), **arguments, **options)
+        selections = []
+        for cell, budget, done in zip(cells, budgets, finished, strict=True):
+            (cell.folder / "manifest.json").unlink(missing_ok=True)
+            selections.append(done or _choose(config, METHODS[cell.method], budget, rows, work))
         work.free()
-        if (
-            located
-            and located.paths
-            and located.keep is None
-            and inputs["data"] != fingerprint([run.hash_file(path) for path in located.paths])
-        ):
+        if paths and inputs["data"] != fingerprint([run.hash_file(path) for path in paths]):
             raise ValueError(f"{', '.join(config.data)} changed while the run was reading it: start again with --update")
-        kept_scores = scores if method.needs else None
-        return _write(config, run, read, rows, selection, kept_scores, work, key, began)
+        runs = []
+        for cell, key, chosen in zip(cells, keys, selections, strict=True):
+            runs.append(chosen if isinstance(chosen, Run) else _write(config, run, cell, rows, *chosen, work, key))
+        if len(cells) > 1:
+            _write_tables(run.path, cells, runs)
+        return _pushed(config, runs)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ValueError(f"{run.path}: the disk is full. Free some space; the same command goes on from here") from error
@@ -130,51 +152,93 @@ def select(config: SelectConfig, data: Any = None, *, update: bool = False, on_p
         run.close()
 
 
-def _scores(config: SelectConfig, method: Method, rows: formats.Rows, work: Work) -> np.ndarray:
-    """(n,) what the method chooses by: the user's own scores, or those of a model of this run."""
-    if config.scores and method.needs:
-        return read_scores(config.scores, rows.numbers, [example.id for example in rows.examples()])
-    return work.scores(method.needs["scores"].split("/")[0]) if method.needs else np.zeros(len(rows))
+def _cells(config: SelectConfig, run: RunDirectory) -> list[Cell]:
+    rates = config.pruning_rate or (None,)
+    if len(rates) * len(config.method) == 1:
+        return [Cell(config.method[0], rates[0], run.path, run.work / "selection.npz")]
+    names = [(method, rate, method if rate is None else f"{method}-{rate:g}") for method in config.method for rate in rates]
+    return [Cell(method, rate, run.path / name, run.work / f"selection-{name}.npz") for method, rate, name in names]
 
 
-def _existing(path: str) -> Path:
+def _choose(config: SelectConfig, method: Method, budget: int, rows: formats.Rows, work: Work) -> tuple[Selection, np.ndarray | None]:
+    """The selection of one cell, and the scores that it was made by."""
+    wanted = [need for name in config.method for need in METHODS[name].needs.values()]
+    arrays: dict[str, Any] = {
+        name: work.array(need, wanted) for name, need in method.needs.items() if not (name == "scores" and config.scores)
+    }
+    if config.scores and "scores" in method.needs:
+        arrays["scores"] = read_scores(config.scores, rows.numbers, [example.id for example in rows.examples()])
+    scores = arrays.pop("scores", None)
+    if method.verify and "target" in work.sources:
+        arrays["verify"] = work.ledger(method.verify.split("/")[0])
+    arguments = {**arrays, **_options(config, method), "budget": budget, "rng": np.random.default_rng(config.seed)}
+    counted = np.zeros(len(rows)) if scores is None else scores
+    if config.group_by is None:
+        return method.select(counted, **arguments), scores
+    groups = [str(row.get(config.group_by)) if config.group_by in row else None for row in rows.raw(range(len(rows)))]
+    if None in groups:
+        raise ValueError(f"--group-by {config.group_by}: row {rows.numbers[groups.index(None)]} has no such column")
+    return select_by_group(method, groups, counted, **arguments), scores
+
+
+def _options(config: SelectConfig, method: Method) -> dict[str, Any]:
+    """A method's own options: the settings of the same name, then those given with --option."""
+    known = method.options()
+    options = {name: getattr(config, name) for name in known if hasattr(config, name)}
+    for name, value in (pair.split("=", 1) for pair in config.option):
+        if name in known:
+            options[name] = yaml_value(value)
+    return options
+
+
+def _existing(name: str, path: str) -> Path:
     if not Path(path).is_file():
-        raise ValueError(f"--scores {path}: there is no such file")
+        raise ValueError(f"--{name} {path}: there is no such file")
     return Path(path)
 
 
-def _check(config: SelectConfig, data: Any) -> tuple[Method, dict[str, Any]]:
-    """The method and its options, before anything is read or loaded."""
+def _check(config: SelectConfig, data: Any) -> None:
+    """What can be known to be wrong before anything is read or loaded."""
     if data is None and not config.data:
         raise ValueError("name the pool with --data FILE")
-    if config.method not in METHODS:
-        raise ValueError(f"--method must be one of {', '.join(METHODS)}; found {config.method!r}")
-    if config.pruning_rate is None and config.budget is None:
+    for name in config.method:
+        if name not in METHODS:
+            raise ValueError(f"--method must be one of {', '.join(METHODS)}; found {name!r}")
+    if not config.pruning_rate and config.budget is None:
         raise ValueError("say how much to keep: --pruning-rate 0.8 keeps a fifth, --budget 500 keeps 500 samples")
-    method = METHODS[config.method]
-    given = {name: getattr(config, name) for name in method.options() if hasattr(config, name)}
-    method.check_options(given)
-    return method, given
+    for pair in config.option:
+        name = pair.split("=", 1)[0]
+        known = {option for method in config.method for option in METHODS[method].options()}
+        if "=" not in pair or name not in known:
+            raise ValueError(
+                f"--option {pair}: give name=value; the options of {', '.join(config.method)} are {', '.join(sorted(known)) or 'none'}"
+            )
+    if "less" in config.method and not config.validation:
+        raise ValueError("--method less needs a few rows of the task as it will be judged: --validation FILE")
 
 
-def _budget(config: SelectConfig, n: int) -> int:
+def _budget(config: SelectConfig, pruning_rate: float | None, n: int) -> int:
     """m of a pool of n usable rows."""
-    if config.budget is not None:
+    if pruning_rate is None:
+        assert config.budget is not None
         if config.budget > n:
             raise ValueError(f"--budget {config.budget}: the pool has only {n} usable rows")
         return config.budget
-    assert config.pruning_rate is not None
-    budget = round((1 - config.pruning_rate) * n)
+    budget = round((1 - pruning_rate) * n)
     if budget == 0:
-        raise ValueError(f"--pruning-rate {config.pruning_rate} leaves none of {n} rows: lower it, or give --budget")
+        raise ValueError(f"--pruning-rate {pruning_rate} leaves none of {n} rows: lower it, or give --budget")
     return budget
 
 
-def _sources(config: SelectConfig, method: Method) -> dict[str, Any]:
-    """The models that a method asks for, found; hub ids are fetched here."""
-    wanted = {need.split("/")[0].split("@")[0] for need in (*method.needs.values(), method.verify or "") if need}
-    if config.scores:  # the user's own stand in for a model's; the target is asked where there is one
-        wanted = {"target"} if method.verify and config.target else set()
+def _sources(config: SelectConfig) -> dict[str, Any]:
+    """The models that the methods ask for, found; hub ids are fetched here."""
+    wanted: set[str] = set()
+    for method in (METHODS[name] for name in config.method):
+        # the user's own scores stand in for a model's; the target verifies where there is one
+        needs = [need for name, need in method.needs.items() if not (config.scores and name == "scores")]
+        if method.verify and (config.target or not config.scores):
+            needs.append(method.verify)
+        wanted |= {need.split("/")[0].split("@")[0] for need in needs}
     if not wanted:
         return {}
     from staff import models
@@ -182,19 +246,25 @@ def _sources(config: SelectConfig, method: Method) -> dict[str, Any]:
     if not config.target:
         raise ValueError("name the model that the coreset is for with --target")
     target = models.resolve(config.target, "--target")
-    if "draft" not in wanted:
+    if not wanted & {"draft", "raw_draft"}:
         return {"target": target}
     if not config.draft:
-        siblings = models.suggest_drafts(config.target)
-        known = (
-            "Known smaller siblings of its family: " + ", ".join(siblings) if siblings else "No smaller sibling of its family is known here"
-        )
+        siblings = ", ".join(models.suggest_drafts(config.target))
+        known = f"Known smaller siblings of its family: {siblings}" if siblings else "No smaller sibling of its family is known here"
         raise ValueError(
-            f"--method {config.method} needs a small draft of the target's family: name one with --draft. {known}. "
+            f"--method {' '.join(config.method)} needs a small draft of the target's family: name one with --draft. {known}. "
             "Without one: --draft self:8 keeps 8 of the target's own blocks, --method direct scores the target itself"
         )
     is_self = models.self_blocks(config.draft) is not None
     return {"target": target, "draft": target if is_self else models.resolve(config.draft, "--draft")}
+
+
+def _check_models(config: SelectConfig, sources: dict[str, Any]) -> None:
+    """A scope or a load that can't be had is known before any work is done."""
+    from staff import models
+
+    for source in {id(source): source for source in sources.values()}.values():
+        models.check(source, config.scope, config.load_in, config.trust_remote_code)
 
 
 def _fingerprint_rows(rows: formats.Rows) -> str:
@@ -204,42 +274,42 @@ def _fingerprint_rows(rows: formats.Rows) -> str:
     return digest.hexdigest()[:12]
 
 
-def _write(config, run, read, rows, selection, scores, work, key, began) -> Run:
+def _write(config, run, cell: Cell, rows: formats.Rows, selection: Selection, scores, work: Work, key: str) -> Run:
     """Write the results; the manifest comes last and says that all are there."""
-    method = METHODS[config.method]
+    method, folder = METHODS[cell.method], cell.folder
+    folder.mkdir(exist_ok=True)
     indices = rows.numbers[selection.indices]
-    write_aside(run.path / "coreset.jsonl", lambda aside: rows.write_jsonl(aside, selection.indices))
-    write_aside(run.path / "indices.npy", lambda aside: _save_array(aside, indices))
+    model = config.target if config.target and not config.target.endswith(".gguf") else "MODEL"
+    files = export.write_coreset(folder, rows, selection.indices, model, same=config.format == "same")
+    write_aside(folder / "indices.npy", lambda aside: _save_array(aside, indices))
     if selection.regions:
         names = [field.name for field in dataclasses.fields(Region)]
         lines = [",".join(["region", *names])]
         lines += [",".join(map(_cell, [i, *dataclasses.astuple(region)])) for i, region in enumerate(selection.regions)]
-        write_text(run.path / "regions.csv", "\n".join(lines) + "\n")
-    if rows.skipped:
-        write_text(
-            run.path / "skipped.jsonl",
-            "".join(json.dumps({"row": row, "reason": why}, ensure_ascii=False) + "\n" for row, why in rows.skipped),
-        )
+        write_text(folder / "regions.csv", "\n".join(lines) + "\n")
+    write_scores(folder / "scores.parquet", _score_columns(config, method, rows, selection, scores, work))
     fidelity = _fidelity(scores, selection, work.ledger("target")) if len(selection.verified) else None
     kept = {"indices": selection.indices, "verified": selection.verified, "filled": np.array([selection.filled, selection.filled_from_cut])}
     kept |= {} if selection.region_of is None else {"region_of": selection.region_of}
     kept |= {} if scores is None else {"scores": scores}
-    write_arrays(run.work / "selection.npz", kept)
+    write_arrays(cell.kept, kept)
     cost = work.cost(method, selection)
-    write_json(run.path / "cost.json", cost)
+    write_json(folder / "cost.json", cost)
     manifest = {
         "staff": version_of("staff-coreset"),
         "finished": key,
-        "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
+        "method": cell.method,
+        "pruning_rate": cell.pruning_rate,
         "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "n": len(rows),
         "m": len(indices),
         "skipped": len(rows.skipped),
         "format": rows.format,
+        "notes": list(rows.notes),
         "inputs": work.inputs,
         "seed": config.seed,
         "fidelity": fidelity,
-        "files": {name: hash_file(run.path / name) for name in ("coreset.jsonl", "indices.npy")},
+        "files": {name: hash_file(folder / name) for name in (*files, "indices.npy", "scores.parquet")},
         "versions": {name: version_of(name) for name in PACKAGES},
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -247,9 +317,87 @@ def _write(config, run, read, rows, selection, scores, work, key, began) -> Run:
     if work.sources:
         manifest |= {"device": str(work.device), "dtype": str(work.dtype).removeprefix("torch.")}
         pool = work.pool("draft" if "draft" in work.sources else "target")
-        manifest |= {"tokens": int(pool.lengths.sum()), "truncated": pool.truncated, "cut_responses": pool.cut_responses}
-    write_json(run.path / "manifest.json", manifest)
-    return Run(run.path, indices, selection, scores, cost, manifest, lambda: rows)
+        manifest |= {"tokens": int(pool.lengths.sum()), **_facts(rows, pool)}
+    write_json(folder / "manifest.json", manifest)
+    return Run(folder, indices, selection, scores, cost, manifest, lambda: rows)
+
+
+def _score_columns(config, method: Method, rows: formats.Rows, selection: Selection, scores, work: Work) -> dict[str, Any]:
+    """Of every sample: row number, id, what it was chosen by, loss and response tokens where a model gave them, region (-1: cut), kept."""
+    need = "" if config.scores else method.needs.get("scores", "")
+    model, _, quantity = need.partition("/")
+    has_ids = rows.layout.id is not None
+    columns = {"row": rows.numbers, "id": [example.id for example in rows.examples()] if has_ids else [None] * len(rows)}
+    if scores is not None:
+        columns[quantity or "score"] = scores
+    if quantity in ("effort", "el2n", "entropy"):
+        columns["loss"] = work.quantities(model)["loss"]
+    if work.sources:
+        columns["tokens"] = work.pool("draft" if "draft" in work.sources else "target").response_tokens()
+    if selection.region_of is not None:
+        columns["region"] = selection.region_of
+    return {**columns, "selected": np.isin(np.arange(len(rows)), selection.indices)}
+
+
+def _pushed(config: SelectConfig, runs: list[Run]) -> list[Run]:
+    """The same runs, their coresets on the hub where that was asked for: OWNER/NAME, of several OWNER/NAME-FOLDER."""
+    for run in runs if config.push_to_hub else ():
+        name = config.push_to_hub if len(runs) == 1 else f"{config.push_to_hub}-{run.path.name}"
+        export.push_to_hub(run.path / "coreset.jsonl", str(name))
+    return runs
+
+
+def remarks(facts: Mapping[str, Any], max_length: int) -> list[str]:
+    """What a user should know of how the data was read and cut, a sentence each.
+
+    Args:
+        facts: a manifest, or what `_facts` gives.
+        max_length: tokens at most.
+    """
+    said = list(facts.get("notes", ()))
+    if facts.get("skipped"):
+        said.append(f"{facts['skipped']} rows can't be used and were left out")
+    longer = f"longer than --max-length {max_length}"
+    if facts.get("truncated"):
+        said.append(f"{facts['truncated']} prompts lost their start: {longer}")
+    if facts.get("cut_responses"):
+        said.append(f"{facts['cut_responses']} responses lost their end: {longer}")
+    if facts.get("spelled"):
+        said.append(f"{facts['spelled']} rows hold text that spells the model's control tokens; it is read as such, as trainers do")
+    return said
+
+
+def _facts(rows: formats.Rows, pool) -> dict[str, Any]:
+    counts = {"truncated": pool.truncated, "cut_responses": pool.cut_responses, "spelled": pool.spelled}
+    return {"notes": list(rows.notes), "skipped": len(rows.skipped), **counts}
+
+
+def _warn(rows: formats.Rows, pool, max_length: int, skipped: Path) -> None:
+    """The remarks as warnings, where no summary says them; rows left out are listed in a file."""
+    for remark in remarks(_facts(rows, pool), max_length):
+        logger.warning(remark)
+    if rows.skipped:
+        write_aside(skipped, rows.write_skipped)
+        logger.warning("they are listed in %s", skipped)
+
+
+def _write_tables(folder: Path, cells: list[Cell], runs: list[Run]) -> None:
+    """cells.csv, a line a coreset; likeness.csv, how alike methods choose and how nested one's coresets are across rates."""
+    lines = ["method,pruning_rate,m,verified,folder"]
+    for cell, run in zip(cells, runs, strict=True):
+        values = (cell.method, cell.pruning_rate, len(run.indices), len(run.selection.verified), cell.folder.name)
+        lines.append(",".join(map(_cell, values)))
+    write_text(folder / "cells.csv", "\n".join(lines) + "\n")
+    coresets = {cell.folder.name: run.selection.indices for cell, run in zip(cells, runs, strict=True)}
+    n = runs[0].manifest["n"]
+    found = []
+    for method in dict.fromkeys(cell.method for cell in cells):
+        found += nestedness({cell.folder.name: coresets[cell.folder.name] for cell in cells if cell.method == method}, n)
+    for rate in dict.fromkeys(cell.pruning_rate for cell in cells):
+        found += likeness({cell.folder.name: coresets[cell.folder.name] for cell in cells if cell.pruning_rate == rate}, n)
+    names = [field.name for field in dataclasses.fields(Likeness)]
+    lines = [",".join(names), *(",".join(map(_cell, dataclasses.astuple(pair))) for pair in found)]
+    write_text(folder / "likeness.csv", "\n".join(lines) + "\n")
 
 
 def _fidelity(scores: np.ndarray, selection: Selection, target: Ledger) -> float | None:
@@ -271,13 +419,14 @@ def _cell(value: Any) -> str:
     return repr(value) if isinstance(value, float) else str(value)
 
 
-def _finished(path: Path, key: str | None, read: Callable[[], formats.Rows]) -> Run | None:
-    """The run as it lies on disk, where it was finished with these settings and its results are as they were written."""
+def _finished(cell: Cell, key: str | None, read: Callable[[], formats.Rows]) -> Run | None:
+    """A coreset as it lies on disk, where it was finished with these settings and its files are as they were written."""
+    path = cell.folder
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         cost = json.loads((path / "cost.json").read_text(encoding="utf-8"))
         whole = key in (None, manifest["finished"]) and all(hash_file(path / name) == digest for name, digest in manifest["files"].items())
-        kept = read_arrays(path / "work" / "selection.npz")
+        kept = read_arrays(cell.kept)
         indices = np.load(path / "indices.npy", allow_pickle=False)
     except (OSError, ValueError, KeyError):
         return None
@@ -327,6 +476,7 @@ def finetune(config: FinetuneConfig, *, on_progress: Progress | None = None) -> 
             source = models.unpack_gguf(source, run.piece("model", {"gguf": inputs["model"], "dtype": str(dtype)}), dtype)
         tokenizer = models.load_tokenizer(source, config.trust_remote_code)
         pool = tokenise(rows.examples(), tokenizer, config.max_length, lambda done: tell("tokenise", done, len(rows)))
+        _warn(rows, pool, config.max_length, run.path / "skipped.jsonl")
         model = models.load_model(source, dtype, device, config.trust_remote_code)
         training.finetune(
             model,
@@ -377,6 +527,7 @@ def score(config: ScoreConfig, *, on_progress: Progress | None = None) -> tuple[
         found = work.quantities("target")
         columns = {"row": rows.numbers, "id": [example.id for example in rows.examples()], **found}
         write_scores(output, {**columns, "tokens": work.pool("target").response_tokens()})
+        _warn(rows, work.pool("target"), config.max_length, output.with_suffix(".skipped.jsonl"))
     finally:
         run.close()
     remove(run.path)
@@ -392,8 +543,12 @@ def load_run(path: str | Path) -> Run:
     folder = Path(path)
     if not (folder / "manifest.json").exists():
         raise ValueError(f"{folder} holds no finished run (no manifest.json)")
-    config = from_mapping(SelectConfig, read_yaml(folder / "config.yaml"), str(folder / "config.yaml"))
-    finished = _finished(folder, None, lambda: formats.read(list(config.data), **config.reading.keywords()))
+    path = next(place / "config.yaml" for place in (folder, folder.parent) if (place / "config.yaml").exists())
+    config = from_mapping(SelectConfig, read_yaml(path), str(path))
+    kept = folder / "work" / "selection.npz"
+    if not kept.exists():
+        kept = folder.parent / "work" / f"selection-{folder.name}.npz"
+    finished = _finished(Cell("", None, folder, kept), None, lambda: formats.read(list(config.data), **config.reading.keywords()))
     if finished is None:
-        raise ValueError(f"{folder}: its files are not as they were written; run `staff select --config {folder / 'config.yaml'} --update`")
+        raise ValueError(f"{folder}: its files are not as they were written; type `staff select --config {path}` again")
     return finished

@@ -28,12 +28,12 @@ def break_even(epochs: float, share: float, verified_share: float) -> float:
 
 
 def verdict(passes: float, epochs: float, share: float, relative_cost: float, verified_share: float) -> str:
-    """One sentence on whether the draft paid."""
+    """One sentence on whether the draft was the cheaper way."""
     if passes <= 1:
-        return f"the draft paid: {passes:.2f} passes of the target in place of 1"
+        return f"the draft was the cheaper way: {passes:.2f} passes of the target in place of the 1 of --method direct"
     limit = break_even(epochs, share, verified_share)
     cure = f"a draft of less than {limit:.2f} of the target's cost" if limit > 0 else "fewer verified samples"
     return (
-        f"the draft did not pay: {passes:.2f} passes of the target where --method direct takes 1. "
-        f"It would with {cure}, with fewer --draft-epochs or a smaller --draft-share"
+        f"the draft was not the cheaper way: {passes:.2f} passes of the target where --method direct takes 1. "
+        f"It would be with {cure}, with fewer --draft-epochs or a smaller --draft-share"
     )

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from staff import scopes
-from staff.gradnorm import efforts
+from staff.gradnorm import efforts, mean_by_sample, record_sites, response_scores
 from staff.pool import Batch, Pool, batches, collate
 
 SHARD = 512  # samples whose scores are written together; batches never cross one, so a resumed run cuts them alike
@@ -51,6 +51,7 @@ class Scorer:
         if scope == "released":
             scopes.drop_tuned_queries_and_values(model)
         self.sites = scopes.sites(model, scope, seed)
+        self.with_features = False  # mean last hidden states of the responses besides, "features" (k, H)
         self.site_means: np.ndarray | None = None
         self._takes_positions = "position_ids" in inspect.signature(scopes.decoder(model).forward).parameters
 
@@ -111,16 +112,34 @@ class Scorer:
         order = np.argsort(np.concatenate(cut)) if cut else np.empty(0, np.int64)
         empty = {name: np.empty(0, np.float32) for name in QUANTITIES}
         empty |= {"site_norms": np.empty((0, len(self.sites)), np.float32)} if self.balance else {}
+        empty |= {"features": np.empty((0, 0), np.float32)} if self.with_features else {}
         return {name: torch.cat([part[name] for part in parts]).cpu().numpy()[order] if parts else none for name, none in empty.items()}
 
-    def _batch(self, batch: Batch, grad_scale: float | None) -> dict[str, torch.Tensor]:
-        def forward():
-            extra = {} if batch.attention_mask is None else {"attention_mask": batch.attention_mask}
-            if extra and self._takes_positions:
-                extra["position_ids"] = batch.position_ids
-            return scopes.decoder(self.model)(input_ids=batch.input_ids, use_cache=False, **extra).last_hidden_state
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        extra = {} if batch.attention_mask is None else {"attention_mask": batch.attention_mask}
+        if extra and self._takes_positions:
+            extra["position_ids"] = batch.position_ids
+        return scopes.decoder(self.model)(input_ids=batch.input_ids, use_cache=False, **extra).last_hidden_state
 
-        return efforts(forward, self.head, self.sites, batch, self.loss, grad_scale)
+    def _batch(self, batch: Batch, grad_scale: float | None) -> dict[str, torch.Tensor]:
+        states: list[torch.Tensor] = []
+
+        def forward():
+            hidden = self._forward(batch)
+            if self.with_features:
+                of_response = hidden.detach()[batch.sample_of, batch.before + 1].float()
+                states.append(mean_by_sample(of_response, batch.sample_of, batch.counts[:, None]))
+            return hidden
+
+        found = efforts(forward, self.head, self.sites, batch, self.loss, grad_scale)
+        return found | ({"features": states[0]} if states else {})
+
+    def measure(self, batch: Batch, measure: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        """What a function makes of each site's gradients of a batch; see `gradnorm.record_sites`."""
+        with torch.enable_grad(), record_sites(self.sites, measure) as recorded:
+            hidden = self._forward(batch)[batch.sample_of, batch.before]
+            losses = mean_by_sample(response_scores(hidden, self.head, batch.labels).loss, batch.sample_of, batch.counts)
+            return recorded.measured(losses)
 
 
 def level(site_norms: np.ndarray, means: np.ndarray) -> np.ndarray:
@@ -154,7 +173,7 @@ def score_shards(
         on_samples: called with the number of samples that were just done, those from disk included.
 
     Returns:
-        each of QUANTITIES, (n,). Of a scorer with `balance`, "effort" is levelled by the mean norm of each weight over
+        each of QUANTITIES, (n,), and "features" (n, H) where the scorer takes them. Of a scorer with `balance`, "effort" is levelled by the mean norm of each weight over
         the pool; the norms themselves stay with the shards.
     """
     made: list[Scorer] = []
@@ -172,8 +191,9 @@ def score_shards(
             on_samples(len(positions))
         if "site_norms" in part:
             sums = part["site_norms"].sum(0, dtype=np.float64) + (sums if number else 0)
-        parts.append({name: part[name] for name in QUANTITIES})
-    found = {name: np.concatenate([part[name] for part in parts]) if parts else np.empty(0, np.float32) for name in QUANTITIES}
+        parts.append({name: values for name, values in part.items() if name != "site_norms"})
+    names = parts[0] if parts else QUANTITIES
+    found = {name: np.concatenate([part[name] for part in parts]) if parts else np.empty(0, np.float32) for name in names}
     if len(sums):  # a second walk over the shards: all norms at once may not fit
         means = sums / len(pool)
         shards = (load(number) for number in range(len(parts)))

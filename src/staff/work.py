@@ -6,7 +6,8 @@ import dataclasses
 import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,27 +23,62 @@ from staff.types import Selection
 Progress = Callable[[str, int, int], None]  # stage, done, in all
 PACKAGES = ("numpy", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
 TRAINING = ("lora_rank", "lora_alpha", "learning_rate", "warmup", "batch_size", "seed", "checkpoint_seconds")
+SNAPSHOTS = 4  # checkpoints of the draft's tuning that loss trajectories are taken over
 ENGINE = 1  # raised when the same inputs would give other scores than before
 
 
+@dataclass(frozen=True)
+class Model:
+    """A model of a run: which base, and what was done to it before it scores.
+
+    Attributes:
+        base: "draft" or "target", a key of the run's sources.
+        epochs: of fine-tuning on the pool; 0 takes it as it comes.
+        share: of the pool that it is fine-tuned on.
+    """
+
+    base: str
+    epochs: float = 0.0
+    share: float = 1.0
+
+
+def models_of(config: SelectConfig) -> dict[str, Model]:
+    """The models that a method's needs may name."""
+    return {
+        "raw_draft": Model("draft"),
+        "draft": Model("draft", config.draft_epochs, config.draft_share),
+        "target": Model("target"),
+        "tuned_target": Model("target", config.target_epochs),
+    }
+
+
 class Work:
-    """What the stages of one run share: its models, pools and scores, made at first use and kept on disk."""
+    """What the stages of one run share: its models, pools and scores, made at first use and kept on disk.
+
+    Args:
+        sources: "draft" and "target" -> models.Source, those that the run needs.
+        inputs: name -> fingerprint, of the data and of each source.
+        tell: called with (stage, done, in all).
+    """
 
     def __init__(self, config: SelectConfig, run: RunDirectory, rows: formats.Rows, sources, inputs, tell: Progress):
         self.config, self.run, self.rows, self.sources, self.inputs, self.tell = config, run, rows, sources, inputs, tell
+        self.models = models_of(config)
         self._pools: dict[str, Any] = {}
-        self._scorer: tuple[str, Any] | None = None
+        self._scorer: tuple[tuple[str, Path | None], Any] | None = None
         if sources:
             from staff import models
 
             self.device = models.pick_device(config.device)
             self.dtype = models.pick_dtype(config.dtype, self.device)
 
-    def _pool_key(self, name: str) -> dict[str, Any]:
+    # ---- what each piece is made of ----
+
+    def _pool_key(self, base: str) -> dict[str, Any]:
         return {
             "data": self.inputs["data"],
             "reading": dataclasses.asdict(self.config.reading),
-            "tokenizer": self.inputs[name],
+            "tokenizer": self.inputs[base],
             "max_length": self.config.max_length,
         }
 
@@ -55,168 +91,209 @@ class Work:
             "versions": {name: version_of(name) for name in PACKAGES},
         }
 
-    def _adapter_key(self) -> dict[str, Any]:
-        """What a tuned draft is made of."""
-        config = self.config
-        names = ("draft_epochs", "draft_share", *(name for name in TRAINING if name != "checkpoint_seconds"))
-        return {"base": self._base_key("draft"), "pool": self._pool_key("draft"), **{name: getattr(config, name) for name in names}}
-
-    def _base_key(self, name: str) -> dict[str, Any]:
-        keeps = self.config.draft if name == "draft" and (self.config.draft or "").startswith("self") else None
+    def _base_key(self, base: str) -> dict[str, Any]:
+        keeps = self.config.draft if base == "draft" and (self.config.draft or "").startswith("self") else None
         blocks = [keeps, self.config.draft_blocks] if keeps else None
-        return {"weights": self.inputs[name], "blocks": blocks, "load_in": self.config.load_in}
+        return {"weights": self.inputs[base], "blocks": blocks, "load_in": self.config.load_in}
+
+    def _model_key(self, name: str) -> dict[str, Any]:
+        """The base as it comes, or what its tuned adapter is made of."""
+        model = self.models[name]
+        key = self._base_key(model.base)
+        if not model.epochs:
+            return key
+        settings = {setting: getattr(self.config, setting) for setting in TRAINING if setting != "checkpoint_seconds"}
+        return {
+            "base": key,
+            "pool": self._pool_key(model.base),
+            "epochs": model.epochs,
+            "share": model.share,
+            **settings,
+            **self._engine_key(),
+        }
 
     def _scores_key(self, name: str) -> dict[str, Any]:
-        model = self._adapter_key() if name == "draft" and self.config.draft_epochs else self._base_key(name)
+        # with no adapter of its own a model gets a fresh, seeded one to be scored in scope "lora"
         config = self.config
-        # with no adapter of its own a model gets a fresh, seeded one to be scored in scope "lora"; "released" has its own
-        fresh = {"lora": [config.lora_rank, config.lora_alpha, config.seed], "released": [config.seed]}.get(config.scope)
-        measured = {"scope": config.scope, "lora": fresh, "loss": config.loss, "balance_layers": config.balance_layers}
-        return {"model": model, "pool": self._pool_key(name), **measured, **self._engine_key()}
+        fresh = [config.lora_rank, config.lora_alpha] if config.scope == "lora" else None
+        return {
+            "model": self._model_key(name),
+            "pool": self._pool_key(self.models[name].base),
+            "scope": config.scope,
+            "lora": fresh,
+            "seed": config.seed if config.scope in ("lora", "released") else None,
+            "loss": config.loss,
+            "balance_layers": config.balance_layers,
+            **self._engine_key(),
+        }
+
+    # ---- pools and models ----
 
     def pool(self, name: str):
         """The pool in a model's tokens."""
         from staff.pool import Pool, tokenise
 
-        key = self._pool_key(name)
+        base = self.models[name].base
+        key = self._pool_key(base)
         if fingerprint(key) not in self._pools:
             path = self.run.piece("pool", key) / "tokens.npz"
             arrays = read_arrays(path)
             if arrays is None:
-                tokenizer = self._load_tokenizer(name)
+                tokenizer = self._load_tokenizer(base)
                 n = len(self.rows)
                 began = time.monotonic()
                 pool = tokenise(self.rows.examples(), tokenizer, self.config.max_length, lambda done: self.tell("tokenise", done, n))
                 arrays = {"input_ids": pool.input_ids, "is_response": pool.is_response, "offsets": pool.offsets}
-                arrays["counts"] = np.array([pool.truncated, pool.cut_responses])
+                arrays["counts"] = np.array([pool.truncated, pool.cut_responses, pool.spelled])
                 write_arrays(path, arrays)
                 self.run.spend(stage="tokenise", seconds=time.monotonic() - began)
             counts = map(int, arrays["counts"])
             self._pools[fingerprint(key)] = Pool(arrays["input_ids"], arrays["is_response"], arrays["offsets"], *counts)
         return self._pools[fingerprint(key)]
 
-    def _source(self, name: str):
+    def _source(self, base: str):
         """A model's source; a .gguf file is unpacked once."""
         from staff import models
 
-        source = self.sources[name]
+        source = self.sources[base]
         if source.gguf:
-            self.tell(f"unpack {source.gguf}", 0, 1)
-            folder = self.run.piece("model", {"gguf": self.inputs[name], "dtype": str(self.dtype)})
+            folder = self.run.piece("model", {"gguf": self.inputs[base], "dtype": str(self.dtype)})
+            if not (folder / "unpacked.json").exists():
+                self.tell(f"unpack {source.gguf}", 0, 1)
             source = models.unpack_gguf(source, folder, self.dtype)
-            self.tell(f"unpack {source.gguf or self.sources[name].gguf}", 1, 1)
         return source
 
-    def _load_tokenizer(self, name: str):
+    def _load_tokenizer(self, base: str):
         from staff import models
 
-        return models.load_tokenizer(self._source(name), self.config.trust_remote_code)
+        return models.load_tokenizer(self._source(base), self.config.trust_remote_code)
 
-    def _load(self, name: str):
-        """A base model, cut to its blocks where the draft is the target's own; an adapter that it came with is merged,
-        save where its matrices are what is scored."""
+    def _load(self, base: str, merge: bool = True):
+        """A base model, cut to its blocks where the draft is the target's own; an adapter that it came with is folded in."""
         from staff import draft, models
 
         config = self.config
-        scored = config.scope == "lora" and not (name == "draft" and config.draft_epochs)
-        source = self._source(name)
-        model = models.load_model(source, self.dtype, self.device, config.trust_remote_code, config.load_in, merge=not scored)
-        keep = models.self_blocks(self.config.draft) if name == "draft" else None
+        model = models.load_model(self._source(base), self.dtype, self.device, config.trust_remote_code, config.load_in, merge)
+        keep = models.self_blocks(self.config.draft) if base == "draft" else None
         return draft.cut(model, keep, self.config.draft_blocks) if keep else model
 
-    def adapter(self) -> Path:
-        """The folder of the draft's adapter, tuned if it is not there."""
+    def adapter(self, name: str) -> Path:
+        """The folder of a tuned model's adapter, tuned if it is not there."""
         from staff import models
         from staff.finetune import finetune
 
-        config, pool = self.config, self.pool("draft")
-        folder = self.run.piece("draft", self._adapter_key())
+        config, model, pool = self.config, self.models[name], self.pool(name)
+        folder = self.run.piece(model.base, self._model_key(name))
         done = folder / "finished.json"
         if not done.exists():
-            share = np.random.default_rng([config.seed, 1])
-            size = max(1, round(config.draft_share * len(pool)))
-            positions = np.sort(share.choice(len(pool), size, replace=False))
+            stage = f"fine-tune the {model.base}"
+            draws = np.random.default_rng([config.seed, 1])
+            size = max(1, round(model.share * len(pool)))
+            positions = np.sort(draws.choice(len(pool), size, replace=False))
             began = time.monotonic()
-            model = finetune(
-                self._load("draft"),
+            tuned = finetune(
+                self._load(model.base),
                 pool,
                 positions,
                 folder,
-                epochs=config.draft_epochs,
-                on_progress=lambda done, total: self.tell("fine-tune the draft", done, total),
-                **{name: getattr(config, name) for name in TRAINING},
+                epochs=model.epochs,
+                snapshots=SNAPSHOTS,
+                on_progress=lambda done, total: self.tell(stage, done, total),
+                **{setting: getattr(config, setting) for setting in TRAINING},
             )
             tokens, response = pool.lengths[positions].sum(), pool.response_tokens()[positions].sum()
-            flops = models.measure(model).training_flops(int(tokens), int(response)) * config.draft_epochs
             self.run.spend(
-                stage="fine-tune the draft",
+                stage=stage,
                 seconds=time.monotonic() - began,
-                samples=len(positions) * config.draft_epochs,
-                tokens=float(tokens) * config.draft_epochs,
-                flops=flops,
+                samples=len(positions) * model.epochs,
+                tokens=float(tokens) * model.epochs,
+                flops=models.measure(tuned).training_flops(int(tokens), int(response)) * model.epochs,
             )
-            write_json(done, {"samples": len(positions), "epochs": config.draft_epochs})
+            write_json(done, {"samples": len(positions), "epochs": model.epochs})
         return folder
 
-    def scorer(self, name: str, calibrate: bool = False):
-        """A model ready to score; the one loaded before it is freed.
-
-        Args:
-            calibrate: it will score single samples and not the pool. With --balance-layers the mean norm of each weight
-                is then taken over `score.CALIBRATION` samples, drawn by the seed and counted as the verification they are for.
-        """
+    def scorer(self, name: str, snapshot: Path | None = None):
+        """A model ready to score, perhaps as it was halfway through its tuning; the one loaded before it is freed."""
         from staff import finetune, models
-        from staff.score import CALIBRATION, Scorer
+        from staff.score import Scorer
 
-        config = self.config
-        if self._scorer and self._scorer[0] == name:
+        if self._scorer and self._scorer[0] == (name, snapshot):
             return self._scorer[1]
         self.free()
-        adapter = self.adapter() if name == "draft" and self.config.draft_epochs else None
+        config, spec = self.config, self.models[name]
+        adapter = self.adapter(name) if spec.epochs else None
         began = time.monotonic()
-        model = self._load(name)
+        model = self._load(spec.base, merge=bool(adapter) or config.scope != "lora")
         size = models.measure(model)
         if adapter:
-            model = finetune.load_adapter(model, adapter)
+            model = finetune.load_adapter(model, snapshot or adapter)
         elif config.scope == "lora" and not hasattr(model, "peft_config"):
             model = finetune.add_lora(model, config.lora_rank, config.lora_alpha, config.seed)
-        made = Scorer(model, config.scope, config.batch_tokens, loss=config.loss, balance=config.balance_layers, seed=config.seed)
-        self._scorer = (name, made)
+        options: dict[str, Any] = {"loss": config.loss, "balance": config.balance_layers, "seed": config.seed}
+        self._scorer = ((name, snapshot), Scorer(model, config.scope, config.batch_tokens, **options))
         self.run.spend(stage="load models", seconds=time.monotonic() - began)
-        folder = self.run.piece("scores", self._scores_key(name))
-        write_json(folder / "size.json", dataclasses.asdict(size))
-        if calibrate and config.balance_layers:
-            kept = read_arrays(folder / "site_means.npz")
-            if kept:
-                made.site_means = kept["means"]
-            else:
-                pool, began = self.pool(name), time.monotonic()
-                drawn = np.random.default_rng([config.seed, 2]).choice(len(pool), min(CALIBRATION, len(pool)), replace=False)
-                write_arrays(folder / "site_means.npz", {"means": made.calibrate(pool, np.sort(drawn))})
-                self._spend(f"verify on the {name}", name, np.sort(drawn), time.monotonic() - began)
-        return made
+        write_json(self.run.piece("size", self._base_key(spec.base)) / "size.json", dataclasses.asdict(size))
+        return self._scorer[1]
 
     def free(self) -> None:
         """Let go of the model that is loaded."""
         self._scorer = None
         gc.collect()
 
-    def scores(self, name: str) -> np.ndarray:
-        """(n,) efforts of the whole pool on a model."""
-        return self.quantities(name)["effort"]
+    # ---- numbers ----
 
-    def quantities(self, name: str) -> dict[str, np.ndarray]:
-        """All that one pass over the pool gives, (n,) each, by shards."""
+    def array(self, need: str, wanted: Iterable[str] = ()) -> np.ndarray:
+        """(n,) or (n, k) numbers that a method needs.
+
+        Args:
+            need: "model[@checkpoints]/quantity[.made]", as METHODS has them.
+            wanted: all needs of the run, so that one pass over a model gives what all of its methods ask for.
+        """
+        model, _, quantity = need.partition("/")
+        base, _, made = quantity.partition(".")
+        if made:
+            from staff import graph
+
+            return graph.derive(quantity, self.array(f"{model}/{base}", wanted), self.config.seed)
+        if model == "pool":
+            return self.pool("target" if "target" in self.sources else "draft").response_tokens()
+        if model == "draft@checkpoints":
+            return self._trajectories(base)
+        if quantity == "unconditional_loss":
+            return self.quantities(model, responses_alone=True)["loss"]
+        if quantity == "similarity":
+            return self._similarity(model)
+        with_features = any(other.startswith(f"{model}/features") for other in (need, *wanted))
+        return self.quantities(model, with_features)[quantity]
+
+    def quantities(
+        self, name: str, with_features: bool = False, responses_alone: bool = False, snapshot: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """All that one pass over the pool gives, (n,) each, by shards.
+
+        Args:
+            name: a key of `models_of`.
+            with_features: (n, H) mean last hidden states besides.
+            responses_alone: score the responses without their prompts.
+            snapshot: 1 to SNAPSHOTS, score the model as it was after that part of its tuning.
+        """
         from staff.score import score_shards
 
-        folder = self.run.piece("scores", self._scores_key(name))
+        key = self._scores_key(name)
+        if responses_alone:
+            key |= {"pool": {**key["pool"], "part": "responses alone"}}
+        if snapshot is not None:
+            key |= {"snapshot": [snapshot, SNAPSHOTS]}
+        folder = self.run.piece("scores", key)
         whole = read_arrays(folder / "scores.npz")
-        if whole is not None:
+        if whole is not None and ("features" in whole or not with_features):
             return whole
-        pool = self.pool(name)
-        if name == "draft" and self.config.draft_epochs:
-            self.adapter()  # first, so that its seconds are not counted as scoring
-        stage = f"score on the {name}"
+        pool = self.pool(name).responses_alone() if responses_alone else self.pool(name)
+        adapter = self.adapter(name) if self.models[name].epochs else None  # first, so that its seconds are not counted as scoring
+        at = adapter / "snapshots" / str(snapshot) if adapter and snapshot is not None else None
+        stage = f"score on the {name.replace('_', ' ')}" + (" without prompts" if responses_alone else "")
+        stage += "" if snapshot is None else f" at {snapshot}/{SNAPSHOTS}"
+        prefix = "features-shard" if with_features else "shard"
         done = 0
         began = time.monotonic()
 
@@ -227,19 +304,23 @@ class Work:
 
         def scorer():
             nonlocal began
-            made = self.scorer(name)
+            made = self.scorer(name, at)
+            made.with_features = with_features
             began = time.monotonic()
             return made
 
+        def path(number: int) -> Path:
+            return folder / f"{prefix}-{number:05d}.npz"
+
         def save(number: int, part: dict[str, np.ndarray]) -> None:
             nonlocal began
-            write_arrays(folder / f"shard-{number:05d}.npz", part)
-            self._spend(stage, name, np.arange(done - len(part["effort"]), done), time.monotonic() - began)
+            write_arrays(path(number), part)
+            self._spend(stage, name, pool, np.arange(done - len(part["effort"]), done), time.monotonic() - began)
             began = time.monotonic()
 
-        found = score_shards(scorer, pool, lambda number: read_arrays(folder / f"shard-{number:05d}.npz"), save, advance)
+        found = score_shards(scorer, pool, lambda number: read_arrays(path(number)), save, advance)
         write_arrays(folder / "scores.npz", found)
-        for shard in folder.glob("shard-*.npz"):
+        for shard in folder.glob(f"{prefix}-*.npz"):
             shard.unlink()
         return found
 
@@ -248,60 +329,96 @@ class Work:
         pool, stage = self.pool(name), f"verify on the {name}"
 
         def score(positions: np.ndarray) -> np.ndarray:
-            scorer = self.scorer(name, calibrate=True)
+            scorer = self.scorer(name)
             began = time.monotonic()
+            if self.config.balance_layers and scorer.site_means is None:
+                self._calibrate(scorer, name, folder)
             found = scorer.scores(pool, positions)["effort"]
-            self._spend(stage, name, positions, time.monotonic() - began)
+            self._spend(stage, name, pool, positions, time.monotonic() - began)
             return found
 
-        return Ledger(
-            self.run.piece("scores", self._scores_key(name)), score, on_progress=lambda done, total: self.tell(stage, done, total)
-        )
+        folder = self.run.piece("scores", self._scores_key(name))
+        return Ledger(folder, score, on_progress=lambda done, total: self.tell(stage, done, total))
 
-    def _spend(self, stage: str, name: str, positions: np.ndarray, seconds: float) -> None:
+    def _calibrate(self, scorer, name: str, folder: Path) -> None:
+        """The mean norm of each weight, over samples drawn for it alone: in verification the model never sees the pool."""
+        from staff.score import CALIBRATION
+
+        kept = read_arrays(folder / "site_means.npz")
+        if kept is not None:
+            scorer.site_means = kept["site_means"]
+            return
+        pool, began = self.pool(name), time.monotonic()
+        positions = np.sort(np.random.default_rng([self.config.seed, 2]).choice(len(pool), min(CALIBRATION, len(pool)), replace=False))
+        write_arrays(folder / "site_means.npz", {"site_means": scorer.calibrate(pool, positions)})
+        self._spend(f"calibrate the {name}", name, pool, positions, time.monotonic() - began)
+
+    def _trajectories(self, quantity: str) -> np.ndarray:
+        """(n, SNAPSHOTS) a quantity of the draft at even steps through its tuning."""
+        if not self.models["draft"].epochs:
+            raise ValueError("a trajectory needs a draft that is tuned: --draft-epochs must be above 0")
+        return np.stack([self.quantities("draft", snapshot=number)[quantity] for number in range(1, SNAPSHOTS + 1)], 1)
+
+    def _similarity(self, name: str) -> np.ndarray:
+        """(n,) how like each sample's gradient is to those of the validation rows (LESS)."""
+        from staff.pool import tokenise
+        from staff.similarity import mean_direction, similarities
+
+        assert self.config.validation
+        key = {**self._scores_key(name), "validation": self.inputs["validation"]}
+        path = self.run.piece("similarity", key) / "similarity.npz"
+        kept = read_arrays(path)
+        if kept is None:
+            pool, stage = self.pool(name), f"gradients of the {name.replace('_', ' ')}"
+            rows = formats.read(self.config.validation, **self.config.reading.keywords())
+            wanted = tokenise(rows.examples(), self._load_tokenizer(self.models[name].base), self.config.max_length)
+            scorer, began = self.scorer(name), time.monotonic()
+            directions = mean_direction(scorer, wanted)
+            found = similarities(scorer, pool, directions, lambda done: self.tell(stage, done, len(pool)))
+            self._spend(stage, name, pool, np.arange(len(pool)), time.monotonic() - began)
+            kept = {"similarity": found}
+            write_arrays(path, kept)
+        return kept["similarity"]
+
+    def _spend(self, stage: str, name: str, pool, positions: np.ndarray, seconds: float) -> None:
         from staff import models
 
-        pool = self.pool(name)
         tokens, response = int(pool.lengths[positions].sum()), int(pool.response_tokens()[positions].sum())
         flops = self.size(name, models.Size).scoring_flops(tokens, response)
         self.run.spend(stage=stage, seconds=seconds, samples=len(positions), tokens=tokens, flops=flops)
 
     def size(self, name: str, kind):
         """What a token costs in a model that has been loaded in this run."""
-        return kind(**json.loads((self.run.piece("scores", self._scores_key(name)) / "size.json").read_text()))
+        return kind(**json.loads((self.run.piece("size", self._base_key(self.models[name].base)) / "size.json").read_text()))
 
     def cost(self, method: Method, selection: Selection) -> dict[str, Any]:
         """What the run took, stage by stage, beside what scoring the target directly would have taken."""
         stages = self.run.account()
         cost: dict[str, Any] = {"stages": stages, "seconds": sum(stage.get("seconds", 0) for stage in stages.values())}
-        if not method.needs:
-            return cost
+        on_target = next((stages[name] for name in ("verify on the target", "score on the target") if name in stages), None)
+        if on_target is None:
+            return cost  # the target was never loaded, and what a pass of it takes is not known
         from staff import models
 
         def one_pass(name: str) -> float:
             pool = self.pool(name)
             return self.size(name, models.Size).scoring_flops(int(pool.lengths.sum()), int(pool.response_tokens().sum()))
 
-        scored = method.needs["scores"].split("/")[0]
-        if "verify on the target" not in stages and scored != "target":
-            return cost  # the target was never loaded: regions too small to verify
         whole = one_pass("target")
         for stage in stages.values():
             if "flops" in stage:
                 stage["passes"] = stage["flops"] / whole
         cost["passes"] = sum(stage.get("passes", 0) for stage in stages.values())
-        on_target = next(stages[name] for name in ("verify on the target", "score on the target") if name in stages)
         cost["direct"] = {"passes": 1.0, "seconds": on_target["seconds"] * whole / on_target["flops"]}
-        if scored == "draft":
-            relative, verified = one_pass("draft") / whole, len(selection.verified) / len(self.rows)
-            settings = {
+        if method.needs.get("scores") == "draft/effort" and "score on the draft" in stages:
+            terms = {
                 "epochs": self.config.draft_epochs,
                 "share": self.config.draft_share,
-                "relative_cost": relative,
-                "verified_share": verified,
+                "relative_cost": one_pass("draft") / whole,
+                "verified_share": len(selection.verified) / len(self.rows),
             }
-            cost["sum"] = {**settings, "passes": plan.staff_passes(**settings)}
-            cost["verdict"] = plan.verdict(cost["sum"]["passes"], relative, self.config.draft_epochs, self.config.draft_share, verified)
+            cost["sum"] = {**terms, "passes": plan.staff_passes(**terms)}
+            cost["verdict"] = plan.verdict(cost["sum"]["passes"], **terms)
         return cost
 
 
