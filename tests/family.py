@@ -30,9 +30,18 @@ def make_family(folder: Path) -> Path:
     """folder/draft and folder/target: Llama layouts of 2 and 4 blocks, float32."""
     for seed, (name, blocks, width) in enumerate([("draft", 2, 16), ("target", 4, 32)]):
         config = LlamaConfig(
-            vocab_size=259, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=blocks, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=0, bos_token_id=None, eos_token_id=2,
-        )  # fmt: skip
+            vocab_size=259,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=blocks,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=2,
+        )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             LlamaForCausalLM(config).save_pretrained(folder / name)

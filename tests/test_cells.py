@@ -4,9 +4,9 @@ import csv
 
 import numpy as np
 import pytest
-from family import make_rows, write_pool
 
 import staff
+from family import make_rows, write_pool
 from staff.methods import METHODS
 from staff.methods.groups import share_by_size
 from staff.pool import Pool
@@ -57,9 +57,11 @@ def test_methods_choose_by_their_own_number_and_not_by_effort(everything):
 
 
 def _is_draft(path):
-    return '"epochs"' in (path.parent / "key.json").read_text() and '"share"' in (path.parent / "key.json").read_text() and len(
-        np.load(path)["features"][0]
-    ) == 16  # the draft is 16 wide
+    return (
+        '"epochs"' in (path.parent / "key.json").read_text()
+        and '"share"' in (path.parent / "key.json").read_text()
+        and len(np.load(path)["features"][0]) == 16
+    )  # the draft is 16 wide
 
 
 def test_the_tables_say_how_alike_and_how_nested_the_coresets_are(everything):

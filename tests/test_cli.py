@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+
 from family import write_pool
 
 STAFF = [sys.executable, "-m", "staff.cli"]
@@ -34,7 +35,15 @@ def test_the_summary_says_what_was_kept_what_it_cost_and_how_to_go_on(done, fami
     folder, result = done
     assert result.returncode == 0, result.stderr
     said = result.stdout
-    for part in ("60 samples", "coreset    18 samples, 30% of the pool", "verified   ", "V_i from", "Spearman", "without a draft (direct)", "(2 T f + 1) r + v"):
+    for part in (
+        "60 samples",
+        "coreset    18 samples, 30% of the pool",
+        "verified   ",
+        "V_i from",
+        "Spearman",
+        "without a draft (direct)",
+        "(2 T f + 1) r + v",
+    ):
         assert part in said
     assert f"staff finetune --data {folder / 'x' / 'coreset.jsonl'} --model {family / 'target'}" in said
     assert "fine-tune the draft: 8 of 8" in result.stderr
@@ -61,7 +70,9 @@ def test_scores_can_be_written_alone_and_taken_up_again(done, family):
     result = run("score", "--data", folder / "pool.jsonl", "--model", family / "draft", "--output", folder / "s.parquet", "--quiet")
     assert result.returncode == 0, result.stderr
     assert not (folder / "s.unfinished").exists()
-    result = run("select", "--data", folder / "pool.jsonl", "--scores", folder / "s.parquet", "--budget", 7, "--output", folder / "z", "--json")
+    result = run(
+        "select", "--data", folder / "pool.jsonl", "--scores", folder / "s.parquet", "--budget", 7, "--output", folder / "z", "--json"
+    )
     assert json.loads(result.stdout)["m"] == 7
     assert "warning: none verified" not in result.stdout
 
@@ -75,8 +86,14 @@ def test_scores_can_be_written_alone_and_taken_up_again(done, family):
         (["select", "--data", "POOL", "--output", "o"], "say how much to keep"),
         (["select", "--data", "nothing.jsonl", "--method", "random", "--pruning-rate", "0.5", "--output", "o"], "nothing.jsonl"),
         (["select", "--data", "POOL", "--pruning-rate", "0.5", "--output", "o"], "--target"),
-        (["select", "--data", "POOL", "--target", "TARGET", "--pruning-rate", "0.5", "--output", "o"], "self:8 keeps 8 of the target's own blocks"),
-        (["select", "--data", "POOL", "--target", "some/model", "--draft", "self:2", "--budget", "3", "--output", "o"], "the hub did not give it"),
+        (
+            ["select", "--data", "POOL", "--target", "TARGET", "--pruning-rate", "0.5", "--output", "o"],
+            "self:8 keeps 8 of the target's own blocks",
+        ),
+        (
+            ["select", "--data", "POOL", "--target", "some/model", "--draft", "self:2", "--budget", "3", "--output", "o"],
+            "the hub did not give it",
+        ),
         (["select", "--data", "POOL", "--method", "random", "--pruning-rate", "0.5"], "--output"),
         (["select", "--config", "none.yaml"], "none.yaml: can't be read"),
         (["select", "--data", "POOL", "--scores", "none.npy", "--budget", "3", "--output", "o"], "none.npy: there is no such file"),
@@ -120,4 +137,6 @@ def test_ctrl_c_gives_the_terminal_back_at_once_and_the_same_command_goes_on(fam
     assert time.monotonic() - began < 2
     assert b"\x1b[?25h" in seen.split(b"fine-tune the draft")[-1]  # the cursor is shown again
     os.close(terminal)
-    assert run("select", *command[4:], "--draft-epochs", "200", "--max-length", "64", cwd=tmp_path).stderr.count("max_length: 1024 -> 64") == 1
+    assert (
+        run("select", *command[4:], "--draft-epochs", "200", "--max-length", "64", cwd=tmp_path).stderr.count("max_length: 1024 -> 64") == 1
+    )

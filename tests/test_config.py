@@ -7,7 +7,9 @@ from staff.config import FinetuneConfig, SelectConfig, from_mapping
 
 
 def test_a_config_comes_back_from_its_yaml(tmp_path):
-    made = SelectConfig(data=("a.jsonl", "b.jsonl"), target="T", draft="self:8", pruning_rate=(0.2, 0.8), method=("staff", "ccs"), learning_rate=1e-4)
+    made = SelectConfig(
+        data=("a.jsonl", "b.jsonl"), target="T", draft="self:8", pruning_rate=(0.2, 0.8), method=("staff", "ccs"), learning_rate=1e-4
+    )
     (tmp_path / "c.yaml").write_text(config.to_yaml(made))
     assert from_mapping(SelectConfig, config.read_yaml(tmp_path / "c.yaml"), "c.yaml") == made
 

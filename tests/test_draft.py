@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny import LAYOUTS, make_model, make_pool
 
 from staff import draft, models, scopes
 from staff.score import Scorer
+from tiny import LAYOUTS, make_model, make_pool
 
 
 @pytest.mark.parametrize(

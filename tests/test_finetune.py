@@ -7,11 +7,11 @@ import time
 import numpy as np
 import pytest
 import torch
-from tiny import make_model, make_pool
 
 from staff import finetune as training
 from staff.finetune import batch_order, finetune
 from staff.store import SEAL
+from tiny import make_model, make_pool
 
 LENGTHS = tuple(np.random.default_rng(3).integers(4, 30, 44).tolist())
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from family import make_rows, write_pool
 
 import staff
+from family import make_rows, write_pool
 from staff import pipeline
 from staff.config import FinetuneConfig
 
@@ -125,7 +125,9 @@ def test_methods_without_a_draft_never_touch_one(method, family, tmp_path):
 
 
 def test_a_self_made_draft_untuned_and_in_scope_lora_runs_through(family, tmp_path):
-    run = staff.select(make_rows(40), output=tmp_path / "x", target=str(family / "target"), draft="self:2", scope="lora", **{**SETTINGS, "draft_epochs": 0})
+    run = staff.select(
+        make_rows(40), output=tmp_path / "x", target=str(family / "target"), draft="self:2", scope="lora", **{**SETTINGS, "draft_epochs": 0}
+    )
     assert len(run.indices) == 12
     assert run.cost["sum"]["epochs"] == 0
     assert len(run.selection.verified)
@@ -180,7 +182,13 @@ def start(data, output, family, pause):
         time.sleep(pause)
 
     def work():
-        settings = {"target": str(family / "target"), "draft": str(family / "draft"), **SETTINGS, "draft_epochs": 2, "checkpoint_seconds": 0}
+        settings = {
+            "target": str(family / "target"),
+            "draft": str(family / "draft"),
+            **SETTINGS,
+            "draft_epochs": 2,
+            "checkpoint_seconds": 0,
+        }
         staff.select(str(data), output=output, on_progress=tell, **settings)
 
     process = context.Process(target=work)
@@ -207,7 +215,9 @@ def results(folder: Path):
 def test_a_run_killed_in_every_stage_ends_with_the_same_bytes(family, tmp_path):
     data = write_pool(tmp_path / "pool.jsonl")
     assert finish(*start(data, tmp_path / "whole", family, 0)) == 0
-    for place, (stage, after) in enumerate([("tokenise", 1), ("fine-tune the draft", 9), ("score on the draft", 20), ("verify on the target", 1)]):
+    for place, (stage, after) in enumerate(
+        [("tokenise", 1), ("fine-tune the draft", 9), ("score on the draft", 20), ("verify on the target", 1)]
+    ):
         output = tmp_path / f"killed-{place}"
         process, receive = start(data, output, family, 0.05)
         while True:
@@ -224,7 +234,9 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_bytes(family, tmp_path):
 def test_a_model_can_be_fine_tuned_on_the_coreset_and_loaded_again(finished, family, tmp_path):
     from peft import AutoPeftModelForCausalLM
 
-    config = FinetuneConfig(data=(str(finished.path / "coreset.jsonl"),), model=str(family / "target"), output=str(tmp_path / "a"), epochs=1)
+    config = FinetuneConfig(
+        data=(str(finished.path / "coreset.jsonl"),), model=str(family / "target"), output=str(tmp_path / "a"), epochs=1
+    )
     path = pipeline.finetune(config)
     began = time.monotonic()
     assert pipeline.finetune(config) == path

@@ -51,7 +51,9 @@ def test_a_template_that_refuses_system_turns_gets_them_with_the_first_question(
 
 
 def test_a_template_without_an_end_of_turn_gets_the_end_token():
-    tokenizer = make_tokenizer("{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}")
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
     assert texts(tokenizer, tokenise([QUESTION], tokenizer, 1024))[1] == "A thing.\n<|im_end|>"
 
 
