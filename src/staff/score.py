@@ -10,9 +10,9 @@ import torch
 
 from staff import scopes
 from staff.gradnorm import efforts, mean_by_sample, record_sites, response_scores
+from staff.memory import SHARD, Fitting
 from staff.pool import Batch, Pool, batches, collate
 
-SHARD = 512  # samples whose scores are written together; batches never cross one, so a resumed run cuts them alike
 QUANTITIES = ("effort", "loss", "el2n", "entropy")
 FLOAT16_SCALES = (2.0**8, 2.0**-4)  # what gradients are multiplied by on their way; the second for samples that overflow
 CALIBRATION = 128  # samples that a model's layer means are taken over where it never sees the whole pool
@@ -157,7 +157,7 @@ def level(site_norms: np.ndarray, means: np.ndarray) -> np.ndarray:
 
 
 def score_shards(
-    scorer: Callable[[], Scorer],
+    scorer: Callable[[], Scorer | Fitting],
     pool: Pool,
     load: Callable[[int], dict[str, np.ndarray] | None],
     save: Callable[[int, dict[str, np.ndarray]], None],
@@ -173,10 +173,10 @@ def score_shards(
         on_samples: called with the number of samples that were just done, those from disk included.
 
     Returns:
-        each of QUANTITIES, (n,), and "features" (n, H) where the scorer takes them. Of a scorer with `balance`, "effort" is levelled by the mean norm of each weight over
-        the pool; the norms themselves stay with the shards.
+        each of QUANTITIES, (n,), and "features" (n, H) where the scorer takes them. Of a scorer with `balance`, "effort"
+        is levelled by the mean norm of each weight over the pool; the norms themselves stay with the shards.
     """
-    made: list[Scorer] = []
+    made: list[Scorer | Fitting] = []
     parts = []
     sums = np.zeros(0)
     for number, start in enumerate(range(0, len(pool), shard)):
