@@ -9,6 +9,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,28 @@ def inspect(rows: Rows, tokenizer: Any = None, max_length: int = 1024) -> dict:
         "tokens": tokens,
         "first": _first(rows, tokenizer, max_length),
     }
+
+
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a hub id (of which only the tokenizer's files are fetched), a folder, a LoRA adapter or a .gguf file.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from staff import model_files, models
+    from staff.sources import read_json
+
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        return models.load_tokenizer(models.resolve(model, "--model"), trust_remote_code)
+    if not path.is_dir():
+        if path.exists() or not model_files.HUB_ID.fullmatch(model):
+            raise ValueError(f"--model {model}: there is no such folder or .gguf file, and it is not a hub id (owner/model)")
+        path = model_files.fetch(model, "--model", (*model_files.DESCRIBES, "adapter_config.json", "*.py"))
+    if (path / "adapter_config.json").is_file() and not (path / "tokenizer_config.json").is_file():
+        base = str(read_json(path / "adapter_config.json").get("base_model_name_or_path"))
+        return load_tokenizer(str(path / base) if (path / base).exists() else base, trust_remote_code)
+    return models.load_tokenizer(models.Source(model, path), trust_remote_code)
 
 
 _CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]")

@@ -81,7 +81,7 @@ def resolve(name: str, flag: str = "--target") -> Source:
         return _in_folder(name, path, flag)
     if path.exists() or not HUB_ID.fullmatch(name) or name.startswith((".", "/", "~")):
         raise ValueError(f"{flag} {name}: there is no such folder or .gguf file, and it is not a hub id (owner/model)")
-    return _in_folder(name, _fetch(name, flag), flag)
+    return _in_folder(name, fetch(name, flag), flag)
 
 
 def _in_folder(name: str, folder: Path, flag: str) -> Source:
@@ -118,11 +118,12 @@ def _with_base(name: str, folder: Path, flag: str) -> Source:
     return Source(name, found.folder, found.gguf, folder)
 
 
-def _fetch(name: str, flag: str) -> Path:
+def fetch(name: str, flag: str, patterns: tuple[str, ...] = (*WEIGHTS, *DESCRIBES, *ADAPTER, "*.py")) -> Path:
+    """The folder of a hub id's files that fit the patterns, fetched or in the hub's cache."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[*WEIGHTS, *DESCRIBES, *ADAPTER, "*.py"]))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:  # the hub's client raises its own, requests' and httpx's errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
