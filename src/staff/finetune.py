@@ -16,9 +16,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from staff import scopes
 from staff.gradnorm import Head, response_scores
-from staff.memory import is_out_of_memory
 from staff.pool import Pool, collate
-from staff.store import SEAL, seal, sealed
+from staff.store import SEAL, is_out_of_memory, seal, sealed
 
 SORTED_TOGETHER = 50  # batches whose samples are sorted by length among themselves: little padding, still random
 CHECKPOINTS = 2  # kept: one that turns out damaged has another before it

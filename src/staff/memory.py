@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,17 +12,11 @@ from typing import Any
 import numpy as np
 
 from staff.pool import Pool, batches
-from staff.store import read_checked, write_checked
+from staff.store import is_out_of_memory, read_checked, write_checked
 
 logger = logging.getLogger(__name__)
 
-# a GPU's error has a class of its own; the CPU's allocator and some kernels raise a plain RuntimeError
-OUT_OF_MEMORY = re.compile(r"out of memory|DefaultCPUAllocator|not enough memory|can't allocate memory|ALLOC_FAILED")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
-    return named or (isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error))))
+SHARD = 512  # samples whose scores are written together; batches never cross one, so a resumed run cuts them alike
 
 
 class Budgets:
@@ -107,6 +100,22 @@ def score_within(
         lowered = min(budget, largest) // 2
         budgets.lower(shard, lowered)
         logger.warning("out of memory: from shard %d on a batch holds %d tokens at most, not %d", shard, lowered, budget)
+
+
+class Fitting:
+    """A scorer of shards whose batches fit; what `score.score_shards` asks for.
+
+    Args:
+        scorer: a `score.Scorer`.
+        name_of: pool position -> what messages call the sample.
+    """
+
+    def __init__(self, scorer: Any, budgets: Budgets, name_of: Callable[[int], str]):
+        self._scorer, self._budgets, self._name_of = scorer, budgets, name_of
+
+    def scores(self, pool: Pool, positions: np.ndarray, on_samples: Callable[[int], None] | None = None) -> dict[str, np.ndarray]:
+        shard = int(positions[0]) // SHARD
+        return score_within(self._scorer, pool, positions, self._budgets, shard, self._name_of, on_samples)
 
 
 def _let_go() -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from staff.model_files import Source as Source
 from staff.model_files import check_quantised
 from staff.model_files import resolve as resolve
+from staff.store import remove, seal, sealed
 
 if TYPE_CHECKING:  # models are found and identified without torch: a finished run is recognised in no time
     import torch
@@ -257,22 +258,26 @@ def unpack_gguf(source: Source, folder: Path, dtype: torch.dtype) -> Source:
     """Turn a .gguf file into a folder of safetensors once: its reader takes many seconds each time, even for a small model.
 
     Args:
-        folder: where it goes; taken as it is where it is finished.
+        folder: where it goes; taken as it is where it is finished, its checksums hold and nothing is missing.
 
     Returns:
         the folder as a Source.
     """
     import torch
 
-    done = folder / "unpacked.json"
-    if not done.exists():
+    if sealed(folder) is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        before = {path.name for path in folder.iterdir() if path.name == "key.json"}
+        for left in folder.iterdir():  # of an unpacking that was killed
+            if left.name not in before:
+                left.unlink() if left.is_file() else remove(left)
         alone = replace(source, adapter=None)
         model, tokenizer = load_model(alone, dtype, torch.device("cpu")), load_tokenizer(alone)
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         _quietly(lambda: model.save_pretrained(folder), source)
         tokenizer.save_pretrained(folder)
-        done.write_text(json.dumps({"from": source.name}) + "\n", encoding="utf-8")
+        seal(folder, sorted(path.name for path in folder.iterdir() if path.name not in before))
     return replace(source, folder=folder, gguf=None)
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import logging
 import platform
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,25 @@ from staff.methods.groups import select_by_group
 from staff.methods.likeness import Likeness, likeness, nestedness
 from staff.scorefile import read_scores, write_scores
 from staff.sources import locate
-from staff.store import Ledger, RunDirectory, fingerprint, hash_file, read_arrays, remove, write_arrays, write_aside, write_json, write_text
+from staff.store import (
+    Ledger,
+    RunDirectory,
+    changed_files,
+    failures_are_said,
+    fingerprint,
+    hash_file,
+    read_arrays,
+    read_checked,
+    remove,
+    sealed,
+    write_arrays,
+    write_aside,
+    write_checked,
+    write_json,
+    write_text,
+)
 from staff.types import Region, Selection
-from staff.work import PACKAGES, TRAINING, Progress, Work, version_of
+from staff.work import PACKAGES, TRAINING, Progress, Work, commit, version_of
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +118,6 @@ def select(config: SelectConfig, data: Any = None, *, update: bool = False, on_p
         ValueError: something that the user can mend; nothing was half-written.
     """
     _check(config, data)
-    tell = on_progress or (lambda stage, done, total: None)
     sources = _sources(config)
     settings = {name: value for name, value in flat(config).items() if name not in NOT_RESULTS}
     reading = config.reading
@@ -113,11 +129,23 @@ def select(config: SelectConfig, data: Any = None, *, update: bool = False, on_p
         return formats.read(located if data is None else data, **reading.keywords())
 
     run = RunDirectory(config.output or tempfile.mkdtemp(prefix="staff-"))
-    try:
-        inputs = {name: fingerprint({path.name: run.hash_file(path) for path in source.files()}) for name, source in sources.items()}
-        inputs |= {name: run.hash_file(_existing(name, path)) for name in ("scores", "validation") if (path := getattr(config, name))}
+    with contextlib.closing(run), failures_are_said(run.path):
+        tell = _noted(run, on_progress)
+        contents = {name: _content_of(run, source) for name, source in sources.items()}
+        contents |= {name: _hash_of(run, name, path) for name in ("scores", "validation") if (path := getattr(config, name))}
+        if paths:
+            contents["data"] = lambda: fingerprint([run.hash_file(path) for path in paths])
+        inputs = {name: content() for name, content in contents.items()}
         rows = None if paths else read()
-        inputs["data"] = _fingerprint_rows(rows) if rows is not None else fingerprint([run.hash_file(path) for path in paths])
+        if rows is not None:
+            inputs["data"] = _fingerprint_rows(rows)
+
+        def unchanged(*names: str) -> None:
+            for name in names or contents:
+                if name in contents and contents[name]() != inputs[name]:
+                    what = ", ".join(config.data) if name == "data" else f"--{name} {getattr(config, name)}"
+                    raise ValueError(f"{what} changed while the run was reading it: put it back and go on, or start again with --update")
+
         cells = _cells(config, run)
         keys = [fingerprint({"method": cell.method, "rate": cell.pruning_rate, "settings": settings, "inputs": inputs}) for cell in cells]
         finished = [_finished(cell, key, read) for cell, key in zip(cells, keys, strict=True)]
@@ -130,26 +158,44 @@ def select(config: SelectConfig, data: Any = None, *, update: bool = False, on_p
             _check_models(config, sources)
         run.begin(settings, inputs, update)
         write_text(run.path / "config.yaml", to_yaml(config))
-        work = Work(config, run, rows, sources, inputs, tell)
+        work = Work(config, run, rows, sources, inputs, tell, unchanged)
         selections = []
         for cell, budget, done in zip(cells, budgets, finished, strict=True):
             (cell.folder / "manifest.json").unlink(missing_ok=True)
             selections.append(done or _choose(config, METHODS[cell.method], budget, rows, work))
         work.free()
-        if paths and inputs["data"] != fingerprint([run.hash_file(path) for path in paths]):
-            raise ValueError(f"{', '.join(config.data)} changed while the run was reading it: start again with --update")
+        unchanged()
         runs = []
         for cell, key, chosen in zip(cells, keys, selections, strict=True):
             runs.append(chosen if isinstance(chosen, Run) else _write(config, run, cell, rows, *chosen, work, key))
         if len(cells) > 1:
             _write_tables(run.path, cells, runs)
+        run.note("done")
         return _pushed(config, runs)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ValueError(f"{run.path}: the disk is full. Free some space; the same command goes on from here") from error
-        raise
-    finally:
-        run.close()
+
+
+def _noted(run: RunDirectory, on_progress: Progress | None) -> Progress:
+    """The progress, with a line in the run's log for each stage that begins; the log begins with what runs here."""
+    begun: set[str] = set()
+    run.note(" ".join([f"staff {version_of('staff-coreset')} {commit() or ''}", *(f"{name} {version_of(name)}" for name in PACKAGES)]))
+
+    def tell(stage: str, done: int, total: int) -> None:
+        if stage not in begun:
+            begun.add(stage)
+            run.note(f"{stage}: {done} of {total}")
+        if on_progress:
+            on_progress(stage, done, total)
+
+    return tell
+
+
+def _content_of(run: RunDirectory, source) -> Callable[[], str]:
+    return lambda: fingerprint({path.name: run.hash_file(path) for path in source.files()})
+
+
+def _hash_of(run: RunDirectory, name: str, path: str) -> Callable[[], str]:
+    found = _existing(name, path)
+    return lambda: run.hash_file(found)
 
 
 def _cells(config: SelectConfig, run: RunDirectory) -> list[Cell]:
@@ -295,8 +341,10 @@ def _write(config, run, cell: Cell, rows: formats.Rows, selection: Selection, sc
     write_arrays(cell.kept, kept)
     cost = work.cost(method, selection)
     write_json(folder / "cost.json", cost)
+    written = (*files, "indices.npy", "scores.parquet", "cost.json", *(["regions.csv"] if selection.regions else []))
     manifest = {
         "staff": version_of("staff-coreset"),
+        "commit": commit(),
         "finished": key,
         "method": cell.method,
         "pruning_rate": cell.pruning_rate,
@@ -307,18 +355,19 @@ def _write(config, run, cell: Cell, rows: formats.Rows, selection: Selection, sc
         "format": rows.format,
         "notes": list(rows.notes),
         "inputs": work.inputs,
+        "settings": {name: value for name, value in flat(config).items() if name not in ("data", "output")},
         "seed": config.seed,
         "fidelity": fidelity,
-        "files": {name: hash_file(folder / name) for name in (*files, "indices.npy", "scores.parquet")},
+        "files": {name: hash_file(folder / name) for name in written},
         "versions": {name: version_of(name) for name in PACKAGES},
         "python": platform.python_version(),
         "machine": platform.machine(),
     }
     if work.sources:
-        manifest |= {"device": str(work.device), "dtype": str(work.dtype).removeprefix("torch.")}
+        manifest |= {"device": work.device_name(), "dtype": str(work.dtype).removeprefix("torch.")}
         pool = work.pool("draft" if "draft" in work.sources else "target")
         manifest |= {"tokens": int(pool.lengths.sum()), **_facts(rows, pool)}
-    write_json(folder / "manifest.json", manifest)
+    write_checked(folder / "manifest.json", manifest)
     return Run(folder, indices, selection, scores, cost, manifest, lambda: rows)
 
 
@@ -422,16 +471,14 @@ def _cell(value: Any) -> str:
 def _finished(cell: Cell, key: str | None, read: Callable[[], formats.Rows]) -> Run | None:
     """A coreset as it lies on disk, where it was finished with these settings and its files are as they were written."""
     path = cell.folder
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        cost = json.loads((path / "cost.json").read_text(encoding="utf-8"))
-        whole = key in (None, manifest["finished"]) and all(hash_file(path / name) == digest for name, digest in manifest["files"].items())
-        kept = read_arrays(cell.kept)
-        indices = np.load(path / "indices.npy", allow_pickle=False)
-    except (OSError, ValueError, KeyError):
+    manifest = read_checked(path / "manifest.json")
+    if manifest is None or key not in (None, manifest["finished"]) or changed_files(path, manifest["files"]):
         return None
-    if not whole or kept is None:
+    kept = read_arrays(cell.kept)
+    if kept is None:
         return None
+    cost = json.loads((path / "cost.json").read_text(encoding="utf-8"))
+    indices = np.load(path / "indices.npy", allow_pickle=False)
     regions: tuple[Region, ...] = ()
     if "region_of" in kept:
         lines = (path / "regions.csv").read_text(encoding="utf-8").splitlines()[1:]
@@ -442,8 +489,11 @@ def _finished(cell: Cell, key: str | None, read: Callable[[], formats.Rows]) -> 
     return Run(path, indices, selection, kept.get("scores"), cost, manifest, read)
 
 
-def finetune(config: FinetuneConfig, *, on_progress: Progress | None = None) -> Path:
+def finetune(config: FinetuneConfig, *, update: bool = False, on_progress: Progress | None = None) -> Path:
     """Fine-tune a model on a file with LoRA; the adapter is left in config.output.
+
+    Args:
+        update: begin again in a folder that was begun with other settings or inputs.
 
     Returns:
         the folder of the adapter, as PEFT, TRL and vLLM load it.
@@ -451,49 +501,61 @@ def finetune(config: FinetuneConfig, *, on_progress: Progress | None = None) -> 
     Raises:
         ValueError: something that the user can mend.
     """
-    from staff import finetune as training
     from staff import models
-    from staff.pool import tokenise
 
     for name in ("data", "model", "output"):
         if not getattr(config, name):
             raise ValueError(f"name the {name} with --{name}")
     assert config.output
-    tell = on_progress or (lambda stage, done, total: None)
     rows = formats.read(list(config.data), **config.reading.keywords())
     source = models.resolve(config.model, "--model")
-    device = models.pick_device(config.device)
-    dtype = models.pick_dtype(config.dtype, device)
     run = RunDirectory(config.output)
-    try:
-        inputs = {"data": _fingerprint_rows(rows), "model": fingerprint({path.name: run.hash_file(path) for path in source.files()})}
+    with contextlib.closing(run), failures_are_said(run.path):
+        tell = _noted(run, on_progress)
+        inputs = {"data": _fingerprint_rows(rows), "model": _content_of(run, source)()}
         settings = {name: value for name, value in flat(config).items() if name not in NOT_RESULTS}
-        run.begin(settings, inputs, update=False)
-        if (run.path / "adapter_model.safetensors").exists() and (run.path / "config.yaml").exists():
+        run.begin(settings, inputs, update)
+        key = {"settings": settings, "inputs": inputs}
+        manifest = read_checked(run.path / "manifest.json")
+        if manifest and manifest["finished"] == fingerprint(key) and not changed_files(run.path, manifest["files"]):
             logger.info("%s is finished: nothing to do", run.path)
             return run.path
+        from staff import finetune as training  # here, so that a finished one is recognised without torch
+        from staff.pool import tokenise
+
+        device = models.pick_device(config.device)
+        dtype = models.pick_dtype(config.dtype, device)
+        given = source
         if source.gguf:
             source = models.unpack_gguf(source, run.piece("model", {"gguf": inputs["model"], "dtype": str(dtype)}), dtype)
         tokenizer = models.load_tokenizer(source, config.trust_remote_code)
-        pool = tokenise(rows.examples(), tokenizer, config.max_length, lambda done: tell("tokenise", done, len(rows)))
-        _warn(rows, pool, config.max_length, run.path / "skipped.jsonl")
-        model = models.load_model(source, dtype, device, config.trust_remote_code)
-        training.finetune(
-            model,
-            pool,
-            np.arange(len(pool)),
-            run.path,
-            epochs=config.epochs,
-            on_progress=lambda done, total: tell("fine-tune", done, total),
-            **{name: getattr(config, name) for name in TRAINING},
-        )
-        tokenizer.save_pretrained(run.path)
+        folder = run.piece("adapter", key)
+        if sealed(folder) is None:
+            pool = tokenise(rows.examples(), tokenizer, config.max_length, lambda done: tell("tokenise", done, len(rows)))
+            _warn(rows, pool, config.max_length, run.path / "skipped.jsonl")
+            training.finetune(
+                models.load_model(source, dtype, device, config.trust_remote_code),
+                pool,
+                np.arange(len(pool)),
+                folder,
+                epochs=config.epochs,
+                on_progress=lambda done, total: tell("fine-tune", done, total),
+                **{name: getattr(config, name) for name in TRAINING},
+            )
+        if _content_of(run, given)() != inputs["model"]:
+            raise ValueError(f"--model {config.model} changed while it was read: put it back, or start again with --update")
+        tokenizer.save_pretrained(folder / "tokenizer")
+        found = [*(folder / name for name in training.ADAPTER), *sorted((folder / "tokenizer").iterdir())]
+        for path in found:
+            write_aside(run.path / path.name, partial(shutil.copyfile, path))
         write_text(run.path / "config.yaml", to_yaml(config))
-        for unpacked in run.work.glob("model-*"):
-            remove(unpacked)
+        about = {"staff": version_of("staff-coreset"), "commit": commit(), "finished": fingerprint(key), **key, "seed": config.seed}
+        about |= {"versions": {name: version_of(name) for name in PACKAGES}, "python": platform.python_version()}
+        about |= {"machine": platform.machine(), "device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+        write_checked(run.path / "manifest.json", {**about, "files": {path.name: hash_file(run.path / path.name) for path in found}})
+        for piece in (*run.work.glob("model-*"), *run.work.glob("adapter-*")):
+            remove(piece)
         return run.path
-    finally:
-        run.close()
 
 
 def score(config: ScoreConfig, *, on_progress: Progress | None = None) -> tuple[Path, int]:
@@ -513,23 +575,26 @@ def score(config: ScoreConfig, *, on_progress: Progress | None = None) -> tuple[
         raise ValueError(f"--output {output}: the scores are written as Parquet; name a file that ends in .parquet")
     from staff import models
 
-    tell = on_progress or (lambda stage, done, total: None)
     source = models.resolve(config.model, "--model")
     rows = formats.read(list(config.data), **config.reading.keywords())
     run = RunDirectory(output.with_suffix(".unfinished"))
-    try:
-        inputs = {"data": _fingerprint_rows(rows), "target": fingerprint({path.name: run.hash_file(path) for path in source.files()})}
+    with contextlib.closing(run), failures_are_said(run.path):
+        tell = _noted(run, on_progress)
+        inputs = {"data": _fingerprint_rows(rows), "target": _content_of(run, source)()}
+
+        def unchanged(*names: str) -> None:
+            if _content_of(run, source)() != inputs["target"]:
+                raise ValueError(f"--model {config.model} changed while it was read: put it back and go on, or type the same command again")
+
         names = {field.name for field in dataclasses.fields(SelectConfig)}
         shared = {name: getattr(config, name) for name in names & {field.name for field in dataclasses.fields(config)}}
         stand_in = SelectConfig(**shared)
         run.begin({name: value for name, value in flat(stand_in).items() if name not in NOT_RESULTS}, inputs, update=True)
-        work = Work(stand_in, run, rows, {"target": source}, inputs, tell)
+        work = Work(stand_in, run, rows, {"target": source}, inputs, tell, unchanged)
         found = work.quantities("target")
         columns = {"row": rows.numbers, "id": [example.id for example in rows.examples()], **found}
         write_scores(output, {**columns, "tokens": work.pool("target").response_tokens()})
         _warn(rows, work.pool("target"), config.max_length, output.with_suffix(".skipped.jsonl"))
-    finally:
-        run.close()
     remove(run.path)
     return output, len(rows)
 

@@ -34,6 +34,7 @@ SEAL = "finished.json"  # in a folder of files, says that all are there and what
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # what zipfile and numpy raise over flipped bytes
 DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, ValueError, OSError, EOFError, LookupError, RuntimeError, MemoryError)
+OUT_OF_MEMORY = re.compile(r"out of memory|DefaultCPUAllocator|not enough memory|can't allocate memory|ALLOC_FAILED")
 ASIDE = re.compile(r"\.(.+)\.\d+(\.partial)?")
 
 
@@ -105,24 +106,28 @@ def changed_files(folder: Path, files: Mapping[str, str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def full_disk_is_said(path: Path) -> Iterator[None]:
-    """Turn what a full disk raises, in us or in a library, into one message. Any other error of a file names it.
+def failures_are_said(path: Path) -> Iterator[None]:
+    """Turn a full disk, in us or in a library, into one message; an error of a file and lack of memory too.
 
     Raises:
-        ValueError: the disk is full, or a file can't be written or read.
+        ValueError: the disk is full, a file can't be written or read, or memory ran out where no smaller batch helps.
     """
     try:
         yield
-    except (OSError, RuntimeError, ValueError) as error:
-        if _is_full(error):
-            raise ValueError(f"{path}: the disk is full. Free some space; the same command goes on from here") from error
-        if isinstance(error, OSError) and error.filename and not isinstance(error, BrokenPipeError):
-            raise ValueError(f"{error.filename}: {error.strerror}. The same command goes on from here") from error
-        raise
     except Exception as error:  # safetensors has an error class of its own, straight below Exception
         if _is_full(error):
             raise ValueError(f"{path}: the disk is full. Free some space; the same command goes on from here") from error
+        if isinstance(error, OSError) and error.filename:
+            raise ValueError(f"{error.filename}: {error.strerror}. The same command goes on from here") from error
+        if is_out_of_memory(error):
+            raise ValueError("out of memory: lower --max-length, take a smaller model, or name another --device") from error
         raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """A GPU's error has a class of its own; the CPU's allocator and some kernels raise a plain RuntimeError."""
+    named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+    return named or (isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error))))
 
 
 def _is_full(error: BaseException | None) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
+import subprocess
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,8 +16,9 @@ import numpy as np
 
 from staff import formats, plan
 from staff.config import SelectConfig
+from staff.memory import Budgets, Fitting, score_within
 from staff.methods import Method
-from staff.store import Ledger, RunDirectory, fingerprint, read_arrays, write_arrays, write_json
+from staff.store import SEAL, Ledger, RunDirectory, fingerprint, read_arrays, read_checked, sealed, write_arrays, write_checked
 from staff.types import Selection
 
 Progress = Callable[[str, int, int], None]  # stage, done, in all
@@ -59,10 +60,23 @@ class Work:
         sources: "draft" and "target" -> models.Source, those that the run needs.
         inputs: name -> fingerprint, of the data and of each source.
         tell: called with (stage, done, in all).
+        unchanged: called with names of inputs before anything that was made of them is written; raises where one changed.
     """
 
-    def __init__(self, config: SelectConfig, run: RunDirectory, rows: formats.Rows, sources, inputs, tell: Progress):
+    def __init__(
+        self,
+        config: SelectConfig,
+        run: RunDirectory,
+        rows: formats.Rows,
+        sources,
+        inputs,
+        tell: Progress,
+        unchanged: Callable[..., None] = lambda *names: None,
+    ):
         self.config, self.run, self.rows, self.sources, self.inputs, self.tell = config, run, rows, sources, inputs, tell
+        self.unchanged = unchanged
+        self._unpacked: dict[str, Any] = {}
+        self._whole: set[Path] = set()  # adapters whose checksums were looked at
         self.models = models_of(config)
         self._pools: dict[str, Any] = {}
         self._scorer: tuple[tuple[str, Path | None], Any] | None = None
@@ -71,6 +85,12 @@ class Work:
 
             self.device = models.pick_device(config.device)
             self.dtype = models.pick_dtype(config.dtype, self.device)
+
+    def device_name(self) -> str:
+        """The device, and which GPU it is."""
+        import torch
+
+        return f"{self.device} ({torch.cuda.get_device_name(self.device)})" if self.device.type == "cuda" else str(self.device)
 
     # ---- what each piece is made of ----
 
@@ -145,6 +165,7 @@ class Work:
                 pool = tokenise(self.rows.examples(), tokenizer, self.config.max_length, lambda done: self.tell("tokenise", done, n))
                 arrays = {"input_ids": pool.input_ids, "is_response": pool.is_response, "offsets": pool.offsets}
                 arrays["counts"] = np.array([pool.truncated, pool.cut_responses, pool.spelled])
+                self.unchanged("data", base)
                 write_arrays(path, arrays)
                 self.run.spend(stage="tokenise", seconds=time.monotonic() - began)
             counts = map(int, arrays["counts"])
@@ -156,12 +177,12 @@ class Work:
         from staff import models
 
         source = self.sources[base]
-        if source.gguf:
+        if source.gguf and base not in self._unpacked:
             folder = self.run.piece("model", {"gguf": self.inputs[base], "dtype": str(self.dtype)})
-            if not (folder / "unpacked.json").exists():
+            if not (folder / SEAL).exists():
                 self.tell(f"unpack {source.gguf}", 0, 1)
-            source = models.unpack_gguf(source, folder, self.dtype)
-        return source
+            self._unpacked[base] = models.unpack_gguf(source, folder, self.dtype)
+        return self._unpacked.get(base, source)
 
     def _load_tokenizer(self, base: str):
         from staff import models
@@ -174,6 +195,7 @@ class Work:
 
         config = self.config
         model = models.load_model(self._source(base), self.dtype, self.device, config.trust_remote_code, config.load_in, merge)
+        self.unchanged(base)
         keep = models.self_blocks(self.config.draft) if base == "draft" else None
         return draft.cut(model, keep, self.config.draft_blocks) if keep else model
 
@@ -184,8 +206,7 @@ class Work:
 
         config, model, pool = self.config, self.models[name], self.pool(name)
         folder = self.run.piece(model.base, self._model_key(name))
-        done = folder / "finished.json"
-        if not done.exists():
+        if folder not in self._whole and sealed(folder) is None:
             stage = f"fine-tune the {model.base}"
             draws = np.random.default_rng([config.seed, 1])
             size = max(1, round(model.share * len(pool)))
@@ -209,7 +230,7 @@ class Work:
                 tokens=float(tokens) * model.epochs,
                 flops=models.measure(tuned).training_flops(int(tokens), int(response)) * model.epochs,
             )
-            write_json(done, {"samples": len(positions), "epochs": model.epochs})
+        self._whole.add(folder)
         return folder
 
     def scorer(self, name: str, snapshot: Path | None = None):
@@ -232,7 +253,7 @@ class Work:
         options: dict[str, Any] = {"loss": config.loss, "balance": config.balance_layers, "seed": config.seed}
         self._scorer = ((name, snapshot), Scorer(model, config.scope, config.batch_tokens, **options))
         self.run.spend(stage="load models", seconds=time.monotonic() - began)
-        write_json(self.run.piece("size", self._base_key(spec.base)) / "size.json", dataclasses.asdict(size))
+        write_checked(self.run.piece("size", self._base_key(spec.base)) / "size.json", dataclasses.asdict(size))
         return self._scorer[1]
 
     def free(self) -> None:
@@ -287,6 +308,8 @@ class Work:
         folder = self.run.piece("scores", key)
         whole = read_arrays(folder / "scores.npz")
         if whole is not None and ("features" in whole or not with_features):
+            for shard in folder.glob("*shard-*.npz"):  # of a run that was killed right behind the last one
+                shard.unlink()
             return whole
         pool = self.pool(name).responses_alone() if responses_alone else self.pool(name)
         adapter = self.adapter(name) if self.models[name].epochs else None  # first, so that its seconds are not counted as scoring
@@ -294,6 +317,7 @@ class Work:
         stage = f"score on the {name.replace('_', ' ')}" + (" without prompts" if responses_alone else "")
         stage += "" if snapshot is None else f" at {snapshot}/{SNAPSHOTS}"
         prefix = "features-shard" if with_features else "shard"
+        budgets = Budgets(folder / f"{prefix}-budgets.json", self.config.batch_tokens)
         done = 0
         began = time.monotonic()
 
@@ -307,13 +331,14 @@ class Work:
             made = self.scorer(name, at)
             made.with_features = with_features
             began = time.monotonic()
-            return made
+            return Fitting(made, budgets, self._name_of)
 
         def path(number: int) -> Path:
             return folder / f"{prefix}-{number:05d}.npz"
 
         def save(number: int, part: dict[str, np.ndarray]) -> None:
             nonlocal began
+            self.unchanged(self.models[name].base)
             write_arrays(path(number), part)
             self._spend(stage, name, pool, np.arange(done - len(part["effort"]), done), time.monotonic() - began)
             began = time.monotonic()
@@ -333,12 +358,18 @@ class Work:
             began = time.monotonic()
             if self.config.balance_layers and scorer.site_means is None:
                 self._calibrate(scorer, name, folder)
-            found = scorer.scores(pool, positions)["effort"]
+            found = score_within(scorer, pool, positions, budgets, ledger.next, self._name_of)["effort"]
+            self.unchanged(self.models[name].base)
             self._spend(stage, name, pool, positions, time.monotonic() - began)
             return found
 
         folder = self.run.piece("scores", self._scores_key(name))
-        return Ledger(folder, score, on_progress=lambda done, total: self.tell(stage, done, total))
+        budgets = Budgets(folder / "ledger-budgets.json", self.config.batch_tokens)
+        ledger = Ledger(folder, score, on_progress=lambda done, total: self.tell(stage, done, total))
+        return ledger
+
+    def _name_of(self, position: int) -> str:
+        return f"row {self.rows.numbers[position]} of the data"
 
     def _calibrate(self, scorer, name: str, folder: Path) -> None:
         """The mean norm of each weight, over samples drawn for it alone: in verification the model never sees the pool."""
@@ -350,7 +381,10 @@ class Work:
             return
         pool, began = self.pool(name), time.monotonic()
         positions = np.sort(np.random.default_rng([self.config.seed, 2]).choice(len(pool), min(CALIBRATION, len(pool)), replace=False))
-        write_arrays(folder / "site_means.npz", {"site_means": scorer.calibrate(pool, positions)})
+        budgets = Budgets(folder / "site_means-budgets.json", self.config.batch_tokens)
+        norms = score_within(scorer, pool, positions, budgets, 0, self._name_of)["site_norms"]
+        scorer.site_means = norms.mean(0, dtype=np.float64)
+        write_arrays(folder / "site_means.npz", {"site_means": scorer.site_means})
         self._spend(f"calibrate the {name}", name, pool, positions, time.monotonic() - began)
 
     def _trajectories(self, quantity: str) -> np.ndarray:
@@ -389,14 +423,21 @@ class Work:
 
     def size(self, name: str, kind):
         """What a token costs in a model that has been loaded in this run."""
-        return kind(**json.loads((self.run.piece("size", self._base_key(self.models[name].base)) / "size.json").read_text()))
+        path = self.run.piece("size", self._base_key(self.models[name].base)) / "size.json"
+        known = read_checked(path)
+        if known is None:  # damaged, or lost
+            self.free()
+            self.scorer(name)
+            known = read_checked(path)
+            assert known is not None
+        return kind(**known)
 
     def cost(self, method: Method, selection: Selection) -> dict[str, Any]:
         """What the run took, stage by stage, beside what scoring the target directly would have taken."""
         stages = self.run.account()
         cost: dict[str, Any] = {"stages": stages, "seconds": sum(stage.get("seconds", 0) for stage in stages.values())}
         on_target = next((stages[name] for name in ("verify on the target", "score on the target") if name in stages), None)
-        if on_target is None:
+        if on_target is None or not on_target.get("flops"):
             return cost  # the target was never loaded, and what a pass of it takes is not known
         from staff import models
 
@@ -420,6 +461,18 @@ class Work:
             cost["sum"] = {**terms, "passes": plan.staff_passes(**terms)}
             cost["verdict"] = plan.verdict(cost["sum"]["passes"], **terms)
         return cost
+
+
+def commit() -> str | None:
+    """The git commit of the checkout that this package is run from, "+changed" where files differ from it; None elsewhere."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists() or Path(__file__).parents[1].name != "src":
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changed"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def version_of(package: str) -> str | None:
