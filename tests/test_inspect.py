@@ -8,7 +8,7 @@ import pytest
 from rich.text import Text
 
 from staff.formats import read
-from staff.inspect_data import SPELLED, inspect, render
+from staff.inspect_data import SPELLED, inspect, load_tokenizer, render
 
 
 def plain(rows, **options):
@@ -153,3 +153,73 @@ def test_inspecting_without_a_model_loads_no_torch(tmp_path):
     code += "; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code, rows.paths[0]], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def staff(*arguments, **options):
+    return subprocess.run([sys.executable, "-m", "staff.cli", *map(str, arguments)], capture_output=True, text=True, **options)
+
+
+def test_the_command_shows_what_is_masked_and_cut_and_its_json_is_one_line(family, tmp_path):
+    rows = make(tmp_path, [{"prompt": "[b]p[/b] " * 9, "response": "r"}, {"prompt": "p"}])
+    said = staff("inspect", "--data", rows.paths[0], "--model", family / "target", "--max-length", "60")
+    assert (said.returncode, said.stderr) == (0, "")
+    for part in (
+        "1 of 2 rows can't be used",
+        "row 1 has no 'response'",
+        "1 rows lose the start of their prompt",
+        "[b]p[/b] <|im_end|>",
+        "assistant\nr<|im_end|>",
+    ):
+        assert part in said.stdout
+    (line,) = staff("inspect", "--data", "-", "--json", input=rows.paths[0].read_text()).stdout.splitlines()
+    report = json.loads(line)
+    assert (report["rows"], report["tokens"]) == (1, None)
+
+
+def test_the_command_loads_no_weights_and_without_a_model_no_torch(family, tmp_path):
+    rows = make(tmp_path, [{"prompt": "p", "response": "r"}])
+    code = "import sys; from staff import cli; cli.inspect(sys.argv[1:]); print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code, "--data", rows.paths[0]], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("set()\n")
+    tokenizer_alone = tmp_path / "model"
+    tokenizer_alone.mkdir()
+    for path in (family / "target").iterdir():
+        if path.suffix != ".safetensors":
+            (tokenizer_alone / path.name).write_bytes(path.read_bytes())
+    assert "<|im_start|>assistant" in staff("inspect", "--data", rows.paths[0], "--model", tokenizer_alone).stdout
+
+
+def test_of_a_hub_model_the_tokenizers_files_alone_are_fetched(family, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+    monkeypatch.setattr(
+        hub, "snapshot_download", lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(family / "target")
+    )
+    assert load_tokenizer("some/model").eos_token == "<|im_end|>"
+    ((name, patterns),) = asked
+    assert name == "some/model"
+    assert "tokenizer*" in patterns
+    assert not any("safetensors" in pattern for pattern in patterns)
+
+
+def test_an_adapter_without_a_tokenizer_takes_its_bases(family, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(family / "target")}))
+    assert load_tokenizer(str(tmp_path)).eos_token == "<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name the data with --data FILE"),
+        (["--data", "none.jsonl"], "there is no file or folder none.jsonl"),
+        (["--data", "pool.jsonl", "--model", "./none"], "--model ./none: there is no such folder or .gguf file, and it is not a hub id"),
+        (["--data", "pool.jsonl", "--max-length", "1"], "--max-length must lie in [2, inf)"),
+        (["--data", "pool.jsonl", "--columns", "prompt=p"], "--columns"),
+    ],
+)
+def test_what_is_wrong_is_one_message(arguments, message, tmp_path):
+    (tmp_path / "pool.jsonl").write_text('{"prompt": "p", "response": "r"}\n')
+    said = staff("inspect", *arguments, cwd=tmp_path)
+    assert said.returncode == 2
+    assert message in said.stderr
+    assert "Traceback" not in said.stderr

@@ -105,7 +105,7 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
     if path.suffix == ".gguf":
         return models.load_tokenizer(models.resolve(model, "--model"), trust_remote_code)
     if not path.is_dir():
-        if path.exists() or not model_files.HUB_ID.fullmatch(model):
+        if path.exists() or not model_files.HUB_ID.fullmatch(model) or model.startswith("."):
             raise ValueError(f"--model {model}: there is no such folder or .gguf file, and it is not a hub id (owner/model)")
         path = model_files.fetch(model, "--model", (*model_files.DESCRIBES, "adapter_config.json", "*.py"))
     if (path / "adapter_config.json").is_file() and not (path / "tokenizer_config.json").is_file():

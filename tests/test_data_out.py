@@ -1,0 +1,254 @@
+"""What a run leaves for others: the coreset in every format, scores of all rows, files for other trainers, remarks on the data."""
+
+import gzip
+import json
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+import staff
+from family import make_rows
+from staff import pipeline
+from staff.cli import summary
+from staff.config import FinetuneConfig, Reading, ScoreConfig, SelectConfig
+from staff.formats import read
+
+ROWS = make_rows(12)
+HALF = {"method": "random", "pruning_rate": 0.5}
+SMALL = {"pruning_rate": 0.5, "num_regions": 4, "verification_budget": 2, "draft_epochs": 0, "batch_tokens": 512}
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def write_csv(path):
+    path.write_bytes(b"id;prompt;response\r\n" + b"".join(f'{r["id"]};"{r["prompt"]}";{r["response"]}\r\n'.encode() for r in ROWS))
+
+
+def write_json(path):
+    path.write_text(json.dumps(ROWS, indent=1))
+
+
+def write_gzip(path):
+    path.write_bytes(gzip.compress(lines(ROWS)))
+
+
+def write_parquet(path):
+    pq.write_table(pa.Table.from_pylist(ROWS), path)
+
+
+def write_arrow(path):
+    table = pa.Table.from_pylist(ROWS)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as arrow:
+        arrow.write_table(table)
+
+
+def write_saved(path):
+    pytest.importorskip("datasets").Dataset.from_list(ROWS).save_to_disk(path)
+
+
+WRITERS = {
+    "pool.csv": write_csv,
+    "pool.json": write_json,
+    "pool.jsonl.gz": write_gzip,
+    "pool.parquet": write_parquet,
+    "pool.arrow": write_arrow,
+    "pool": write_saved,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_format_same_writes_the_coreset_in_the_format_it_came_in_too(name, tmp_path):
+    WRITERS[name](tmp_path / name)
+    run = staff.select(str(tmp_path / name), output=tmp_path / "x", format="same", **HALF)
+    same = run.path / name.replace("pool", "coreset")
+    whole, kept, plain = read(tmp_path / name), read(same), read(run.path / "coreset.jsonl")
+    wanted = [row for i, row in enumerate(whole.raw(range(12))) if i in run.indices]
+    assert list(kept.raw(range(6))) == wanted
+    assert kept.format == whole.format
+    assert [e.turns for e in plain.examples()] == [e.turns for e in kept.examples()]
+    if name.endswith(".csv"):
+        source = (tmp_path / name).read_bytes().splitlines(keepends=True)
+        assert same.read_bytes() == source[0] + b"".join(source[1 + i] for i in run.indices)
+    assert any(file.startswith(name.replace("pool", "coreset")) for file in run.manifest["files"])
+    again = staff.select(str(tmp_path / name), output=tmp_path / "y", format="same", **HALF)
+    assert again.manifest["files"] == run.manifest["files"]  # the same bytes
+
+
+def test_jsonl_is_in_its_own_format_already_and_another_format_is_cleared_away(tmp_path):
+    (tmp_path / "pool.jsonl").write_bytes(lines(ROWS))
+    run = staff.select(str(tmp_path / "pool.jsonl"), output=tmp_path / "x", format="same", **HALF)
+    assert [path.name for path in run.path.glob("coreset*")] == ["coreset.jsonl"]
+    write_csv(tmp_path / "pool.csv")
+    settings = {"data": str(tmp_path / "pool.csv"), "output": tmp_path / "y", **HALF}
+    assert (staff.select(**settings, format="same").path / "coreset.csv").exists()
+    with pytest.raises(ValueError, match="format: 'same' -> 'jsonl'"):
+        staff.select(**settings)
+    assert not (staff.select(**settings, update=True).path / "coreset.csv").exists()
+
+
+def test_a_damaged_result_of_a_finished_run_is_written_again(tmp_path):
+    write_csv(tmp_path / "pool.csv")
+    settings = {"data": str(tmp_path / "pool.csv"), "output": tmp_path / "x", "format": "same", **HALF}
+    staff.select(**settings)
+    for name in ("coreset.csv", "scores.parquet"):
+        whole = (tmp_path / "x" / name).read_bytes()
+        (tmp_path / "x" / name).write_bytes(whole[:-5])
+        staff.select(**settings)
+        assert (tmp_path / "x" / name).read_bytes() == whole
+    (tmp_path / "x" / "train" / "trl.py").write_text("mine")  # what is the user's to change makes no run unfinished
+    staff.select(**settings)
+    assert (tmp_path / "x" / "train" / "trl.py").read_text() == "mine"
+
+
+def test_scores_of_all_rows_lie_beside_the_coreset_and_go_in_again(family, tmp_path):
+    models = {"target": str(family / "target"), "draft": str(family / "draft")}
+    run = staff.select(ROWS, output=tmp_path / "x", **models, **SMALL)
+    table = pq.read_table(run.path / "scores.parquet").to_pydict()
+    assert list(table) == ["row", "id", "effort", "loss", "tokens", "region", "selected"]
+    assert table["row"] == list(range(12))
+    assert table["id"] == [row["id"] for row in ROWS]
+    assert table["effort"] == run.scores.tolist()
+    assert np.flatnonzero(table["selected"]).tolist() == run.indices.tolist()
+    assert table["region"] == run.selection.region_of.tolist()
+    assert min(table["loss"]) > 0
+    assert table["tokens"] == [len(row["response"]) + 1 for row in ROWS]  # a token a letter, and the end of turn
+    again = staff.select(ROWS, output=tmp_path / "y", scores=str(run.path / "scores.parquet"), target=models["target"], **SMALL)
+    assert again.indices.tolist() == run.indices.tolist()
+    assert "score" in pq.read_schema(tmp_path / "y" / "scores.parquet").names
+
+
+def test_rows_without_ids_and_methods_without_scores_leave_those_columns_empty_or_out(tmp_path):
+    run = staff.select([{"prompt": "p", "response": str(i)} for i in range(4)], output=tmp_path / "x", **HALF)
+    table = pq.read_table(run.path / "scores.parquet")
+    assert table.schema.names == ["row", "id", "selected"]
+    assert table["id"].to_pylist() == [None] * 4
+    assert table.schema.field("id").type == pa.string()
+
+
+def test_llama_factorys_entry_and_the_snippets_name_the_coreset(family, tmp_path):
+    run = staff.select(ROWS, output=tmp_path / "x", target=str(family / "target"), **HALF)
+    assert [e.turns for e in read("coreset", dataset_info=run.path).examples()] == [
+        e.turns for e in read(ROWS).examples() if e.id in kept_ids(run)
+    ]
+    settings = yaml.safe_load((run.path / "train" / "llama_factory.yaml").read_text())
+    assert (settings["dataset_dir"], settings["model_name_or_path"]) == (str(run.path), str(family / "target"))
+    assert yaml.safe_load((run.path / "train" / "axolotl.yaml").read_text())["datasets"][0]["path"] == str(run.path / "coreset.jsonl")
+    compile((run.path / "train" / "trl.py").read_text(), "trl.py", "exec")
+    none = staff.select(ROWS, output=tmp_path / "none", method="random", budget=0)
+    assert not (none.path / "train").exists()
+    assert (none.path / "coreset.jsonl").read_bytes() == b""
+
+
+def kept_ids(run):
+    return {ROWS[i]["id"] for i in run.indices}
+
+
+def test_a_coreset_goes_to_the_hub_for_those_who_ask_and_again_from_a_finished_run(tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr("staff.export.push_to_hub", lambda coreset, name: pushed.append((coreset.read_bytes(), name)))
+    run = staff.select(ROWS, output=tmp_path / "x", **HALF)
+    assert not pushed
+    staff.select(ROWS, output=tmp_path / "x", push_to_hub="me/mine", **HALF)
+    assert pushed == [((run.path / "coreset.jsonl").read_bytes(), "me/mine")]
+    assert "it is on the hub as the data set me/mine" in summary(run, SelectConfig(pruning_rate=0.5, push_to_hub="me/mine"))
+    staff.select(ROWS, output=tmp_path / "y", push_to_hub="me/mine", method="random", pruning_rate=[0.5, 0.75])
+    assert [name for _, name in pushed[1:]] == ["me/mine-random-0.5", "me/mine-random-0.75"]
+
+
+def test_data_in_memory_gives_what_the_same_rows_in_a_file_give(tmp_path):
+    datasets, pandas = pytest.importorskip("datasets"), pytest.importorskip("pandas")
+    (tmp_path / "pool.jsonl").write_bytes(lines(ROWS))
+    from_file = staff.select(tmp_path / "pool.jsonl", output=tmp_path / "file", **HALF)
+    for name, data in {"list": ROWS, "frame": pandas.DataFrame(ROWS), "dataset": datasets.Dataset.from_list(ROWS)}.items():
+        run = staff.select(data, output=tmp_path / name, format="same", **HALF)
+        assert (run.path / "coreset.jsonl").read_bytes() == (from_file.path / "coreset.jsonl").read_bytes()
+        assert (run.path / "coreset.parquet").exists() == (name == "dataset")
+        assert list(run.rows.raw(run.selection.indices)) == [ROWS[i] for i in run.indices]
+
+
+def test_a_hub_data_set_is_asked_for_by_name_config_split_and_revision(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(name, config, **options):
+        asked.append((name, config, options))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    run = staff.select("some/data", output=tmp_path / "x", split="train", dataset_config="en", revision="v1", format="same", **HALF)
+    assert asked == [("some/data", "en", {"revision": "v1", "split": "train"})]
+    assert run.manifest["format"] == "hub data set some/data, prompt/response"
+    assert list(read(run.path / "coreset.parquet").raw(range(6))) == [ROWS[i] for i in run.indices]
+
+
+def test_standard_input_is_a_pool_like_any_other(tmp_path):
+    command = [sys.executable, "-m", "staff.cli", "select", "--data", "-", "--method", "random", "--budget", "5", "--output", "x", "--json"]
+
+    def pipe(rows):
+        return subprocess.run(command, input=lines(rows), capture_output=True, cwd=tmp_path)
+
+    first = pipe(ROWS)
+    assert first.returncode == 0, first.stderr
+    assert json.loads(first.stdout)["m"] == 5
+    kept = (tmp_path / "x" / "coreset.jsonl").read_bytes()
+    assert [json.loads(line) for line in kept.splitlines()] == [ROWS[i] for i in np.load(tmp_path / "x" / "indices.npy")]
+    assert json.loads(pipe(ROWS).stdout) == json.loads(first.stdout)  # finished, and known again by its rows
+    other = pipe(ROWS[:-1])
+    assert other.returncode == 2
+    assert b"data changed since" in other.stderr
+    assert b"standard input is empty" in pipe([]).stderr
+
+
+ODD = [
+    *ROWS,
+    {"id": "long", "prompt": "why " * 40, "response": "so"},
+    {"id": "longer", "prompt": "why", "response": "so " * 40},
+    {"id": "spells", "prompt": "what is <|im_end|>?", "response": "an end"},
+    {"id": "empty", "prompt": "why", "response": ""},
+]
+REMARKS = (
+    "pool.csv is JSONL by its content, whatever its name says",
+    "1 rows can't be used and were left out",
+    "1 prompts lost their start: longer than --max-length 100",
+    "1 responses lost their end: longer than --max-length 100",
+    "1 rows hold text that spells the model's control tokens",
+)
+
+
+@pytest.fixture
+def odd(tmp_path):
+    (tmp_path / "pool.csv").write_bytes(lines(ODD))
+    return str(tmp_path / "pool.csv")
+
+
+def test_the_summary_says_what_became_of_odd_rows(odd, family, tmp_path):
+    settings = {"output": str(tmp_path / "x"), "max_length": 100, "on_bad_row": "skip", "method": "direct", "pruning_rate": 0.5}
+    for _ in range(2):  # a finished run says it again
+        run = staff.select(odd, target=str(family / "target"), num_regions=3, **settings)
+        said = summary(run, SelectConfig(data=(odd,), max_length=100, pruning_rate=0.5))
+        for remark in REMARKS:
+            assert remark in said
+    skipped = json.loads((tmp_path / "x" / "skipped.jsonl").read_text())
+    assert skipped == {"row": 15, "reason": "'response' is empty; fill it in"}
+
+
+def test_scoring_and_fine_tuning_warn_of_odd_rows_and_list_those_left_out(odd, family, tmp_path, caplog):
+    shared = {"data": (odd,), "model": str(family / "draft"), "max_length": 100, "reading": Reading(on_bad_row="skip")}
+    with caplog.at_level(logging.WARNING, "staff"):
+        pipeline.score(ScoreConfig(**shared, output=str(tmp_path / "s.parquet")))
+        scored = caplog.text
+        caplog.clear()
+        pipeline.finetune(FinetuneConfig(**shared, output=str(tmp_path / "a"), epochs=0.1))
+    for said in (scored, caplog.text):
+        for remark in REMARKS:
+            assert remark in said
+    for path in (tmp_path / "s.skipped.jsonl", tmp_path / "a" / "skipped.jsonl"):
+        assert json.loads(path.read_text())["row"] == 15
