@@ -15,13 +15,25 @@ ROWS = [
     ["work"],
     ["plan", "draft", "methods"],
     ["similarity"],
-    ["finetune", "score"],
+    ["finetune", "score", "evaluate"],
     ["scopes", "pool", "memory", "models", "inspect_data", "export"],
     ["gradnorm", "formats", "graph", "scorefile", "store"],
-    ["config", "types", "tables", "sources", "model_files", "readers", "scanners", "writers", "layouts", "turns"],
+    ["config", "types", "metrics", "tables", "sources", "model_files", "readers", "scanners", "writers", "layouts", "turns"],
 ]
 HUGGING_FACE = {"transformers", "peft", "datasets", "huggingface_hub", "accelerate", "tokenizers"}
-KNOWS_HUGGING_FACE = {"formats", "sources", "tables", "pool", "models", "model_files", "draft", "finetune", "inspect_data", "export"}
+KNOWS_HUGGING_FACE = {
+    "formats",
+    "sources",
+    "tables",
+    "pool",
+    "models",
+    "model_files",
+    "draft",
+    "finetune",
+    "evaluate",
+    "inspect_data",
+    "export",
+}
 
 
 def imports(path):

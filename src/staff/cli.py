@@ -61,6 +61,16 @@ def score(arguments: Sequence[str]) -> None:
     _say(given, f"scores     {path} ({n} samples; take them up again with staff select --scores {path})", {"scores": str(path), "n": n})
 
 
+def evaluate(arguments: Sequence[str]) -> None:
+    """Answer a test file with a model: ROUGE, BLEU, chrF, exact match, loss, a row an example."""
+    from staff import evaluate as evaluation
+
+    config, given = _parse(configs.EvaluateConfig, arguments, "staff evaluate", ("quiet", "json"))
+    with _Progress(quiet="quiet" in given) as progress:
+        summary = evaluation.evaluate(config, on_progress=progress)
+    _say(given, evaluation.describe(summary, config.output), summary)
+
+
 def inspect(arguments: Sequence[str]) -> None:
     """Show how a file is read: format, columns, lengths, duplicates, the first rows as the model sees them."""
     from rich.console import Console
@@ -103,6 +113,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "select": select,
     "score": score,
     "finetune": finetune,
+    "evaluate": evaluate,
     "inspect": inspect,
     "methods": methods,
 }
@@ -131,6 +142,9 @@ def _parse(kind: type, arguments: Sequence[str], program: str, switches: tuple[s
             default = configs.from_mapping(kind, configs.read_yaml(path), path)
             break
     known = {"config FILE.yaml": "a YAML file of settings: flags typed earlier", **{name: SWITCHES[name] for name in switches}}
+    if "quiet" in given:
+        for handler in logging.getLogger().handlers:
+            handler.setLevel(logging.ERROR)
     description = "\n".join([kind.__doc__ or "", "", *(f"--{name}: {text}" for name, text in known.items())])
     return tyro.cli(kind, args=rest, default=default, prog=program, description=description, config=(tyro.conf.OmitArgPrefixes,)), given
 
@@ -222,7 +236,9 @@ def summary(run: Any, config: configs.SelectConfig) -> str:
 
 def _cells_table(runs: list[Any], config: configs.SelectConfig) -> str:
     """A line a coreset, how alike they are, and what all of it cost."""
-    lines = ["", f"{'coreset':24}{'pruning rate':>13}{'samples':>9}{'verified':>10}"]
+    from staff.pipeline import remarks
+
+    lines = ["", *remarks(runs[0].manifest, config.max_length), f"{'coreset':24}{'pruning rate':>13}{'samples':>9}{'verified':>10}"]
     for run in runs:
         rate = run.manifest["pruning_rate"]
         lines.append(f"{run.path.name:24}{'' if rate is None else f'{rate:g}':>13}{len(run.indices):9}{len(run.selection.verified):10}")

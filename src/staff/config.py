@@ -238,6 +238,47 @@ class FinetuneConfig:
         _check_training(self)
 
 
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Answer a test file with a model and compare with its references."""
+
+    data: tuple[str, ...] = ()
+    """The test examples, in any format that `staff select` reads; the last answer of each is its reference."""
+    model: str = ""
+    """A hub id, a folder (an adapter's too) or a .gguf file."""
+    output: str | None = None
+    """The per-example file to write, .jsonl or .parquet; the summary goes beside it. The same command goes on where it stopped."""
+    max_new_tokens: int = 256
+    """Tokens of an answer at most."""
+    max_length: int = 1024
+    """Tokens of prompt and answer at most; longer prompts lose their start."""
+    reading: Reading = Reading()
+    """How the data is read."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
+    dtype: Dtype = "auto"
+    """What the model computes in; auto is bfloat16 where the hardware has it, else float32."""
+    load_in: Literal["8bit", "4bit"] | None = None
+    """Quantise the weights as they load, with bitsandbytes."""
+    batch_tokens: int = 16384
+    """Padded tokens of a batch at most, those of the answers included."""
+    trust_remote_code: bool = False
+    """Run Python code that a model's repository brings along."""
+
+    def __post_init__(self):
+        if isinstance(self.data, str):
+            object.__setattr__(self, "data", (self.data,))
+        object.__setattr__(self, "data", tuple(self.data))
+        for name in ("batch_tokens", "max_new_tokens"):
+            _in_range(self, name, 1, None)
+        _in_range(self, "max_length", 2, None)
+        if self.max_new_tokens >= self.max_length:
+            raise ValueError(
+                f"--max-new-tokens {self.max_new_tokens} leaves no room for a prompt in --max-length {self.max_length}: "
+                "lower the one or raise the other"
+            )
+
+
 def _check_scoring(config) -> None:
     if config.balance_layers and config.scope in ("last-value", "released"):
         raise ValueError(f"--balance-layers needs a scope of several weights, as last-block or linear; {config.scope} has one")

@@ -1,0 +1,314 @@
+"""Evaluate a model on a test file: greedy answers with its own chat template, metrics, and the loss on the references."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from staff import formats, metrics
+from staff.config import EvaluateConfig, flat
+from staff.store import RunDirectory, fingerprint, hash_file, read_checked, remove, write_aside, write_checked, write_json
+
+logger = logging.getLogger(__name__)
+
+SHARD = 128  # examples whose answers are written together; a resumed evaluation begins at the first missing shard
+UNBOUNDED = 2**31 - 1
+ENGINE = 1  # raised when the same inputs would give other answers than before
+PACKAGES = ("torch", "transformers", "rouge-score", "sacrebleu")
+NOT_RESULTS = ("data", "model", "output", "device", "trust_remote_code")
+
+
+def evaluate(config: EvaluateConfig, *, on_progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
+    """Answer every example of a test file and compare with its references; go on where an earlier call was cut off.
+
+    Leaves config.output, a row an example: row, id, the metrics (0 to 100), loss (mean over the reference's tokens), prompt_tokens,
+    answer_tokens, cut (the answer had not ended after max_new_tokens), prediction, reference. Beside it the summary, `.summary.json`.
+
+    Args:
+        on_progress: called with (stage, done, in all).
+
+    Returns:
+        the summary: n, metrics, loss, tokenisation of each metric, counts, seconds, settings, versions.
+
+    Raises:
+        ValueError: something that the user can mend.
+    """
+    for name in ("data", "model", "output"):
+        if not getattr(config, name):
+            raise ValueError(f"name the {name} with --{name}")
+    output = Path(str(config.output))
+    if output.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"--output {output}: the scores are written a row an example; name a file that ends in .jsonl or .parquet")
+    from staff import models
+    from staff.pool import tokenise
+
+    metrics.measure(["a word"], ["a word"])  # a package that is missing is known before the work
+    tell = on_progress or (lambda stage, done, total: None)
+    source = models.resolve(config.model, "--model")
+    rows = formats.read(list(config.data), **config.reading.keywords())
+    examples = list(rows.examples())
+    for number, example in zip(rows.numbers, examples, strict=True):
+        if example.turns[0].role == "text":
+            raise ValueError(f"row {number} has a text and no prompt: there is nothing to answer")
+    device = models.pick_device(config.device)
+    dtype = models.pick_dtype(config.dtype, device)
+    run = RunDirectory(output.with_suffix(".unfinished"))
+    try:
+        inputs = {
+            "data": hashlib.sha256(json.dumps(examples, ensure_ascii=True).encode()).hexdigest()[:12],
+            "model": fingerprint({path.name: run.hash_file(path) for path in source.files()}),
+        }
+        settings = {name: value for name, value in flat(config).items() if name not in NOT_RESULTS}
+        engine = {"engine": ENGINE, "dtype": str(dtype), "device": device.type, "versions": {name: version(name) for name in PACKAGES}}
+        made_of = fingerprint({"inputs": inputs, "settings": settings, **engine})
+        finished = _finished(output, made_of)
+        if finished:
+            return finished
+        run.begin({**settings, **engine}, inputs, update=True)
+        began = time.monotonic()
+        tokenizer_source = source
+        if source.gguf:
+            source = models.unpack_gguf(source, run.piece("model", {"gguf": inputs["model"], "dtype": str(dtype)}), dtype)
+            tokenizer_source = source
+        tokenizer = models.load_tokenizer(tokenizer_source, config.trust_remote_code)
+        prompts, end = split_prompts(tokenise(examples, tokenizer, UNBOUNDED))
+        room = config.max_length - config.max_new_tokens
+        shortened = sum(len(prompt) > room for prompt in prompts)
+        if shortened:
+            logger.warning("%d prompts lost their start: they leave no room for an answer in --max-length %d", shortened, config.max_length)
+        prompts = [prompt[-room:] for prompt in prompts]
+        pool = tokenise(examples, tokenizer, config.max_length)
+        folder = run.piece("answers", {"made_of": made_of})
+        order = np.argsort([-len(prompt) for prompt in prompts], kind="stable")  # like lengths together: little padding
+        found: dict[str, list] = {"prediction": [], "answer_tokens": [], "cut": [], "loss": []}
+        loaded: list[_Answerer] = []
+        for start in range(0, len(order), SHARD):
+            places = order[start : start + SHARD]
+            path = folder / f"shard-{start // SHARD:05d}.json"
+            part = read_checked(path)
+            if part is None:
+                if not loaded:
+                    tell("load the model", 0, 1)
+                    model = models.load_model(source, dtype, device, config.trust_remote_code, config.load_in)
+                    loaded.append(_Answerer(model, tokenizer, end, config.max_new_tokens, config.batch_tokens))
+                part = {name: list(values) for name, values in loaded[0].answer([prompts[i] for i in places]).items()}
+                part["loss"] = loaded[0].losses(pool, places).tolist()
+                write_checked(path, part)
+                run.spend(stage="answer", seconds=time.monotonic() - began, samples=len(places))
+                began = time.monotonic()
+            for name in found:
+                found[name] += part[name]
+            tell("answer", start + len(places), len(order))
+        back = np.argsort(order)
+        columns = {name: [values[i] for i in back] for name, values in found.items()}
+        references = [example.turns[-1].content.strip() for example in examples]
+        tell("metrics", 0, 1)
+        each, overall, how = metrics.measure(columns["prediction"], references)
+        table: dict[str, list] = {
+            "row": rows.numbers.tolist(),
+            "id": [example.id for example in examples],
+            **{name: values.tolist() for name, values in each.items()},
+            "loss": columns["loss"],
+            "prompt_tokens": [len(prompt) for prompt in prompts],
+            "answer_tokens": columns["answer_tokens"],
+            "cut": columns["cut"],
+            "prediction": columns["prediction"],
+            "reference": references,
+        }
+        _write_table(output, table)
+        summary = {
+            "model": config.model,
+            "data": list(config.data),
+            "n": len(examples),
+            "metrics": overall,
+            "loss": float(np.mean(columns["loss"])),
+            "tokenisation": how,
+            "answer_tokens": sum(columns["answer_tokens"]),
+            "cut": sum(columns["cut"]),
+            "shortened_prompts": shortened,
+            "seconds": run.account().get("answer", {}).get("seconds", 0.0),
+            "settings": json.loads(json.dumps(settings)),
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": device.type,
+            "versions": engine["versions"],
+            "made_of": made_of,
+            "scores": {"file": output.name, "sha256": hash_file(output)},
+        }
+        write_json(summary_path(output), summary)
+    finally:
+        run.close()
+    remove(run.path)
+    return summary
+
+
+def summary_path(output: str | Path) -> Path:
+    """Where the summary of an evaluation lies: beside its per-example file."""
+    return Path(output).with_suffix(".summary.json")
+
+
+def _finished(output: Path, made_of: str) -> dict[str, Any] | None:
+    try:
+        summary = json.loads(summary_path(output).read_text(encoding="utf-8"))
+        return summary if summary["made_of"] == made_of and hash_file(output) == summary["scores"]["sha256"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write_table(path: Path, table: dict[str, list]) -> None:
+    if path.suffix == ".jsonl":
+        lines = (dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True))
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_aside(path, lambda aside: aside.write_bytes(text.encode("utf-8", "replace")))
+        return
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {name: pa.array(values, pa.string()) if name == "id" else pa.array(values) for name, values in table.items()}
+    write_aside(path, lambda aside: pq.write_table(pa.table(columns), aside))
+
+
+def read_examples(path: str | Path) -> dict[str, list]:
+    """The columns of a per-example file that `evaluate` wrote.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file; `staff evaluate --output {path}` makes it")
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        return pq.read_table(path).to_pydict()
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {name: [line[name] for line in lines] for name in lines[0]} if lines else {}
+
+
+def split_prompts(pool) -> tuple[list[np.ndarray], int]:
+    """What stands before the last answer of each sample of a pool that was not truncated, and the token that an answer ends with."""
+    prompts = []
+    for i in range(len(pool)):
+        mask = pool.response(i)
+        starts = np.flatnonzero(mask & ~np.concatenate([[False], mask[:-1]]))
+        prompts.append(pool.ids(i)[: starts[-1]])
+    return prompts, int(pool.ids(0)[-1])
+
+
+class _Answerer:
+    """A model ready to answer and to say what it makes of the references.
+
+    Args:
+        end: the last token of a reference in the model's template: where it is a control token, an answer ends with it.
+        batch_tokens: padded tokens of a batch at most, those of the answer included.
+    """
+
+    def __init__(self, model, tokenizer, end: int, max_new_tokens: int, batch_tokens: int):
+        from transformers import GenerationConfig
+
+        from staff import scopes
+
+        self.model, self.tokenizer = model, tokenizer
+        self.max_new_tokens, self.batch_tokens = max_new_tokens, batch_tokens
+        self.device = next(model.parameters()).device
+        causal: Any = scopes.inner(model)
+        known = causal.generation_config.eos_token_id
+        stop = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
+        stop |= {end} & {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+        self.stop = sorted(stop - {None})
+        self.pad = self.stop[0] if tokenizer.pad_token_id is None and self.stop else (tokenizer.pad_token_id or 0)
+        # a generation_config.json may ask for sampling or penalties: all of its wishes go
+        plain = GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=self.stop or None, pad_token_id=self.pad
+        )
+        causal.generation_config = plain
+
+    def answer(self, prompts: list[np.ndarray]) -> dict[str, list]:
+        """Greedy answers in the prompts' order: prediction, answer_tokens, cut."""
+        from staff.pool import batches
+
+        lengths = np.array([len(prompt) for prompt in prompts]) + self.max_new_tokens
+        found: dict[str, list] = {"prediction": [""] * len(prompts), "answer_tokens": [0] * len(prompts), "cut": [False] * len(prompts)}
+
+        def run(places) -> None:
+            for place, tokens in zip(places, self._generate([prompts[i] for i in places]), strict=True):
+                ends = np.flatnonzero(np.isin(tokens, self.stop))
+                own = tokens[: ends[0]] if len(ends) else tokens
+                found["prediction"][place] = self.tokenizer.decode(own, skip_special_tokens=True).strip()
+                found["answer_tokens"][place] = len(own)
+                found["cut"][place] = not len(ends)
+
+        self._within_memory(lambda budget: batches(lengths, budget), run)
+        return found
+
+    def _generate(self, prompts: list[np.ndarray]) -> np.ndarray:
+        import torch
+
+        length = max(map(len, prompts))
+        ids = np.full((len(prompts), length), self.pad, np.int64)
+        attends = np.zeros((len(prompts), length), np.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, length - len(prompt) :] = prompt
+            attends[row, length - len(prompt) :] = 1
+        with torch.inference_mode():
+            out = self.model.generate(
+                input_ids=torch.from_numpy(ids).to(self.device), attention_mask=torch.from_numpy(attends).to(self.device)
+            )
+        return out[:, length:].cpu().numpy()
+
+    def losses(self, pool, positions: np.ndarray) -> np.ndarray:
+        """(k,) mean cross-entropy of each reference's tokens, float64 of what the model computes in."""
+        import torch
+
+        from staff import scopes
+        from staff.gradnorm import mean_by_sample, response_scores
+        from staff.pool import batches, collate
+
+        decoder, head = scopes.decoder(self.model), scopes.head_of(self.model)
+        found = np.zeros(len(positions))
+
+        def run(places) -> None:
+            with torch.inference_mode():
+                batch = collate(pool, positions[places], self.device)
+                hidden = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state[batch.sample_of, batch.before]
+                each = response_scores(hidden, head, batch.labels).loss
+                found[places] = mean_by_sample(each, batch.sample_of, batch.counts).cpu().numpy()
+
+        self._within_memory(lambda budget: batches(pool.lengths[positions], budget), run)
+        return found
+
+    def _within_memory(self, cut: Callable[[int], list[np.ndarray]], run: Callable[[np.ndarray], None]) -> None:
+        """Run batch by batch; where memory runs out, all batches again of half the tokens, and no larger ones from there on."""
+        from staff.memory import is_out_of_memory
+
+        while True:
+            parts = cut(self.batch_tokens)
+            try:
+                for places in parts:
+                    run(places)
+                return
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            if all(len(places) == 1 for places in parts):
+                raise ValueError("an example does not fit into memory alone: lower --max-length or --max-new-tokens")
+            self.batch_tokens //= 2
+            logger.warning("out of memory: a batch holds %d tokens at most from here on", self.batch_tokens)
+
+
+def describe(summary: dict[str, Any], output: str | Path) -> str:
+    """A summary as a person reads it."""
+    lines = ["", f"examples   {summary['n']}"]
+    if summary["cut"]:
+        lines.append(f"           {summary['cut']} answers had not ended after --max-new-tokens {summary['settings']['max_new_tokens']}")
+    for name, value in summary["metrics"].items():
+        lines.append(f"{name:11}{value:6.2f}   {summary['tokenisation'][name]}")
+    lines += [f"loss       {summary['loss']:6.3f}   mean over the references' tokens, then over examples"]
+    return "\n".join([*lines, "", f"scores are in {output}, a row an example, the summary in {summary_path(output)}"])

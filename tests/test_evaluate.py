@@ -1,0 +1,180 @@
+"""Evaluation: greedy answers are the model's own whatever the batch, losses are its own, a killed one goes on."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from family import make_rows
+from staff import evaluate as evaluation
+from staff import models, pipeline
+from staff.config import EvaluateConfig, FinetuneConfig
+from staff.evaluate import evaluate, read_examples, summary_path
+
+SMALL = {"max_new_tokens": 12, "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("test") / "test.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in make_rows(13)), encoding="utf-8")
+    return path
+
+
+def answer(family, data, output, **settings):
+    return evaluate(EvaluateConfig(**{"data": (str(data),), "model": str(family / "target"), "output": str(output), **SMALL, **settings}))
+
+
+@pytest.fixture(scope="module")
+def finished(family, data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("scores") / "x.jsonl"
+    return output, answer(family, data, output)
+
+
+def test_answers_and_losses_are_those_of_the_model_alone_on_one_example(finished, family):
+    output, _ = finished
+    found = read_examples(output)
+    source = models.resolve(str(family / "target"))
+    model, tokenizer = models.load_model(source, torch.float32, torch.device("cpu")), models.load_tokenizer(source)
+    for i, row in enumerate(make_rows(13)):
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]}], tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        said = []
+        while len(said) < 12:
+            said.append(model(input_ids=torch.tensor([ids + said])).logits[0, -1].argmax().item())
+            if said[-1] == tokenizer.eos_token_id:
+                break
+        assert found["prediction"][i] == tokenizer.decode(said, skip_special_tokens=True).strip()
+        assert found["cut"][i] == (said[-1] != tokenizer.eos_token_id)
+        whole = torch.tensor([ids + tokenizer(row["response"] + "<|im_end|>", add_special_tokens=False)["input_ids"]])
+        loss = model(input_ids=whole, labels=torch.where(torch.arange(whole.shape[1]) < len(ids), -100, whole)).loss.item()
+        assert found["loss"][i] == pytest.approx(loss, abs=1e-5)
+        assert found["reference"][i] == row["response"]
+        assert (found["row"][i], found["id"][i], found["prompt_tokens"][i]) == (i, row["id"], len(ids))
+
+
+def test_the_batch_and_the_file_format_change_nothing(finished, family, data, tmp_path):
+    output, summary = finished
+    other = answer(family, data, tmp_path / "x.parquet", batch_tokens=150)
+    table = pq.read_table(tmp_path / "x.parquet").to_pydict()
+    found = read_examples(output)
+    assert table["prediction"] == found["prediction"]
+    assert table["loss"] == pytest.approx(found["loss"], abs=1e-6)
+    assert table["rougeL"] == found["rougeL"]
+    assert other["metrics"] == summary["metrics"]
+
+
+def test_the_summary_names_the_tokenisation_and_agrees_with_the_examples(finished):
+    output, summary = finished
+    assert summary == json.loads(summary_path(output).read_text())
+    assert set(summary["tokenisation"]) == set(summary["metrics"]) == {"rouge1", "rouge2", "rougeL", "bleu", "chrf", "exact"}
+    found = read_examples(output)
+    for name in ("rouge1", "rouge2", "rougeL", "exact"):
+        assert summary["metrics"][name] == pytest.approx(np.mean(found[name]))
+    assert summary["loss"] == pytest.approx(np.mean(found["loss"]))
+    assert (summary["n"], summary["cut"]) == (13, sum(found["cut"]))
+    assert not output.with_suffix(".unfinished").exists()
+
+
+def test_a_finished_evaluation_is_taken_as_it_is_and_a_killed_one_begins_at_the_first_missing_shard(
+    finished, family, data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(evaluation, "SHARD", 4)
+    asked = []
+    original = evaluation._Answerer.answer
+
+    def watch(self, prompts):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(len(prompts))
+        return original(self, prompts)
+
+    monkeypatch.setattr(evaluation._Answerer, "answer", watch)
+    with pytest.raises(KeyboardInterrupt):
+        answer(family, data, tmp_path / "x.jsonl")
+    assert not (tmp_path / "x.jsonl").exists()
+    seen = []
+    monkeypatch.setattr(evaluation._Answerer, "answer", lambda self, prompts: seen.append(len(prompts)) or original(self, prompts))
+    summary = answer(family, data, tmp_path / "x.jsonl")
+    assert (asked, seen) == ([4, 4], [4, 1])
+    assert read_examples(tmp_path / "x.jsonl")["prediction"] == read_examples(finished[0])["prediction"]
+    assert answer(family, data, tmp_path / "x.jsonl") == summary
+    assert (asked, seen) == ([4, 4], [4, 1])
+    (tmp_path / "x.jsonl").write_text("damaged")
+    assert answer(family, data, tmp_path / "x.jsonl")["metrics"] == summary["metrics"]
+
+
+def test_less_memory_means_smaller_batches_and_the_same_answers(finished, family, data, tmp_path, monkeypatch):
+    original = evaluation._Answerer._generate
+
+    def little(self, prompts):
+        if len(prompts) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(self, prompts)
+
+    monkeypatch.setattr(evaluation._Answerer, "_generate", little)
+    answer(family, data, tmp_path / "x.jsonl")
+    assert read_examples(tmp_path / "x.jsonl")["prediction"] == read_examples(finished[0])["prediction"]
+
+
+def test_an_adapter_trained_on_the_answers_says_them_and_stops(family, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(family / "target")
+    model.get_input_embeddings().weight.data.mul_(20)  # else a frozen head of tiny weights lets no answer become likely
+    model.save_pretrained(tmp_path / "target")
+    models.load_tokenizer(models.resolve(str(family / "target"))).save_pretrained(tmp_path / "target")
+    data = tmp_path / "two.jsonl"
+    rows = [{"prompt": "Say so", "response": "so."}, {"prompt": "Say so again", "response": "so."}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"epochs": 80, "learning_rate": 3e-2, "batch_size": 2, "dtype": "float32"}
+    adapter = pipeline.finetune(FinetuneConfig(data=(str(data),), model=str(tmp_path / "target"), output=str(tmp_path / "a"), **settings))
+    before = answer(family, data, tmp_path / "before.jsonl", model=str(tmp_path / "target"))
+    after = answer(family, data, tmp_path / "after.jsonl", model=str(adapter))
+    assert after["loss"] < before["loss"] / 5
+    assert after["metrics"]["exact"] == 100
+    assert after["cut"] == 0
+
+
+def test_a_prompt_that_leaves_no_room_loses_its_start(family, tmp_path, caplog):
+    data = tmp_path / "long.jsonl"
+    data.write_text(json.dumps({"prompt": "x" * 300, "response": "short"}) + "\n")
+    summary = answer(family, data, tmp_path / "x.jsonl", max_length=100)
+    assert read_examples(tmp_path / "x.jsonl")["prompt_tokens"] == [88]
+    assert summary["shortened_prompts"] == 1
+    assert "lost their start" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"output": None}, "--output"),
+        ({"output": "x.csv"}, "ends in .jsonl or .parquet"),
+        ({"model": "no/such/model/here"}, "there is no such folder"),
+        ({"data": ("nothing.jsonl",)}, "nothing.jsonl"),
+        ({"max_new_tokens": 1024}, "leaves no room for a prompt"),
+        ({"data": ("TEXT",)}, "row 0 has a text and no prompt"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_clear_error(settings, message, family, data, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "no prompt"}) + "\n")
+    if settings.get("data") == ("TEXT",):
+        settings = {"data": (str(text),)}
+    values = {"data": (str(data),), "model": str(family / "target"), "output": str(tmp_path / "x.jsonl"), **SMALL, **settings}
+    with pytest.raises(ValueError, match=message):
+        evaluate(EvaluateConfig(**values))
+    assert {path.name for path in tmp_path.iterdir()} == {"text.jsonl"}
+
+
+def test_the_command_prints_what_was_found_and_how_it_was_counted(family, data, tmp_path):
+    command = [sys.executable, "-m", "staff.cli", "evaluate", "--data", data, "--model", family / "draft", "--max-new-tokens", "4"]
+    result = subprocess.run([*map(str, command), "--output", str(tmp_path / "x.jsonl")], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "examples   13" in result.stdout
+    assert "rougeL" in result.stdout
+    assert "sacrebleu" in result.stdout
