@@ -1,12 +1,26 @@
 """A family of tiny models on disk, tokenizer and chat template included, and a pool file for them."""
 
+import contextlib
 import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+SETTINGS = {
+    "pruning_rate": 0.7,
+    "num_regions": 5,
+    "verification_budget": 3,
+    "draft_epochs": 1,
+    "learning_rate": 1e-2,
+    "batch_tokens": 512,
+}
+RESULTS = ("coreset.jsonl", "indices.npy", "regions.csv", "scores.parquet")
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -59,3 +73,57 @@ def make_rows(n: int) -> list[dict]:
 def write_pool(path: Path, n: int = 60) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in make_rows(n)), encoding="utf-8")
     return path
+
+
+def start(data: Path, output: Path, family: Path, pause: float = 0.0, before: Callable[[], object] | None = None, **settings):
+    """A selection in a process of its own, forked so that nothing is imported again, and a pipe that tells its progress.
+
+    Args:
+        pause: seconds it rests after each word of progress.
+        before: called in the process first: to put faults in its way.
+    """
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+
+    def tell(stage, done, total):
+        send.send((stage, done))
+        time.sleep(pause)
+
+    def work():
+        import staff
+
+        models = {"target": str(family / "target"), "draft": str(family / "draft")}
+        if before:
+            before()
+        try:
+            staff.select(
+                str(data), output=output, on_progress=tell, **{**models, **SETTINGS, "draft_epochs": 2, "checkpoint_seconds": 0, **settings}
+            )
+        except ValueError as error:
+            send.send(error)
+            os._exit(2)
+
+    process = context.Process(target=work)
+    process.start()
+    send.close()
+    return process, receive
+
+
+def finish(process, receive) -> str | None:
+    """Wait for the end of what `start` began: its error's message, None where all went well."""
+    message = None
+    with contextlib.suppress(EOFError):  # the pipe closes with the process
+        while True:
+            told = receive.recv()
+            message = str(told) if isinstance(told, ValueError) else message
+    process.join()
+    assert process.exitcode == (2 if message else 0)
+    return message
+
+
+def results(folder: Path) -> dict:
+    """The bytes of all that a selection ends with."""
+    found: dict = {name: (folder / name).read_bytes() for name in RESULTS}
+    (adapter,) = (folder / "work").glob("draft-*/adapter_model.safetensors")
+    pieces = (folder / "work").glob("[ps]*-*/*.npz")
+    return found | {"adapter": adapter.read_bytes(), "pieces": {path.relative_to(folder): path.read_bytes() for path in pieces}}

@@ -1,21 +1,15 @@
 """The whole run: what it writes, what the target saw, and that a killed one ends with the same bytes."""
 
-import contextlib
 import json
-import multiprocessing
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import staff
-from family import make_rows, write_pool
+from family import SETTINGS, finish, make_rows, results, start, write_pool
 from staff import pipeline
 from staff.config import FinetuneConfig
-
-SETTINGS = {"pruning_rate": 0.7, "num_regions": 5, "verification_budget": 3, "draft_epochs": 1, "learning_rate": 1e-2, "batch_tokens": 512}
-RESULTS = ("coreset.jsonl", "indices.npy", "regions.csv", "config.yaml")
 
 
 def choose(family, data, output, **settings):
@@ -172,49 +166,9 @@ def test_an_empty_response_stops_the_run_or_is_left_out_and_listed(family, tmp_p
     assert json.loads((tmp_path / "y" / "skipped.jsonl").read_text())["row"] == 7
 
 
-def start(data, output, family, pause):
-    """The run in a process of its own, and a pipe that tells its progress."""
-    context = multiprocessing.get_context("fork")
-    receive, send = context.Pipe(duplex=False)
-
-    def tell(stage, done, total):
-        send.send((stage, done))
-        time.sleep(pause)
-
-    def work():
-        settings = {
-            "target": str(family / "target"),
-            "draft": str(family / "draft"),
-            **SETTINGS,
-            "draft_epochs": 2,
-            "checkpoint_seconds": 0,
-        }
-        staff.select(str(data), output=output, on_progress=tell, **settings)
-
-    process = context.Process(target=work)
-    process.start()
-    send.close()
-    return process, receive
-
-
-def finish(process, receive):
-    with contextlib.suppress(EOFError):  # the pipe closes with the process
-        while True:
-            receive.recv()
-    process.join()
-    return process.exitcode
-
-
-def results(folder: Path):
-    found = {name: (folder / name).read_bytes() for name in RESULTS if name != "config.yaml"}
-    (adapter,) = (folder / "work").glob("draft-*/adapter_model.safetensors")
-    scores = sorted(path.read_bytes() for path in (folder / "work").glob("scores-*/*.npz"))
-    return found | {"adapter": adapter.read_bytes(), "scores": scores}
-
-
 def test_a_run_killed_in_every_stage_ends_with_the_same_bytes(family, tmp_path):
     data = write_pool(tmp_path / "pool.jsonl")
-    assert finish(*start(data, tmp_path / "whole", family, 0)) == 0
+    assert finish(*start(data, tmp_path / "whole", family)) is None
     for place, (stage, after) in enumerate(
         [("tokenise", 1), ("fine-tune the draft", 9), ("score on the draft", 20), ("verify on the target", 1)]
     ):
@@ -227,7 +181,7 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_bytes(family, tmp_path):
         process.kill()
         process.join()
         assert not (output / "coreset.jsonl").exists()
-        assert finish(*start(data, output, family, 0)) == 0
+        assert finish(*start(data, output, family)) is None
         assert results(output) == results(tmp_path / "whole"), stage
 
 
