@@ -98,6 +98,7 @@ def test_scores_can_be_written_alone_and_taken_up_again(done, family):
         (["select", "--config", "none.yaml"], "none.yaml: can't be read"),
         (["select", "--data", "POOL", "--scores", "none.npy", "--budget", "3", "--output", "o"], "none.npy: there is no such file"),
         (["finetune", "--model", "TARGET", "--output", "o"], "--data"),
+        (["finetune", "--data", "POOL", "--model", "TARGET", "--output", "o", "--max-steps", "0"], "--max-steps must lie in [1, inf)"),
         (["score", "--data", "POOL", "--model", "TARGET", "--output", "o.csv"], "ends in .parquet"),
     ],
 )

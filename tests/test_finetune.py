@@ -35,6 +35,28 @@ def test_batches_of_an_epoch_hold_samples_of_like_length():
     assert np.corrcoef(in_batches.mean(1), np.arange(len(in_batches)))[0, 1] < 0.3  # and long batches do not all come first
 
 
+def test_a_number_of_steps_stands_in_place_of_epochs(tmp_path):
+    told = []
+    pool = make_pool((6, 9, 5, 8, 7))
+    settings = {"epochs": 100, "batch_size": 2, "lora_rank": 2}
+    finetune(
+        make_model("llama", torch.float32),
+        pool,
+        np.arange(5),
+        tmp_path / "s",
+        max_steps=7,
+        on_progress=lambda *n: told.append(n),
+        **settings,
+    )
+    assert told[-1] == (7, 7)
+    told.clear()
+    settings["epochs"] = 7 / 3  # three steps an epoch: the same seven
+    finetune(make_model("llama", torch.float32), pool, np.arange(5), tmp_path / "e", on_progress=lambda *n: told.append(n), **settings)
+    assert told[-1] == (7, 7)
+    by_steps, by_epochs = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("s", "e"))
+    assert by_steps == by_epochs
+
+
 @pytest.mark.parametrize("layout", ["llama", "llama-tied", "gemma2-capped", "gpt-neox", "gpt2", "phi3"])
 def test_tuning_lowers_the_loss_that_the_models_own_forward_reports(layout, tmp_path):
     pool = make_pool(LENGTHS, vocabulary=6)  # three words only: soon learnt

@@ -205,6 +205,8 @@ class FinetuneConfig:
     """Where the adapter goes. Typing the same command again goes on where it stopped."""
     epochs: float = 3.0
     """Passes over the data."""
+    max_steps: int | None = None
+    """Training steps in place of epochs, so that coresets of different sizes can be compared at equal updates."""
     lora_rank: int = 8
     """Rank of the LoRA adapter, on all linear layers."""
     lora_alpha: int = 16
@@ -235,6 +237,8 @@ class FinetuneConfig:
             object.__setattr__(self, "data", (self.data,))
         object.__setattr__(self, "data", tuple(self.data))
         _in_range(self, "epochs", 0, None, open_below=True)
+        if self.max_steps is not None:
+            _in_range(self, "max_steps", 1, None)
         _check_training(self)
 
 

@@ -160,6 +160,7 @@ def finetune(
     batch_size: int = 8,
     seed: int = 42,
     checkpoint_seconds: float = 60.0,
+    max_steps: int | None = None,
     snapshots: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> torch.nn.Module:
@@ -174,6 +175,7 @@ def finetune(
         positions: (k,) pool positions trained on.
         output: a folder of this fine-tuning's own.
         epochs: T > 0, passes over the samples; fractions count.
+        max_steps: steps in place of epochs, as many passes as they take.
         snapshots: how many times the adapter is kept on the way, at even steps, in output/snapshots/1 and on.
         on_progress: called with (steps done, steps in all).
 
@@ -189,7 +191,7 @@ def finetune(
     head = scopes.head_of(model)
     model = add_lora(model, lora_rank, lora_alpha, seed)
     steps_an_epoch = -(-len(positions) // batch_size)
-    steps = max(1, round(epochs * steps_an_epoch))
+    steps = max_steps or max(1, round(epochs * steps_an_epoch))
     checkpoints = output / "checkpoints"
     halves = next(model.parameters()).dtype
     arguments = TrainingArguments(
@@ -240,7 +242,7 @@ def finetune(
         os.replace(aside / name, output / name)
     shutil.rmtree(aside)
     parts = sorted(str(part.relative_to(output)) for part in output.glob("snapshots/*/*") if part.is_file())
-    seal(output, [*ADAPTER, *parts], samples=len(positions), epochs=epochs)
+    seal(output, [*ADAPTER, *parts], samples=len(positions), epochs=steps / steps_an_epoch if max_steps else epochs)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return model.eval().requires_grad_(False)
 

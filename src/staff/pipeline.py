@@ -539,6 +539,7 @@ def finetune(config: FinetuneConfig, *, update: bool = False, on_progress: Progr
                 np.arange(len(pool)),
                 folder,
                 epochs=config.epochs,
+                max_steps=config.max_steps,
                 on_progress=lambda done, total: tell("fine-tune", done, total),
                 **{name: getattr(config, name) for name in TRAINING},
             )
