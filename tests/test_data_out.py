@@ -15,7 +15,7 @@ import yaml
 import staff
 from family import make_rows
 from staff import pipeline
-from staff.cli import summary
+from staff.cli import _cells_table, summary
 from staff.config import FinetuneConfig, Reading, ScoreConfig, SelectConfig
 from staff.formats import read
 
@@ -236,6 +236,8 @@ def test_the_summary_says_what_became_of_odd_rows(odd, family, tmp_path):
         said = summary(run, SelectConfig(data=(odd,), max_length=100, pruning_rate=0.5))
         for remark in REMARKS:
             assert remark in said
+    several = staff.select(odd, **{**settings, "output": str(tmp_path / "y"), "method": "random", "pruning_rate": [0.5, 0.75]})
+    assert REMARKS[1] in _cells_table(several, SelectConfig(data=(odd,)))
     skipped = json.loads((tmp_path / "x" / "skipped.jsonl").read_text())
     assert skipped == {"row": 15, "reason": "'response' is empty; fill it in"}
 

@@ -90,9 +90,12 @@ def test_parts_of_any_size_give_one_pool(monkeypatch):
     tokenizer = make_tokenizer()
     rows = [example(("user", f"How many {i}?"), ("assistant", "many " * i + "<|im_end|>" * (i == 3))) for i in range(11)]
     whole, seen = tokenise(rows, tokenizer, 40), []
-    monkeypatch.setattr("staff.pool.TOKENISED_AT_ONCE", 3)
+    monkeypatch.setattr("staff.pool.ROWS_AT_ONCE", 3)
     parts = tokenise(iter(rows), tokenizer, 40, seen.append)
     assert seen == [3, 6, 9, 11]
+    monkeypatch.setattr("staff.pool.LETTERS_AT_ONCE", 1)
+    assert tokenise(rows, tokenizer, 40, seen.append).input_ids.tolist() == whole.input_ids.tolist()
+    assert seen[4:] == list(range(1, 12))
     for name in ("input_ids", "is_response", "offsets"):
         assert getattr(parts, name).tolist() == getattr(whole, name).tolist()
     assert (parts.truncated, parts.cut_responses, parts.spelled) == (whole.truncated, whole.cut_responses, whole.spelled) == (6, 3, 1)

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
-TOKENISED_AT_ONCE = 2_000  # rows handed to the tokenizer in one call: it spreads them over all cores
+# a part handed to the tokenizer in one call, which spreads it over all cores: that many rows, or the row that makes it that many letters
+ROWS_AT_ONCE = 2_000
+LETTERS_AT_ONCE = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,8 @@ def tokenise(examples: Iterable, tokenizer, max_length: int, on_progress: Callab
     A sample of more than max_length tokens loses the start of its prompt; a response that is too long by itself keeps
     its first max_length - 1 tokens. Both are counted, and so is text that spells control tokens.
 
-    Memory: 5 bytes a token and 8 a row, an eighth more while it grows, and two parts of 2,000 rows as Python lists.
-    The tokenizer spreads a part over all cores, while the next one is put through the template.
+    Memory: 5 bytes a token and 8 a row, an eighth more while it grows, and two parts at work: of 2,000 rows or 4 million
+    letters some 80 MiB. The tokenizer spreads a part over all cores, while the next one is put through the template.
 
     Args:
         examples: `formats.Example`s, streamed.
@@ -154,7 +156,12 @@ def _encode(examples: Iterator, render, tokenizer) -> Iterator[tuple[list, Itera
     ahead: deque = deque()
     with ThreadPoolExecutor(1) as thread:  # the tokenizer lets go of the interpreter while it works
         while True:
-            part = [(example, render(example)) for example in islice(examples, TOKENISED_AT_ONCE)]
+            part, letters = [], 0
+            for example in islice(examples, ROWS_AT_ONCE):
+                part.append((example, render(example)))
+                letters += sum(len(text) for text, _ in part[-1][1])
+                if letters >= LETTERS_AT_ONCE:
+                    break
             if part:
                 ahead.append((part, thread.submit(encode, [text for _, sample in part for text, _ in sample])))
             if ahead and (len(ahead) == 2 or not part):
