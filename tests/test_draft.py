@@ -35,6 +35,13 @@ def test_a_cut_model_computes_as_one_with_only_those_blocks(layout):
     assert Scorer(kept).scores(pool, range(7))["effort"].min() > 0
 
 
+def test_blocks_that_share_keys_and_values_cannot_be_left_out():
+    model = make_model("llama")
+    model.config.num_kv_shared_layers = 1
+    with pytest.raises(ValueError, match="shares keys and values"):
+        draft.cut(model, 2)
+
+
 def test_self_needs_a_number():
     assert models.self_blocks("self:8") == 8
     assert models.self_blocks("some/model") is None

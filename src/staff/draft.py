@@ -40,8 +40,13 @@ def cut(model: nn.Module, keep: int, which: str = "even") -> nn.Module:
         model: a causal language model, changed and returned.
         keep: blocks kept.
         which: see `chosen_blocks`.
+
+    Raises:
+        ValueError: more blocks than there are, or blocks that need one another.
     """
     blocks = scopes.blocks(model)
+    if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
+        raise ValueError(f"--draft self:{keep}: {type(model).__name__} shares keys and values between its blocks, so none can be left out")
     chosen = chosen_blocks(len(blocks), keep, which)
     kept = [blocks[i] for i in chosen]
     config = model.config.get_text_config()

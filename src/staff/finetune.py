@@ -127,9 +127,15 @@ class _Watch(TrainerCallback):
 
 
 def add_lora(model: torch.nn.Module, rank: int, alpha: int, seed: int) -> torch.nn.Module:
-    """A fresh, seeded LoRA adapter on every linear layer of the blocks (the head stays out)."""
+    """A fresh, seeded LoRA adapter on every linear layer of the blocks (the head stays out).
+
+    Raises:
+        ValueError: the model carries one already that could not be folded in.
+    """
     from peft import LoraConfig, get_peft_model
 
+    if hasattr(model, "peft_config"):
+        raise ValueError("the model's own adapter can't be folded into quantised weights, and a second one can't be put on it: merge it first")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         with warnings.catch_warnings():

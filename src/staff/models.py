@@ -294,9 +294,10 @@ class Size:
     last: int
     head: int
 
-    def scoring_flops(self, tokens: int, response_tokens: int) -> float:
-        """Of one pass in the scopes of the last block: forward everywhere, last block and head back again."""
-        return 2 * (tokens * (self.below + 2 * self.last) + response_tokens * 2 * self.head)
+    def scoring_flops(self, tokens: int, response_tokens: int, scope: str = "last-value") -> float:
+        """Of one pass: forward everywhere, and back again through the head and the blocks that the scope lies in."""
+        back = self.below + self.last if scope in ("linear", "lora") else self.last
+        return 2 * (tokens * (self.below + self.last + back) + response_tokens * 2 * self.head)
 
     def training_flops(self, tokens: int, response_tokens: int) -> float:
         """Of one LoRA epoch: forward, and gradients of inputs; frozen weights need no third."""

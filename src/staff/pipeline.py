@@ -102,7 +102,14 @@ class Cell:
     kept: Path
 
 
-def select(config: SelectConfig, data: Any = None, *, update: bool = False, on_progress: Progress | None = None) -> list[Run]:
+def select(
+    config: SelectConfig,
+    data: Any = None,
+    *,
+    update: bool = False,
+    on_progress: Progress | None = None,
+    methods: Mapping[str, Method] = METHODS,
+) -> list[Run]:
     """Choose the coresets of a pool and write them to the run's folder, or finish a run that was cut off.
 
     Args:
@@ -110,6 +117,7 @@ def select(config: SelectConfig, data: Any = None, *, update: bool = False, on_p
         data: the pool, where it is not files: a list of dicts, a Dataset, a DataFrame.
         update: go on in a folder that was begun with other settings or inputs, keeping what still fits.
         on_progress: called with (stage, done, in all).
+        methods: the table that config.method names entries of; a comparison adds variants of its own.
 
     Returns:
         a Run for each coreset, methods outside, rates inside.
@@ -117,8 +125,8 @@ def select(config: SelectConfig, data: Any = None, *, update: bool = False, on_p
     Raises:
         ValueError: something that the user can mend; nothing was half-written.
     """
-    _check(config, data)
-    sources = _sources(config)
+    _check(config, data, methods)
+    sources = _sources(config, methods)
     settings = {name: value for name, value in flat(config).items() if name not in NOT_RESULTS}
     reading = config.reading
     places = (reading.split, reading.dataset_config, reading.revision, reading.dataset_info)
@@ -147,7 +155,10 @@ def select(config: SelectConfig, data: Any = None, *, update: bool = False, on_p
                     raise ValueError(f"{what} changed while the run was reading it: put it back and go on, or start again with --update")
 
         cells = _cells(config, run)
-        keys = [fingerprint({"method": cell.method, "rate": cell.pruning_rate, "settings": settings, "inputs": inputs}) for cell in cells]
+        keys = [
+            fingerprint({"method": _named(methods, cell.method), "rate": cell.pruning_rate, "settings": settings, "inputs": inputs})
+            for cell in cells
+        ]
         finished = [_finished(cell, key, read) for cell, key in zip(cells, keys, strict=True)]
         if all(finished):
             return _pushed(config, [done for done in finished if done])
@@ -162,12 +173,12 @@ def select(config: SelectConfig, data: Any = None, *, update: bool = False, on_p
         selections = []
         for cell, budget, done in zip(cells, budgets, finished, strict=True):
             (cell.folder / "manifest.json").unlink(missing_ok=True)
-            selections.append(done or _choose(config, METHODS[cell.method], budget, rows, work))
+            selections.append(done or _choose(config, methods, cell.method, budget, rows, work))
         work.free()
         unchanged()
         runs = []
         for cell, key, chosen in zip(cells, keys, selections, strict=True):
-            runs.append(chosen if isinstance(chosen, Run) else _write(config, run, cell, rows, *chosen, work, key))
+            runs.append(chosen if isinstance(chosen, Run) else _write(config, run, cell, methods[cell.method], rows, *chosen, work, key))
         if len(cells) > 1:
             _write_tables(run.path, cells, runs)
         run.note("done")
@@ -206,9 +217,20 @@ def _cells(config: SelectConfig, run: RunDirectory) -> list[Cell]:
     return [Cell(method, rate, run.path / name, run.work / f"selection-{name}.npz") for method, rate, name in names]
 
 
-def _choose(config: SelectConfig, method: Method, budget: int, rows: formats.Rows, work: Work) -> tuple[Selection, np.ndarray | None]:
+def _named(methods: Mapping[str, Method], name: str) -> Any:
+    """A method in a fingerprint: its name, and of a variant what it is."""
+    method = methods[name]
+    if METHODS.get(name) == method:
+        return name
+    return [name, method.function.__name__, dict(method.needs), method.verify, dict(method.fixed)]
+
+
+def _choose(
+    config: SelectConfig, methods: Mapping[str, Method], name: str, budget: int, rows: formats.Rows, work: Work
+) -> tuple[Selection, np.ndarray | None]:
     """The selection of one cell, and the scores that it was made by."""
-    wanted = [need for name in config.method for need in METHODS[name].needs.values()]
+    method = methods[name]
+    wanted = [need for name in config.method for need in methods[name].needs.values()]
     arrays: dict[str, Any] = {
         name: work.array(need, wanted) for name, need in method.needs.items() if not (name == "scores" and config.scores)
     }
@@ -243,18 +265,18 @@ def _existing(name: str, path: str) -> Path:
     return Path(path)
 
 
-def _check(config: SelectConfig, data: Any) -> None:
+def _check(config: SelectConfig, data: Any, methods: Mapping[str, Method]) -> None:
     """What can be known to be wrong before anything is read or loaded."""
     if data is None and not config.data:
         raise ValueError("name the pool with --data FILE")
     for name in config.method:
-        if name not in METHODS:
-            raise ValueError(f"--method must be one of {', '.join(METHODS)}; found {name!r}")
+        if name not in methods:
+            raise ValueError(f"--method must be one of {', '.join(methods)}; found {name!r}")
     if not config.pruning_rate and config.budget is None:
         raise ValueError("say how much to keep: --pruning-rate 0.8 keeps a fifth, --budget 500 keeps 500 samples")
     for pair in config.option:
         name = pair.split("=", 1)[0]
-        known = {option for method in config.method for option in METHODS[method].options()}
+        known = {option for method in config.method for option in methods[method].options()}
         if "=" not in pair or name not in known:
             raise ValueError(
                 f"--option {pair}: give name=value; the options of {', '.join(config.method)} are {', '.join(sorted(known)) or 'none'}"
@@ -276,10 +298,10 @@ def _budget(config: SelectConfig, pruning_rate: float | None, n: int) -> int:
     return budget
 
 
-def _sources(config: SelectConfig) -> dict[str, Any]:
+def _sources(config: SelectConfig, methods: Mapping[str, Method]) -> dict[str, Any]:
     """The models that the methods ask for, found; hub ids are fetched here."""
     wanted: set[str] = set()
-    for method in (METHODS[name] for name in config.method):
+    for method in (methods[name] for name in config.method):
         # the user's own scores stand in for a model's; the target verifies where there is one
         needs = [need for name, need in method.needs.items() if not (config.scores and name == "scores")]
         if method.verify and (config.target or not config.scores):
@@ -320,9 +342,9 @@ def _fingerprint_rows(rows: formats.Rows) -> str:
     return digest.hexdigest()[:12]
 
 
-def _write(config, run, cell: Cell, rows: formats.Rows, selection: Selection, scores, work: Work, key: str) -> Run:
+def _write(config, run, cell: Cell, method: Method, rows: formats.Rows, selection: Selection, scores, work: Work, key: str) -> Run:
     """Write the results; the manifest comes last and says that all are there."""
-    method, folder = METHODS[cell.method], cell.folder
+    folder = cell.folder
     folder.mkdir(exist_ok=True)
     indices = rows.numbers[selection.indices]
     model = config.target if config.target and not config.target.endswith(".gguf") else "MODEL"

@@ -418,7 +418,7 @@ class Work:
         from staff import models
 
         tokens, response = int(pool.lengths[positions].sum()), int(pool.response_tokens()[positions].sum())
-        flops = self.size(name, models.Size).scoring_flops(tokens, response)
+        flops = self.size(name, models.Size).scoring_flops(tokens, response, self.config.scope)
         self.run.spend(stage=stage, seconds=seconds, samples=len(positions), tokens=tokens, flops=flops)
 
     def size(self, name: str, kind):
@@ -443,7 +443,7 @@ class Work:
 
         def one_pass(name: str) -> float:
             pool = self.pool(name)
-            return self.size(name, models.Size).scoring_flops(int(pool.lengths.sum()), int(pool.response_tokens().sum()))
+            return self.size(name, models.Size).scoring_flops(int(pool.lengths.sum()), int(pool.response_tokens().sum()), self.config.scope)
 
         whole = one_pass("target")
         for stage in stages.values():
