@@ -15,7 +15,7 @@ import numpy as np
 
 # a part handed to the tokenizer in one call, which spreads it over all cores: that many rows, or the row that makes it that many letters
 ROWS_AT_ONCE = 2_000
-LETTERS_AT_ONCE = 4_000_000
+LETTERS_AT_ONCE = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ def tokenise(examples: Iterable, tokenizer, max_length: int, on_progress: Callab
     A sample of more than max_length tokens loses the start of its prompt; a response that is too long by itself keeps
     its first max_length - 1 tokens. Both are counted, and so is text that spells control tokens.
 
-    Memory: 5 bytes a token and 8 a row, an eighth more while it grows, and two parts at work: of 2,000 rows or 4 million
-    letters some 80 MiB. The tokenizer spreads a part over all cores, while the next one is put through the template.
+    Memory: 5 bytes a token and 8 a row, an eighth more while it grows, and two parts at work: of 2,000 rows or 2 million
+    letters, some 100 MiB. The tokenizer spreads a part over all cores, while the next one is put through the template.
 
     Args:
         examples: `formats.Example`s, streamed.
@@ -151,7 +151,7 @@ def _encode(examples: Iterator, render, tokenizer) -> Iterator[tuple[list, Itera
     """Parts of [(example, its pieces of text), ...], each with the tokens of all its pieces in order."""
 
     def encode(texts: list[str]) -> Iterator[list[int]]:
-        return iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"])
+        return iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
 
     ahead: deque = deque()
     with ThreadPoolExecutor(1) as thread:  # the tokenizer lets go of the interpreter while it works
