@@ -18,7 +18,7 @@ ROWS = [
     ["finetune", "score", "evaluate"],
     ["scopes", "pool", "memory", "models", "inspect_data", "export"],
     ["gradnorm", "formats", "graph", "scorefile", "store"],
-    ["config", "types", "metrics", "tables", "sources", "model_files", "readers", "scanners", "writers", "layouts", "turns"],
+    ["config", "types", "metrics", "statistics", "tables", "sources", "model_files", "readers", "scanners", "writers", "layouts", "turns"],
 ]
 HUGGING_FACE = {"transformers", "peft", "datasets", "huggingface_hub", "accelerate", "tokenizers"}
 KNOWS_HUGGING_FACE = {

@@ -30,6 +30,7 @@ class Method:
         verify: "model/quantity" that the function may ask for by position while it runs; None: it asks nothing.
         paper: where it comes from.
         about: what it keeps, in a few words.
+        fixed: options that this entry sets for good; they are no options of it any more.
     """
 
     function: Callable[..., Selection]
@@ -37,11 +38,12 @@ class Method:
     verify: str | None = None
     paper: str | None = None
     about: str = ""
+    fixed: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
 
     def options(self) -> dict[str, object]:
         """The function's own options and their defaults."""
         parameters = inspect.signature(self.function).parameters.values()
-        taken = (*self.needs, "scores", *FIXED)
+        taken = (*self.needs, "scores", *FIXED, *self.fixed)
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in taken}
 
     def check_options(self, options: Mapping[str, object]) -> None:
@@ -72,7 +74,7 @@ class Method:
             raise ValueError(f"the budget must be between 0 and the pool's {len(scores)} samples; found {budget}")
         if "verify" not in inspect.signature(self.function).parameters:
             arguments.pop("verify", None)  # a method that asks the target nothing may be offered it all the same
-        selection = self.function(scores, budget=budget, rng=rng, **arguments)
+        selection = self.function(scores, budget=budget, rng=rng, **arguments, **self.fixed)
         assert len(selection.indices) == budget, f"{self.function.__name__} returned {len(selection.indices)} of {budget} samples"
         return selection
 
