@@ -218,16 +218,16 @@ class RunDirectory:
             if error.errno in FULL:
                 raise ValueError(f"{self.path}: the disk is full. Free some space, or name another --output") from None
             raise ValueError(f"{self.path} can't be written to: {error.strerror}; name another folder with --output") from None
+        self._log = _Log(self.work / "log.txt")
+        logging.getLogger("staff").addHandler(self._log)
         self._hashes_path = self.work / "hashes.json"
         self._hashes: dict[str, list] = (read_checked(self._hashes_path) or {}).get("hashes", {})
         for left in (*self.path.glob(".*"), *self.work.rglob(".*")):
             if ASIDE.fullmatch(left.name) and left.is_file():
                 left.unlink(missing_ok=True)  # what a killed process was writing
         self._pieces: set[Path] = set()  # whose key.json was looked at
-        self._log = _Log(self.work / "log.txt")
         if (self.work / "begun.json").exists():
             self._log.open()
-        logging.getLogger("staff").addHandler(self._log)
 
     def note(self, line: str) -> None:
         """Write a line to work/log.txt, with the time: stages, versions; never a user's text."""

@@ -1,0 +1,497 @@
+"""Every way a run can end: killed, stopped, out of disk or memory, damaged, changed under its feet. It goes on to the same bytes."""
+
+import json
+import logging
+import os
+import random
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from family import finish, results, start, write_pool
+from staff import finetune as training
+from staff import memory, models, pipeline, score, store
+from staff.config import FinetuneConfig
+from tiny import make_model, make_pool
+
+SOAK = os.environ.get("STAFF_SOAK") == "1"
+STAGES = ["read", "tokenise", "fine-tune the draft", "score on the draft", "verify on the target"]
+
+
+@pytest.fixture(scope="module")
+def whole(family, tmp_path_factory):
+    """A run that ran through, and how long each stage took."""
+    folder = tmp_path_factory.mktemp("ends")
+    data = write_pool(folder / "pool.jsonl")
+    process, receive = start(data, folder / "x", family)
+    began, first = time.monotonic(), {}
+    while True:
+        try:
+            first.setdefault(receive.recv()[0], time.monotonic() - began)
+        except EOFError:
+            break
+    assert finish(process, receive) is None
+    ends = [*list(first.values())[1:], time.monotonic() - began]
+    return folder, dict(zip(first, np.subtract(ends, list(first.values())), strict=True))
+
+
+@pytest.fixture
+def again(whole, family):
+    """Finish a run's folder, and hold it to the bytes of the run that ran through."""
+    folder, _ = whole
+
+    def finish_it(output, **settings):
+        assert finish(*start(folder / "pool.jsonl", output, family, **{"checkpoint_seconds": 60, **settings})) is None
+        assert results(output) == results(folder / "x")
+        left = [path for path in output.rglob(".*") if path.is_file()]
+        assert not left, "half-written files were left"
+
+    return finish_it
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    """A finished run in a folder of its own."""
+    return Path(shutil.copytree(whole[0] / "x", tmp_path / "x"))
+
+
+def unfinish(output):
+    """As if the run had been killed just before it wrote its results."""
+    (output / "manifest.json").unlink()
+    (output / "work" / "selection.npz").unlink()
+
+
+def one(output, pattern):
+    (found,) = (output / "work").glob(pattern)
+    return found
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    for part in range(1, 8):  # in one place it might hit a date in a header, which nobody misses
+        content[len(content) * part // 8] ^= 0x10
+    path.write_bytes(content)
+
+
+# ---- killed ----
+
+
+@pytest.mark.parametrize("round", range(20 if SOAK else 3))
+def test_a_run_killed_at_a_random_moment_of_any_stage_ends_with_the_same_bytes(round, whole, again, family, tmp_path):
+    folder, seconds = whole
+    seed = random.randrange(10**6)
+    chance = random.Random(seed)
+    for stage in [STAGES[(round + 2) % len(STAGES)], *(chance.choices(STAGES, k=2) if SOAK else ())]:
+        process, receive = start(folder / "pool.jsonl", tmp_path / "x", family)
+        try:
+            while receive.recv()[0] != stage:
+                pass
+            time.sleep(chance.uniform(0, 1.1 * seconds[stage]))
+        except EOFError:  # it was over before that: the stage had been done
+            pass
+        process.kill()
+        process.join()
+        receive.close()
+    sys.stdout.write(f"killed around {stage}, seed {seed}\n")  # pytest shows it where the test fails
+    again(tmp_path / "x")
+
+
+def test_the_lock_of_a_killed_run_holds_nobody_up_and_a_living_one_names_its_process(whole, again, family, tmp_path):
+    folder, _ = whole
+    process, receive = start(folder / "pool.jsonl", tmp_path / "x", family, pause=0.5)
+    receive.recv()
+    said = finish(*start(folder / "pool.jsonl", tmp_path / "x", family))
+    assert f"is in use by process {process.pid}: wait for it, stop it" in said
+    process.kill()
+    process.join()
+    assert (tmp_path / "x" / "work" / "lock").read_text() == f"process {process.pid}\n"
+    again(tmp_path / "x")
+
+
+def test_a_fine_tuning_of_ones_own_is_finished_after_a_kill_and_known_by_checksums(family, tmp_path, caplog, monkeypatch):
+    write_pool(tmp_path / "pool.jsonl", 30)
+    settings = {"data": (str(tmp_path / "pool.jsonl"),), "model": str(family / "draft"), "epochs": 1, "checkpoint_seconds": 0}
+    ran_through = pipeline.finetune(FinetuneConfig(output=str(tmp_path / "a"), **settings))
+    assert not list(ran_through.glob("work/*-*"))
+
+    class Killed(BaseException):
+        pass
+
+    def kill(stage, done, total):
+        if stage == "fine-tune" and done == 3:
+            raise Killed
+
+    killed = FinetuneConfig(output=str(tmp_path / "b"), **settings)
+    with pytest.raises(Killed):
+        pipeline.finetune(killed, on_progress=kill)
+    assert list((tmp_path / "b").glob("work/adapter-*/checkpoints/checkpoint-2"))
+    pipeline.finetune(killed)
+    assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == (tmp_path / "b" / "adapter_model.safetensors").read_bytes()
+    flip(tmp_path / "b" / "adapter_model.safetensors")
+    pipeline.finetune(killed)
+    assert f"{tmp_path / 'b' / 'adapter_model.safetensors'} is damaged; it is made again" in caplog.messages
+    assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == (tmp_path / "b" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="epochs: 1 -> 2"):
+        pipeline.finetune(FinetuneConfig(output=str(tmp_path / "b"), **{**settings, "epochs": 2}))
+    monkeypatch.setattr(training, "finetune", lambda *_, **__: pytest.fail("trained again"))
+    pipeline.finetune(killed, update=True)
+
+
+# ---- no room, no right ----
+
+
+def no_file_above(size):
+    """Like a full disk, within any library: a write beyond it fails halfway."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def fails_at_opening(number, error, folder):
+    """The `number`-th file that is opened for writing below a folder can't be."""
+
+    def arm():
+        opened = 0
+
+        def watch(event, arguments):
+            nonlocal opened
+            if event == "open" and str(arguments[0]).startswith(str(folder)):
+                writes = "wax+" if isinstance(arguments[1], str) else ""
+                if any(letter in arguments[1] for letter in writes) if writes else (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+                    opened += 1
+                    if opened == number:
+                        raise OSError(error, os.strerror(error), str(arguments[0]))
+
+        sys.addaudithook(watch)
+
+    return arm
+
+
+@pytest.mark.parametrize("size", [300, 6000] if not SOAK else [*range(200, 8000, 600), 12_000, 18_000, 24_000])
+def test_a_disk_that_is_full_halfway_through_a_file_is_one_message_and_the_run_goes_on(size, whole, again, family, tmp_path):
+    said = finish(*start(whole[0] / "pool.jsonl", tmp_path / "x", family, before=no_file_above(size)))
+    if said is not None:  # every file is smaller
+        assert "the disk is full. Free some space" in said
+        assert "\n" not in said
+        assert not (tmp_path / "x" / "coreset.jsonl").exists()
+    again(tmp_path / "x")
+
+
+@pytest.mark.parametrize("number", [3, 40] if not SOAK else range(2, 140, 4))
+def test_a_disk_that_is_full_at_any_file_is_one_message_and_the_run_goes_on(number, whole, again, family, tmp_path):
+    before = fails_at_opening(number, 28, tmp_path)
+    said = finish(*start(whole[0] / "pool.jsonl", tmp_path / "x", family, before=before))
+    assert said is None or "the disk is full" in said
+    again(tmp_path / "x")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, where this user may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", folder], capture_output=True)
+    if not mounted or mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_real_full_disk_that_is_cleared_bit_by_bit_ends_with_the_same_bytes(small_disk, whole, again, family):
+    failures = 0
+    for size in range(48, 2000, 60 if SOAK else 250):
+        said = finish(*start(whole[0] / "pool.jsonl", small_disk / "x", family, checkpoint_seconds=0.2))
+        if said is None:
+            break
+        assert "the disk is full" in said
+        failures += 1
+        subprocess.run(["mount", "-o", f"remount,size={size}k", small_disk], check=True)
+    assert failures > 1
+    again(small_disk / "x")
+
+
+def test_a_folder_that_can_only_be_read_is_one_message(small_disk, whole, family):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    said = finish(*start(whole[0] / "pool.jsonl", small_disk / "x", family))
+    assert said == f"{small_disk / 'x'} can't be written to: Read-only file system; name another folder with --output"
+
+
+# ---- damaged ----
+
+
+@pytest.mark.parametrize(
+    "name", ["coreset.jsonl", "indices.npy", "regions.csv", "scores.parquet", "cost.json", "manifest.json", "work/selection.npz"]
+)
+def test_a_result_with_flipped_bytes_is_named_and_made_again(name, copy, again):
+    flip(copy / name)
+    again(copy)
+    assert f"warning: {copy / name} is damaged; it is made again" in (copy / "work" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "without"),
+    [
+        ("pool-*/tokens.npz", ()),
+        ("scores-*/scores.npz", ()),
+        ("scores-*/ledger-00000.npz", ()),
+        ("size-*/size.json", ()),
+        ("draft-*/adapter_model.safetensors", ("scores-*/scores.npz",)),
+        ("draft-*/finished.json", ("scores-*/scores.npz",)),
+        ("begun.json", ()),
+        ("hashes.json", ()),
+    ],
+)
+def test_a_piece_of_work_with_flipped_bytes_is_named_and_made_again(pattern, without, copy, again):
+    unfinish(copy)
+    for name in without:
+        one(copy, name).unlink()
+    damaged = next((copy / "work").glob(pattern))
+    flip(damaged)
+    again(copy)
+    assert f"{damaged} is damaged; it is made again" in (copy / "work" / "log.txt").read_text()
+
+
+def test_files_that_were_cut_off_or_emptied_are_mended(copy, again):
+    unfinish(copy)
+    for name in ("account.jsonl", "begun.json", "hashes.json", "log.txt"):
+        path = copy / "work" / name
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for place, path in enumerate(sorted((copy / "work").glob("*/key.json"))):
+        path.write_bytes(path.read_bytes()[: 30 * (place % 2)])
+    again(copy)
+    assert all(json.loads(path.read_text())["max_length"] == 1024 for path in copy.glob("work/pool-*/key.json"))
+    cost = json.loads((copy / "cost.json").read_text())
+    assert cost["stages"]
+    for path in (copy / "work").glob("*.json*"):
+        path.write_bytes(b"")
+    unfinish(copy)
+    again(copy)
+
+
+def test_no_flipped_bit_of_a_file_of_scores_goes_unseen(tmp_path, caplog):
+    arrays = {"effort": np.arange(5, dtype=np.float32), "loss": np.ones(5, np.float32)}
+    path = tmp_path / "scores.npz"
+    store.write_arrays(path, arrays)
+    content = path.read_bytes()
+    caplog.set_level(logging.ERROR)
+    for at in range(len(content)):
+        for bit in (0, 5):
+            damaged = bytearray(content)
+            damaged[at] ^= 1 << bit
+            path.write_bytes(damaged)
+            read = store.read_arrays(path)
+            assert read is None or {name: (a.dtype, a.tolist()) for name, a in read.items()} == {
+                name: (a.dtype, a.tolist()) for name, a in arrays.items()
+            }
+
+
+def test_a_damaged_part_of_the_ledger_costs_that_part_alone(tmp_path, caplog):
+    calls = []
+
+    def score(positions):
+        calls.append(positions.tolist())
+        return positions * 10.0
+
+    first = store.Ledger(tmp_path, score, part=2)
+    first(np.arange(6))
+    whole = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
+    flip(tmp_path / "ledger-00001.npz")
+    calls.clear()
+    assert store.Ledger(tmp_path, score, part=2)(np.arange(6)).tolist() == [0, 10, 20, 30, 40, 50]
+    assert calls == [[2, 3]]
+    assert [path.read_bytes() for path in sorted(tmp_path.iterdir())] == whole
+    assert "ledger-00001.npz is damaged" in caplog.text
+
+
+def test_a_damaged_shard_is_scored_again_and_said(whole, again, family, tmp_path, monkeypatch):
+    monkeypatch.setattr(score.score_shards, "__defaults__", (None, 16))
+    monkeypatch.setattr(memory, "SHARD", 16)
+    output = tmp_path / "x"
+    process, receive = start(whole[0] / "pool.jsonl", output, family, pause=0.05)
+    while not list(output.glob("work/scores-*/shard-00001.npz")):
+        receive.recv()
+    process.kill()
+    process.join()
+    damaged = one(output, "scores-*/shard-00000.npz")
+    flip(damaged)
+    assert finish(*start(whole[0] / "pool.jsonl", output, family)) is None
+    assert f"{damaged} is damaged; it is made again" in (output / "work" / "log.txt").read_text()
+    assert (output / "coreset.jsonl").read_bytes() == (whole[0] / "x" / "coreset.jsonl").read_bytes()
+
+
+def test_the_newest_whole_checkpoint_is_taken_whatever_the_clock_says(tmp_path, caplog):
+    def tune(output, on_progress=None):
+        pool = make_pool((6, 9, 5, 8, 7, 6, 9, 4))
+        settings = {"epochs": 4, "batch_size": 2, "learning_rate": 1e-2, "lora_rank": 2, "checkpoint_seconds": 0}
+        training.finetune(make_model("llama", torch.float32), pool, np.arange(8), output, on_progress=on_progress, **settings)
+        return (output / "adapter_model.safetensors").read_bytes()
+
+    class Killed(BaseException):
+        pass
+
+    def clock_goes_back_then_kill(done, total):
+        for checkpoint in (tmp_path / "b" / "checkpoints").glob("checkpoint-*"):
+            at = 10**9 - int(checkpoint.name.split("-")[1])  # the newer, the older by the clock
+            os.utime(checkpoint, (at, at))
+        if done == 9:
+            raise Killed
+
+    ran_through = tune(tmp_path / "a")
+    with pytest.raises(Killed):
+        tune(tmp_path / "b", clock_goes_back_then_kill)
+    kept = sorted(path.name for path in (tmp_path / "b" / "checkpoints").iterdir())
+    assert kept == ["checkpoint-7", "checkpoint-8"]
+    flip(tmp_path / "b" / "checkpoints" / "checkpoint-8" / "optimizer.pt")
+    steps = []
+    assert tune(tmp_path / "b", lambda done, total: steps.append(done)) == ran_through
+    assert steps[0] == 8
+    assert "checkpoint-8/optimizer.pt is damaged" in caplog.text
+
+
+def test_a_clock_that_goes_back_changes_nothing(again, family, tmp_path):
+    def backwards():
+        now = time.time()
+        time.time = lambda: now - 1000 * time.monotonic()
+
+    again(tmp_path / "x", before=backwards)
+
+
+def test_unpacked_weights_with_flipped_bytes_are_unpacked_again(tmp_path, caplog, monkeypatch):
+    made = []
+
+    class Written:
+        config = object()
+
+        def save_pretrained(self, folder):
+            made.append(folder)
+            (folder / "model.safetensors").write_bytes(bytes(100))
+
+    monkeypatch.setattr(models, "load_model", lambda *_: Written())
+    monkeypatch.setattr(models, "load_tokenizer", lambda *_: Written())
+    source = models.Source("m.gguf", tmp_path, "m.gguf")
+    (tmp_path / "u").mkdir()
+    (tmp_path / "u" / "key.json").write_text("{}")
+    (tmp_path / "u" / "model-00001-of-00002.safetensors").write_text("of an unpacking that was killed")
+    for _ in range(2):
+        assert models.unpack_gguf(source, tmp_path / "u", torch.float32).folder == tmp_path / "u"
+    assert len(made) == 2  # the weights, the tokenizer
+    assert sorted(path.name for path in (tmp_path / "u").iterdir()) == ["finished.json", "key.json", "model.safetensors"]
+    flip(tmp_path / "u" / "model.safetensors")
+    models.unpack_gguf(source, tmp_path / "u", torch.float32)
+    assert len(made) == 4
+    assert "model.safetensors is damaged; it is made again" in caplog.text
+
+
+# ---- changed under its feet ----
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        ("pool.jsonl", "tokenise"),
+        ("pool.jsonl", "verify on the target"),
+        ("draft", "score on the draft"),
+        ("target", "verify on the target"),
+    ],
+)
+def test_a_file_that_changes_while_it_is_read_is_named_and_nothing_made_of_it_is_kept(name, stage, whole, again, family, tmp_path):
+    shutil.copytree(family, tmp_path / "family")
+    data = tmp_path / "pool.jsonl"
+    shutil.copy(whole[0] / "pool.jsonl", data)
+    path = data if name == "pool.jsonl" else tmp_path / "family" / name / "model.safetensors"
+    content = path.read_bytes()
+
+    process, receive = start(data, tmp_path / "x", tmp_path / "family", pause=0.1, checkpoint_seconds=60)
+    while receive.recv()[0] != stage:
+        pass
+    altered = bytearray(content)
+    altered[-3] ^= 1
+    path.write_bytes(altered)
+    said = finish(process, receive)
+    assert "changed while" in said
+    assert (str(path) if name == "pool.jsonl" else f"--{name}") in said
+    assert not (tmp_path / "x" / "coreset.jsonl").exists()
+    path.write_bytes(content)
+    assert finish(*start(data, tmp_path / "x", tmp_path / "family", checkpoint_seconds=60)) is None
+    assert results(tmp_path / "x") == results(whole[0] / "x")
+
+
+# ---- out of memory ----
+
+
+class Short(score.Scorer):
+    """A scorer on a machine whose memory holds so many padded tokens."""
+
+    holds = 200
+    error: BaseException = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def _batch(self, batch, grad_scale):
+        if batch.input_ids.numel() > self.holds:
+            raise self.error
+        return super()._batch(batch, grad_scale)
+
+
+def short(holds, error=Short.error):
+    def arm():
+        Short.holds, Short.error = holds, error
+        score.Scorer = Short
+
+    return arm
+
+
+def test_out_of_memory_halves_the_budget_which_is_written_down_said_and_kept_by_a_resumed_run(whole, family, tmp_path):
+    data, allocator = (
+        whole[0] / "pool.jsonl",
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    )
+    assert finish(*start(data, tmp_path / "a", family, before=short(130), checkpoint_seconds=60)) is None
+    log = (tmp_path / "a" / "work" / "log.txt").read_text()
+    assert re.search(r"out of memory: from shard 0 on a batch holds \d+ tokens at most, not 512", log)
+    assert log.count("out of memory") > 2  # more than once for the draft, and for the target
+    process, receive = start(data, tmp_path / "b", family, pause=0.05, before=short(130, allocator), checkpoint_seconds=60)
+    while receive.recv()[0] != "verify on the target":
+        pass
+    process.kill()
+    process.join()
+    for ledger in (tmp_path / "b" / "work").glob("scores-*/ledger-0*.npz"):
+        ledger.unlink()
+    for scores in (tmp_path / "b" / "work").glob("scores-*/scores.npz"):
+        scores.unlink()
+    assert finish(*start(data, tmp_path / "b", family)) is None  # memory is plenty now: the budgets stay as they were written down
+    assert results(tmp_path / "a") == results(tmp_path / "b")
+
+
+def test_a_budget_that_was_lowered_counts_from_its_shard_on(tmp_path):
+    budgets = memory.Budgets(tmp_path / "budgets.json", 4096)
+    budgets.lower(3, 2048)
+    budgets.lower(3, 1024)
+    budgets.lower(7, 512)
+    for known in (budgets, memory.Budgets(tmp_path / "budgets.json", 4096)):
+        assert [known.of(shard) for shard in (0, 2, 3, 6, 7, 9)] == [4096, 4096, 1024, 1024, 512, 512]
+    budgets.lower(0, 700)  # a shard that was damaged, scored again when there is less
+    assert [memory.Budgets(tmp_path / "budgets.json", 4096).of(shard) for shard in (0, 2, 3, 9)] == [700, 700, 700, 512]
+
+
+def test_a_sample_that_does_not_fit_alone_is_named(whole, family, tmp_path):
+    said = finish(*start(whole[0] / "pool.jsonl", tmp_path / "x", family, before=short(20), draft_epochs=0))
+    assert "of the data does not fit into memory alone, with its" in said
+    assert "--max-length" in said
+
+
+def fail_training(error):
+    def compute_loss(*_, **__):
+        raise error
+
+    training._ResponseTrainer.compute_loss = compute_loss
+
+
+def test_out_of_memory_while_tuning_names_the_batch_size(whole, family, tmp_path):
+    before = lambda: fail_training(torch.OutOfMemoryError("CUDA out of memory"))  # noqa: E731
+    said = finish(*start(whole[0] / "pool.jsonl", tmp_path / "x", family, before=before))
+    assert "out of memory while fine-tuning with --batch-size 8: lower it" in said
