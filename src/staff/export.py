@@ -123,7 +123,7 @@ def factory_entry(rows: Rows, coreset: str | os.PathLike, positions: Iterable[in
         tags[tag] = found[0] if found else names[0]
     columns = {"messages": layout.messages, "system": layout.system, "tools": layout.tools}
     columns = {k: c for k, c in columns.items() if c in present}
-    if any(not isinstance(row.get(columns["tools"]), str | None) for row in some) if "tools" in columns else False:
+    if "tools" in columns and any(not isinstance(row.get(columns["tools"]), str | None) for row in some):
         return None
     return {**entry, "formatting": "sharegpt", "columns": columns, "tags": tags}
 

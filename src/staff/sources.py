@@ -122,7 +122,7 @@ def _one(name: str, split: str | None, config: str | None, revision: str | None)
         return _folder(path, split)
     if path.exists():
         if split is not None or config is not None or revision is not None:
-            raise ValueError(f"{name} is a file: --split, --config and --revision are for hub data sets, --split also for folders")
+            raise ValueError(f"{name} is a file: --split, --dataset-config and --revision are for hub data sets, --split also for folders")
         return Input((path,), (name,))
     is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) and suffix_of(path) not in SUFFIXES and not path.parent.is_dir()
     if is_id:
@@ -343,5 +343,5 @@ def load_hub(found: Input) -> Any:
         said = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"there is no file or folder {name}, and as a hub data set it can't be loaded ({type(error).__name__}: {said[:300]}); "
-            "check the name, --config, --split and --revision, and the connection"
+            "check the name, --dataset-config, --split and --revision, and the connection"
         ) from None
