@@ -266,22 +266,28 @@ class _ResponseScores(torch.autograd.Function):
                     logits *= scale
                 if cap is not None:
                     logits.div_(cap).tanh_().mul_(cap)
-                log_sum = logits.logsumexp(-1, keepdim=True)
-                logits -= log_sum  # now log p
-                log_label = logits.gather(-1, label)
-                loss[part] = -log_label[:, 0]
-                capped = None if cap is None or not needs_grad else 1 - ((logits + log_sum) / cap).square()
-                p = logits.exp()
-                entropy[part] = -torch.linalg.vecdot(p, logits)
-                p_label = log_label.exp()
-                p.scatter_(-1, label, p_label - 1)  # now p - onehot
-                el2n[part] = torch.linalg.vector_norm(p, dim=-1)
+                top = logits.amax(-1, keepdim=True)
+                slope = None if cap is None or grad is None else 1 - (logits / cap).square()  # of the soft cap
+                logits -= top
+                # e = exp(z - max z), the label's apart: p is e / total, and 1 - p(label) keeps its digits near 0
+                log_e_label = logits.gather(-1, label)
+                e_label = log_e_label.exp()
+                e = logits.exp().scatter_(-1, label, 0.0)
+                others = e.sum(-1, keepdim=True)
+                total = others + e_label
+                loss[part] = (total.log() - log_e_label)[:, 0]
+                entropy[part] = (total.log() - (torch.linalg.vecdot(e, logits)[:, None] + e_label * log_e_label) / total)[:, 0]
+                el2n[part] = torch.hypot(others[:, 0], torch.linalg.vector_norm(e, dim=-1)) / total[:, 0]
                 if grad is not None:
-                    if capped is not None:
-                        p *= capped
-                    if scale * grad_scale != 1.0:
-                        p *= scale * grad_scale
-                    grad[part] = (p.to(weight.dtype) @ weight).to(grad.dtype)
+                    of_label = weight[label[:, 0]].to(wide) * (others / total)
+                    if slope is not None:
+                        e *= slope
+                        of_label *= slope.gather(-1, label)
+                    if weight.dtype == torch.float16:  # total may lie beyond its range
+                        e /= total
+                        total = 1.0
+                    from_others = (e.to(weight.dtype) @ weight).to(wide) / total
+                    grad[part] = ((from_others - of_label) * (scale * grad_scale)).to(grad.dtype)
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(el2n, entropy)
         return loss, el2n, entropy
