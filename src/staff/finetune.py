@@ -135,7 +135,7 @@ def add_lora(model: torch.nn.Module, rank: int, alpha: int, seed: int) -> torch.
     from peft import LoraConfig, get_peft_model
 
     if hasattr(model, "peft_config"):
-        raise ValueError("the model carries an adapter that quantised weights can't take in, and a second can't be put on it: merge it first")
+        raise ValueError("quantised weights can't take in the model's own adapter, nor carry a second one: merge it first")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         with warnings.catch_warnings():
