@@ -11,8 +11,10 @@ SOURCE = Path(__file__).parents[1] / "src" / "staff"
 # each may import what stands in a row below its own, inside functions too
 ROWS = [
     ["cli"],
+    ["compare", "results"],
     ["pipeline", "__init__"],
     ["work"],
+    ["grid"],
     ["plan", "draft", "methods"],
     ["similarity"],
     ["finetune", "score", "evaluate"],

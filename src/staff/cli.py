@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,9 +46,9 @@ def finetune(arguments: Sequence[str]) -> None:
     """Fine-tune a model on a file with LoRA, a coreset for example."""
     from staff import pipeline
 
-    config, given = _parse(configs.FinetuneConfig, arguments, "staff finetune", ("quiet", "json"))
+    config, given = _parse(configs.FinetuneConfig, arguments, "staff finetune", ("update", "quiet", "json"))
     with _Progress(quiet="quiet" in given) as progress:
-        path = pipeline.finetune(config, on_progress=progress)
+        path = pipeline.finetune(config, update="update" in given, on_progress=progress)
     _say(given, f"adapter    {path} (load it with peft.AutoPeftModelForCausalLM.from_pretrained)", {"adapter": str(path)})
 
 
@@ -69,6 +70,31 @@ def evaluate(arguments: Sequence[str]) -> None:
     with _Progress(quiet="quiet" in given) as progress:
         summary = evaluation.evaluate(config, on_progress=progress)
     _say(given, evaluation.describe(summary, config.output), summary)
+
+
+def compare(arguments: Sequence[str]) -> None:
+    """Methods, pruning rates and seeds against each other: select, fine-tune, evaluate; tables with intervals, and costs."""
+    import argparse
+
+    parser = argparse.ArgumentParser("staff compare", description=compare.__doc__)
+    parser.add_argument("--config", metavar="FILE.yaml", help="what to compare: tasks, target, drafts, methods, pruning_rates, seeds")
+    parser.add_argument("--output", help="the folder, in place of the file's own; the same command goes on where it stopped")
+    parser.add_argument("--tables", action="store_true", help="make the tables of what is finished, and work on nothing")
+    for switch in ("update", "quiet", "json"):
+        parser.add_argument(f"--{switch}", action="store_true", help=SWITCHES[switch])
+    given = parser.parse_args(list(arguments))
+    if not given.config:
+        raise ValueError("name what to compare with --config FILE.yaml")
+    from staff import compare as comparing
+    from staff import grid, results
+
+    comparison = grid.read_comparison(given.config, given.output)
+    if not given.tables:
+        with _Progress(quiet=given.quiet) as progress:
+            comparing.compare(comparison, update=given.update, on_progress=progress)
+    text = results.report(comparison.output, {name: task.metrics for name, task in comparison.tasks.items()})
+    files = {name: str(comparison.output / name) for name in ("results.csv", "results.md", "differences.csv")}
+    _say({name for name in ("quiet", "json") if getattr(given, name)}, f"{text}\ntables are in {files['results.md']}", files)
 
 
 def inspect(arguments: Sequence[str]) -> None:
@@ -114,6 +140,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "score": score,
     "finetune": finetune,
     "evaluate": evaluate,
+    "compare": compare,
     "inspect": inspect,
     "methods": methods,
 }
@@ -293,8 +320,15 @@ def _stop_at_once() -> None:
 
 
 def main() -> None:
-    """Run a command. Exit status: 0 done, 2 something that the user can mend (one message says what), 130 stopped by Ctrl-C."""
+    """Run a command.
+
+    Exit status: 0 done, 2 something that the user can mend (one message says what), 130 stopped by Ctrl-C, 1 a fault of ours
+    or nobody left to read the output.
+    """
     os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of libraries; ours are drawn here
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # libraries talking to programmers
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))

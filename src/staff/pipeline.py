@@ -164,6 +164,7 @@ def select(
             return _pushed(config, [done for done in finished if done])
         tell("read", 0, 1)
         rows = rows if rows is not None else read()
+        tell("read", 1, 1)
         budgets = [_budget(config, cell.pruning_rate, len(rows)) for cell in cells]
         if sources:
             _check_models(config, sources)
@@ -555,16 +556,28 @@ def finetune(config: FinetuneConfig, *, update: bool = False, on_progress: Progr
         if sealed(folder) is None:
             pool = tokenise(rows.examples(), tokenizer, config.max_length, lambda done: tell("tokenise", done, len(rows)))
             _warn(rows, pool, config.max_length, run.path / "skipped.jsonl")
-            training.finetune(
-                models.load_model(source, dtype, device, config.trust_remote_code),
+            model = models.load_model(source, dtype, device, config.trust_remote_code)
+            began, steps = time.monotonic(), []
+
+            def advance(done: int, total: int) -> None:
+                steps.append(done)
+                tell("fine-tune", done, total)
+
+            tuned = training.finetune(
+                model,
                 pool,
                 np.arange(len(pool)),
                 folder,
                 epochs=config.epochs,
                 max_steps=config.max_steps,
-                on_progress=lambda done, total: tell("fine-tune", done, total),
+                on_progress=advance,
                 **{name: getattr(config, name) for name in TRAINING},
             )
+            # of a resumed one, what all steps would have taken at the pace of those since
+            seconds = (time.monotonic() - began) * steps[-1] / (steps[-1] - steps[0] + 1) if steps else 0.0
+            size = dataclasses.asdict(models.measure(tuned))
+            write_json(folder / "cost.json", {"seconds": seconds, "steps": steps[-1] if steps else 0, "size": size})
+        cost = json.loads((folder / "cost.json").read_text()) if (folder / "cost.json").exists() else {}
         if _content_of(run, given)() != inputs["model"]:
             raise ValueError(f"--model {config.model} changed while it was read: put it back, or start again with --update")
         tokenizer.save_pretrained(folder / "tokenizer")
@@ -575,7 +588,8 @@ def finetune(config: FinetuneConfig, *, update: bool = False, on_progress: Progr
         about = {"staff": version_of("staff-coreset"), "commit": commit(), "finished": fingerprint(key), **key, "seed": config.seed}
         about |= {"versions": {name: version_of(name) for name in PACKAGES}, "python": platform.python_version()}
         about |= {"machine": platform.machine(), "device": str(device), "dtype": str(dtype).removeprefix("torch.")}
-        write_checked(run.path / "manifest.json", {**about, "files": {path.name: hash_file(run.path / path.name) for path in found}})
+        about |= {"cost": cost, "files": {path.name: hash_file(run.path / path.name) for path in found}}
+        write_checked(run.path / "manifest.json", about)
         for piece in (*run.work.glob("model-*"), *run.work.glob("adapter-*")):
             remove(piece)
         return run.path

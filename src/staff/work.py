@@ -437,8 +437,8 @@ class Work:
         stages = self.run.account()
         cost: dict[str, Any] = {"stages": stages, "seconds": sum(stage.get("seconds", 0) for stage in stages.values())}
         on_target = next((stages[name] for name in ("verify on the target", "score on the target") if name in stages), None)
-        if on_target is None or not on_target.get("flops"):
-            return cost  # the target was never loaded, and what a pass of it takes is not known
+        if on_target is None or not on_target.get("flops") or "target" not in self.sources:
+            return cost  # the target was never loaded (or by an earlier command alone), and what a pass of it takes is not known
         from staff import models
 
         def one_pass(name: str) -> float:

@@ -1,0 +1,263 @@
+"""A small comparison from YAML to tables: shared work is done once, a killed one goes on, figures agree with each other."""
+
+import csv
+import json
+import math
+import multiprocessing
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+
+from family import make_rows, write_pool
+from staff import compare as comparing
+from staff import models, pipeline, results
+from staff.compare import compare
+from staff.grid import FULL, UNTOUCHED, read_comparison
+from staff.methods import METHODS
+from staff.plan import staff_passes
+from staff.results import Difference, Judged, compare_cells, corrected, quality_table, report, tally
+from staff.statistics import resample, resampled_means
+
+YAML = """
+target: ${STAFF_MODELS}/target
+drafts: {small: "${STAFF_MODELS}/draft"}
+tasks:
+  sums: {train: "${STAFF_DATA}/pool.jsonl", test: "${STAFF_DATA}/test.jsonl", metrics: [rougeL, loss]}
+methods:
+  random: {}
+  staff: {}
+  staff-paper: {method: staff, allocation: paper, verify: null}
+  ccs-draft: {method: ccs, needs: {scores: draft/el2n}, num_strata: 4}
+pruning_rates: [0.5, 0.75]
+seeds: [1, 2]
+select: {num_regions: 4, verification_budget: 2, draft_epochs: 1, learning_rate: 1e-2, batch_tokens: 512, dtype: float32}
+finetune: {epochs: 1, learning_rate: 1e-2, dtype: float32}
+evaluate: {max_new_tokens: 4, dtype: float32}
+"""
+
+
+@pytest.fixture(scope="module")
+def file(family, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    write_pool(folder / "pool.jsonl", 40)
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(48)[40:]))
+    (folder / "c.yaml").write_text(YAML)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STAFF_MODELS", str(family))
+        patch.setenv("STAFF_DATA", str(folder))
+        yield folder / "c.yaml"
+
+
+@pytest.fixture(scope="module")
+def finished(file, tmp_path_factory):
+    comparison = read_comparison(file, str(tmp_path_factory.mktemp("out") / "x"))
+    compare(comparison)
+    with open(comparison.output / "results.csv") as table:
+        return comparison, list(csv.DictReader(table))
+
+
+def of(rows, method, rate=None, seed=None):
+    wanted = ("" if rate is None else str(rate), "" if seed is None else str(seed))
+    (found,) = [row for row in rows if row["method"] == method and (row["pruning_rate"], row["seed"]) == wanted]
+    return found
+
+
+def test_every_cell_has_a_row_and_every_figure_its_cost(finished):
+    comparison, rows = finished
+    assert len(rows) == 1 + 2 * (1 + 4 * 2)
+    assert [int(of(rows, name, 0.75, 1)["m"]) for name in comparison.variants] == [10] * 4
+    row = of(rows, "staff", 0.5, 2)
+    assert all(row[name] != "" for name in comparing.COLUMNS)
+    assert float(row["total_passes"]) == pytest.approx(float(row["select_passes"]) + float(row["finetune_passes"]))
+    assert of(rows, FULL, None, 1)["finetune_steps"] == "5"  # 40 samples, 8 a step
+    assert row["finetune_steps"] == "3"
+    assert of(rows, "random", 0.5, 1)["select_passes"] == "0.0"
+    assert of(rows, UNTOUCHED)["finetune_seconds"] == ""
+
+
+def test_what_a_method_costs_is_the_designs_sum_and_its_own_part_alone(finished):
+    comparison, rows = finished
+    run = json.loads((comparison.output / "selections" / "sums" / "seed1" / "staff-0.5" / "cost.json").read_text())
+    terms = run["sum"]
+    row = of(rows, "staff", 0.5, 1)
+    # samples differ in length: verified tokens are not exactly their share, and training spares the last block's second way back
+    assert float(row["select_passes"]) == pytest.approx(staff_passes(**{k: v for k, v in terms.items() if k != "passes"}), rel=0.25)
+    without = of(rows, "staff-paper", 0.5, 1)
+    assert without["verified"] == "0"
+    verified = run["stages"]["verify on the target"]
+    assert float(row["select_flops"]) - float(without["select_flops"]) == pytest.approx(verified["flops"])
+    assert float(without["select_flops"]) == float(of(rows, "ccs-draft", 0.75, 1)["select_flops"])
+
+
+def test_cells_share_one_run_folder_and_variants_choose_otherwise(finished):
+    comparison, _ = finished
+    selections = comparison.output / "selections" / "sums"
+    assert sorted(path.name for path in selections.iterdir() if path.is_dir()) == ["seed1", "seed2"]
+    stages = json.loads((selections / "seed1" / "staff-0.5" / "cost.json").read_text())["stages"]
+    assert stages["fine-tune the draft"]["samples"] == stages["score on the draft"]["samples"] == 40
+    chosen = {name: np.load(selections / "seed1" / f"{name}-0.75" / "indices.npy").tolist() for name in comparison.variants}
+    assert len({tuple(indices) for indices in chosen.values()}) == 4
+
+
+def test_a_finished_comparison_is_taken_as_it_is_and_a_new_rate_adds_its_cells(finished, file, monkeypatch, tmp_path):
+    comparison, _ = finished
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "load_model", lambda *_, **__: pytest.fail("a model was loaded again"))
+        compare(comparison)
+    values = yaml.safe_load(file.read_text())
+    values |= {"pruning_rates": [0.5, 0.75, 0.9], "methods": {"random": {}}, "output": str(comparison.output)}
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    tuned = []
+    original = pipeline.finetune
+    monkeypatch.setattr(pipeline, "finetune", lambda config, **kwargs: tuned.append(config.output) or original(config, **kwargs))
+    compare(read_comparison(tmp_path / "more.yaml"))
+    assert [path.split("cells/")[1] for path in tuned] == ["sums/random-0.9/seed1/adapter", "sums/random-0.9/seed2/adapter"]
+    values["finetune"]["epochs"] = 2
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    with pytest.raises(ValueError, match="sums: finetune"):
+        compare(read_comparison(tmp_path / "more.yaml"))
+    compare(comparison)  # results.csv as it was
+
+
+def figures(path):
+    """What does not depend on the clock."""
+    with open(path / "results.csv") as table:
+        return [{name: value for name, value in row.items() if not name.endswith("seconds")} for row in csv.DictReader(table)]
+
+
+def start(file, output):
+    process = multiprocessing.get_context("fork").Process(target=lambda: compare(read_comparison(file, str(output))))
+    process.start()
+    return process
+
+
+def test_a_killed_comparison_goes_on_and_two_processes_share_it(finished, file, tmp_path):
+    values = yaml.safe_load(file.read_text()) | {"methods": {"random": {}, "staff": {}}, "pruning_rates": [0.75], "untouched": False}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    process = start(tmp_path / "c.yaml", tmp_path / "y")
+    while not list(tmp_path.glob("y/cells/*/random-0.75/*/cell.json")):
+        assert process.is_alive()
+        process.join(0.05)
+    process.kill()
+    process.join()
+    done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("y/cells/**/cell.json")}
+    pair = [start(tmp_path / "c.yaml", tmp_path / "y") for _ in range(2)]
+    for process in pair:
+        process.join()
+        assert process.exitcode == 0
+    assert all(path.stat().st_mtime_ns == at for path, at in done.items())
+    rows = figures(tmp_path / "y")
+    assert len(rows) == 6
+    assert all(row in figures(finished[0].output) for row in rows)
+
+
+def test_the_report_has_both_tables_and_the_plots(finished):
+    comparison, _ = finished
+    text = report(comparison.output, {"sums": ("rougeL", "loss")})
+    assert "| rougeL | 50% pruned | 75% pruned |" in text
+    assert "| staff-paper |" in text
+    assert f"| {FULL} |" in text
+    assert "against random | wins | ties | losses" in text
+    assert "| fine-tuning on all |" in text
+    assert (comparison.output / "sums-loss-by-cost.png").read_bytes().startswith(b"\x89PNG")
+    assert (comparison.output / "results.md").read_text() == text
+    with open(comparison.output / "differences.csv") as table:
+        pairs = list(csv.DictReader(table))
+    assert len(pairs) == 2 * 2 * 4 * 3
+    one, other = (next(p for p in pairs if (p["first"], p["second"]) == names) for names in [("staff", "random"), ("random", "staff")])
+    assert float(one["difference"]) == pytest.approx(-float(other["difference"]))
+
+
+def cell(mean, noise=1.0, seed=0, drawn=resample(3, 100, np.random.default_rng(0))):  # noqa: B008 -- one set of resamples for all
+    values = mean + noise * np.random.default_rng(seed).normal(size=(3, 100))
+    values += mean - values.mean()
+    return Judged(values, resampled_means(values, drawn))
+
+
+def test_bold_and_arrows_stand_only_where_the_paired_interval_allows_them():
+    judged = {("random", 0.5): cell(30), ("far", 0.5): cell(32, seed=1), ("near", 0.5): cell(30.01, seed=2), ("low", 0.5): cell(25, seed=3)}
+    differences = corrected(compare_cells(judged, "t", "rougeL"))
+    lines = quality_table(judged, differences, "t", "rougeL").splitlines()
+    assert lines[3].startswith("| far | **32.00** [")
+    assert lines[3].endswith("↑ |")
+    assert "**" not in lines[2] + lines[4] + lines[5]
+    assert "↑" not in lines[4]
+    assert lines[5].endswith("↓ |")
+    said = tally(differences, "rougeL")
+    assert "| far | 1 | 0 | 0 | none |" in said
+    assert "| near | 0 | 1 | 0 | none |" in said
+    assert "| low | 0 | 0 | 1 | t 50% |" in said
+    two_best = {**judged, ("also", 0.5): cell(32, seed=4)}
+    assert "**" not in quality_table(two_best, corrected(compare_cells(two_best, "t", "rougeL")), "t", "rougeL")
+
+
+def test_of_a_loss_less_is_better_and_the_correction_counts_every_test():
+    judged = {("random", 0.5): cell(2, 0.1), ("less", 0.5): cell(1, 0.1, 1)}
+    found = {(d.first, d.second): d for d in compare_cells(judged, "t", "loss")}
+    assert found["less", "random"].outcome == "win"
+    assert found["less", "random"].difference == pytest.approx(1)
+    tests = [Difference("t", "rougeL", rate, "a", "random", -1, -2, 0, p) for rate, p in [(0.5, 0.01), (0.8, 0.03), (0.9, 0.02)]]
+    assert [d.corrected for d in corrected(tests)] == pytest.approx([0.03, 0.04, 0.04])
+
+
+def test_a_cell_without_every_seed_is_left_out(finished):
+    comparison, rows = finished
+    fewer = [row for row in rows if not (row["method"] == "staff" and row["pruning_rate"] == "0.5" and row["seed"] == "2")]
+    judged = results.judge(comparison.output, fewer, "sums", "rougeL")
+    assert ("staff", 0.5) not in judged
+    assert judged["staff", 0.75].values.shape == (2, 8)
+    assert judged[UNTOUCHED, None].values.shape == (2, 8)
+    assert not math.isnan(judged[FULL, None].mean)
+
+
+def test_several_drafts_make_a_variant_each_of_what_speculates(file, tmp_path):
+    values = yaml.safe_load(file.read_text())
+    values["drafts"] = {"a": "${STAFF_MODELS}/draft", "b": "self:2"}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    comparison = read_comparison(tmp_path / "c.yaml", "x")
+    names = ["random", "staff@a", "staff@b", "staff-paper@a", "staff-paper@b", "ccs-draft@a", "ccs-draft@b"]
+    assert list(comparison.variants) == names
+    assert comparison.group("staff@b") == ["staff@b", "staff-paper@b", "ccs-draft@b"]
+    assert comparison.variants["staff-paper@a"].method.fixed == {"allocation": "paper"}
+    assert METHODS["staff"].fixed == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": None}, "needs seeds"),
+        ({"seeds": ["x"]}, "seeds must be whole numbers"),
+        ({"pruning_rates": [1.5]}, r"in \[0, 1\); found 1.5"),
+        ({"methods": {"staf": {}}}, "there is no method 'staf'"),
+        ({"methods": {"staff": {"alocation": "paper"}}}, "did you mean 'allocation'"),
+        ({"methods": {"random": {"needs": {"scores": "draft/loss"}}}}, "needs: there is no 'scores'"),
+        ({"tasks": {"a": {"train": "x"}}}, "needs a test file"),
+        ({"tasks": {"a/b": {"train": "x", "test": "y"}}}, "becomes a folder"),
+        ({"finetune": {"epoch": 1}}, "did you mean 'epochs'"),
+        ({"finetune": {"seed": 1}}, "seed is set by the comparison itself"),
+        ({"metrics": ["rouge"]}, "there is no metric 'rouge'"),
+        ({"target": "${STAFF_NOWHERE}/x"}, "STAFF_NOWHERE, which is not set"),
+        ({"pruning_rate": 0.5}, "did you mean 'pruning_rates'"),
+    ],
+)
+def test_what_is_wrong_in_the_yaml_is_named_before_any_work(change, message, file, tmp_path):
+    values = yaml.safe_load(file.read_text()) | change
+    if "metrics" in change:
+        del values["tasks"]["sums"]["metrics"]
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    with pytest.raises(ValueError, match=message):
+        read_comparison(tmp_path / "c.yaml", str(tmp_path / "x"))
+
+
+def test_the_command_goes_from_the_yaml_to_the_tables(finished, file):
+    comparison, _ = finished
+    command = [sys.executable, "-m", "staff.cli", "compare", "--config", str(file), "--output", str(comparison.output)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "# Cost of selection" in result.stdout
+    assert "results.md" in result.stdout
+    result = subprocess.run([*command[:4], "--output", "x"], capture_output=True, text=True)
+    assert (result.returncode, "--config FILE.yaml" in result.stderr) == (2, True)
