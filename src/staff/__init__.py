@@ -12,7 +12,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from staff.pipeline import Progress, Run
+    from staff.outputs import Run
+    from staff.work import Progress
 
 __version__ = "0.1.0"
 __all__ = ["METHODS", "Run", "Selection", "load_run", "select"]
@@ -59,9 +60,9 @@ def load_run(path: str) -> Run:
     Raises:
         ValueError: the folder holds no finished run.
     """
-    from staff import pipeline
+    from staff import outputs
 
-    return pipeline.load_run(path)
+    return outputs.load_run(path)
 
 
 def __getattr__(name: str) -> Any:
@@ -74,7 +75,7 @@ def __getattr__(name: str) -> Any:
 
         return Selection
     if name == "Run":
-        from staff.pipeline import Run
+        from staff.outputs import Run
 
         return Run
     raise AttributeError(f"module 'staff' has no attribute {name!r}")

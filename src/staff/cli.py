@@ -72,6 +72,15 @@ def evaluate(arguments: Sequence[str]) -> None:
     _say(given, evaluation.describe(summary, config.output), summary)
 
 
+def plan(arguments: Sequence[str]) -> None:
+    """Predict what every method would take on this machine, where it pays, and what to do."""
+    from staff import timing
+
+    config, given = _parse(configs.PlanConfig, arguments, "staff plan", ("json",))
+    made = timing.make_plan(config)
+    _say(given, timing.describe(made), made)
+
+
 def compare(arguments: Sequence[str]) -> None:
     """Methods, pruning rates and seeds against each other: select, fine-tune, evaluate; tables with intervals, and costs."""
     import argparse
@@ -136,6 +145,7 @@ def methods(arguments: Sequence[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "plan": plan,
     "select": select,
     "score": score,
     "finetune": finetune,
@@ -218,7 +228,7 @@ class _Progress:
 
 def summary(run: Any, config: configs.SelectConfig) -> str:
     """What a person wants to know of a finished selection."""
-    from staff.pipeline import remarks
+    from staff.outputs import remarks
 
     selection, cost, manifest = run.selection, run.cost, run.manifest
     n, m = manifest["n"], manifest["m"]
@@ -263,7 +273,7 @@ def summary(run: Any, config: configs.SelectConfig) -> str:
 
 def _cells_table(runs: list[Any], config: configs.SelectConfig) -> str:
     """A line a coreset, how alike they are, and what all of it cost."""
-    from staff.pipeline import remarks
+    from staff.outputs import remarks
 
     lines = ["", *remarks(runs[0].manifest, config.max_length), f"{'coreset':24}{'pruning rate':>13}{'samples':>9}{'verified':>10}"]
     for run in runs:

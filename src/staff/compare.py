@@ -20,6 +20,7 @@ from staff import formats, metrics, models, pipeline
 from staff.config import SelectConfig
 from staff.grid import UNTOUCHED, Cell, Comparison, Task, evaluate_config, finetune_config, select_config
 from staff.methods import Method
+from staff.outputs import Run
 from staff.store import differences, fingerprint, hash_file, read_arrays, read_checked, write_arrays, write_checked, write_text
 from staff.work import models_of
 
@@ -132,7 +133,7 @@ class _Grid:
             for name in (*task.train, *task.test):
                 self.inputs[name] = hash_file(Path(name)) if Path(name).is_file() else name
         self._done: dict[Cell, dict[str, Any]] = {}
-        self._runs: dict[tuple, list[pipeline.Run]] = {}
+        self._runs: dict[tuple, list[Run]] = {}
         self._lengths: dict[str, dict[str, np.ndarray]] = {}
 
     def folder(self, cell: Cell) -> Path:
@@ -212,7 +213,7 @@ class _Grid:
         write_checked(folder / "cell.json", {"made_of": self.made_of(cell), "figures": figures})
         return True
 
-    def selection(self, cell: Cell, tell: Progress) -> pipeline.Run | None:
+    def selection(self, cell: Cell, tell: Progress) -> Run | None:
         """The coreset of a cell, out of the run that makes those of all methods and rates that share it; None: another process is at it."""
         comparison, task = self.comparison, self.comparison.tasks[cell.task]
         group = comparison.group(cell.method)
@@ -247,7 +248,7 @@ class _Grid:
         return self._lengths[task.name]
 
 
-def selection_cost(method: Method, config: SelectConfig, run: pipeline.Run) -> dict[str, float]:
+def selection_cost(method: Method, config: SelectConfig, run: Run) -> dict[str, float]:
     """What a method's own selection took of a run that several methods share: seconds, tokens, flops.
 
     Every stage that its needs call for counts in full, since alone it would have had to do it, the fine-tuned target of

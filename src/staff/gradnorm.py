@@ -285,7 +285,7 @@ class _ResponseScores(torch.autograd.Function):
                         of_label *= slope.gather(-1, label)
                     if weight.dtype == torch.float16:  # total may lie beyond its range
                         e /= total
-                        total = 1.0
+                        total = torch.ones_like(total)
                     from_others = (e.to(weight.dtype) @ weight).to(wide) / total
                     grad[part] = ((from_others - of_label) * (scale * grad_scale)).to(grad.dtype)
         ctx.save_for_backward(grad)
