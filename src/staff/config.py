@@ -243,6 +243,67 @@ class FinetuneConfig:
 
 
 @dataclass(frozen=True)
+class PlanConfig:
+    """Predict what every method would take on this machine, before any work."""
+
+    data: tuple[str, ...] = ()
+    """The pool, in any format that `staff select` reads."""
+    target: str = ""
+    """The model the coreset is for: a hub id, a folder or a .gguf file."""
+    draft: str | None = None
+    """The small model that speculates, or self:N; without one, methods that need it are left out."""
+    pruning_rate: tuple[float, ...] = (0.5, 0.8, 0.9)
+    """Fractions of the pool removed, in [0, 1), to predict for."""
+    epochs: float = 3.0
+    """Epochs of fine-tuning the target on what is kept."""
+    scope: Literal["last-value", "last-block", "linear", "lora", "released"] = "last-value"
+    """Which weights the effort is taken on."""
+    draft_epochs: float = 3.0
+    """T, epochs of fine-tuning the draft before it scores."""
+    draft_share: float = 1.0
+    """f, share of the pool that the draft is fine-tuned on."""
+    num_regions: int = 50
+    """K, intervals that the scores are cut into."""
+    verification_budget: int = 10
+    """b_v, samples of each region that the target scores."""
+    lora_rank: int = 8
+    """Rank of the LoRA adapters."""
+    batch_size: int = 8
+    """Samples of a training step."""
+    batch_tokens: int = 4096
+    """Padded tokens of a scoring batch at most."""
+    max_length: int = 1024
+    """Tokens of a sample at most."""
+    seed: int = 42
+    """Seed of the samples that are timed."""
+    reading: Reading = Reading()
+    """How the data is read."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
+    dtype: Dtype = "auto"
+    """What the models compute in; auto is bfloat16 where the hardware has it, else float32."""
+    trust_remote_code: bool = False
+    """Run Python code that a model's repository brings along."""
+
+    def __post_init__(self):
+        if isinstance(self.data, str):
+            object.__setattr__(self, "data", (self.data,))
+        object.__setattr__(self, "data", tuple(self.data))
+        object.__setattr__(self, "pruning_rate", tuple(self.pruning_rate))
+        for rate in self.pruning_rate:
+            if not 0 <= rate < 1:
+                raise ValueError(f"--pruning-rate is the fraction of the pool removed, in [0, 1); found {rate}")
+        if self.scope == "lora":
+            raise ValueError("--scope lora can't be timed before there is an adapter: plan with linear, which costs about the same")
+        _in_range(self, "epochs", 0, None, open_below=True)
+        _in_range(self, "draft_epochs", 0, None)
+        _in_range(self, "draft_share", 0, 1, open_below=True)
+        for name in ("num_regions", "verification_budget", "lora_rank", "batch_size", "batch_tokens"):
+            _in_range(self, name, 1, None)
+        _in_range(self, "max_length", 2, None)
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """Answer a test file with a model and compare with its references."""
 

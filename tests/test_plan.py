@@ -1,0 +1,66 @@
+"""Predictions from two speeds, worked by hand; and the command, which times two tiny models."""
+
+import json
+
+import pytest
+
+from family import write_pool
+from staff import cli, timing
+from staff.config import PlanConfig
+from staff.methods import METHODS
+from staff.plan import Job, Speed, advice, staff_passes, stages, table
+
+JOB = Job(tokens=1000, response_share=0.4, draft_epochs=3, draft_share=0.5, target_epochs=2, epochs=2, verified_share=0.1)
+SPEEDS = {"target": Speed(scoring=1.0, training=2.0), "draft": Speed(scoring=0.1, training=0.2)}  # a pass: 1000 s and 100 s
+
+
+def test_each_methods_stages_are_its_needs_at_these_speeds():
+    seconds = {name: stages(METHODS[name], JOB, SPEEDS) for name in ("random", "direct", "staff", "ccs", "ifd", "length", "s2l")}
+    assert seconds["random"] == seconds["length"] == {}
+    assert seconds["direct"] == {"score on the target": 1000}
+    assert seconds["staff"] == pytest.approx({"fine-tune the draft": 300, "score on the draft": 100, "verify on the target": 100})
+    assert sum(seconds["staff"].values()) / 1000 == pytest.approx(staff_passes(3, 0.5, 0.1, 0.1))
+    assert seconds["ccs"] == {"fine-tune the target": 4000, "score on the tuned target": 1000}
+    assert seconds["ifd"] == {"score on the raw draft": 100, "score without prompts": 40}
+    assert seconds["s2l"] == {"fine-tune the draft": 300, "score on the draft at checkpoints": 400}
+
+
+def test_a_method_pays_from_the_rate_at_which_what_it_spares_is_what_it_costs():
+    rows = {row["method"]: row for row in table(JOB, SPEEDS, (0.5, 0.9))}
+    assert rows["staff"]["break_even"] == pytest.approx(500 / 4000)
+    assert rows["staff"]["total_seconds"] == pytest.approx({0.5: 2500, 0.9: 900})
+    assert rows["ccs"]["break_even"] is None  # it fine-tunes on all first
+    assert set(table_names({"target": SPEEDS["target"]})) == {"random", "direct", "grand", "el2n", "ccs", "d2", "length"}
+
+
+def table_names(speeds):
+    return [row["method"] for row in table(JOB, speeds, (0.5,))]
+
+
+def test_the_advice_is_the_cheapest_way_that_pays():
+    assert advice(JOB, SPEEDS, 0.8).startswith(
+        "at 80% pruned: use this draft (--method staff): choosing takes 500 s, 1000 s with --method direct"
+    )
+    slow = {**SPEEDS, "draft": Speed(0.5, 1.0)}
+    assert "score the target directly" in advice(JOB, slow, 0.8)
+    assert "train on all, 4000 s, or take --method random" in advice(JOB, slow, 0.2)
+    assert "score the target directly" in advice(JOB, {"target": SPEEDS["target"]}, 0.8)
+
+
+def test_the_command_times_the_models_and_says_what_to_do(family, tmp_path, capsys):
+    write_pool(tmp_path / "pool.jsonl", 30)
+    flags = ["--data", str(tmp_path / "pool.jsonl"), "--target", str(family / "target"), "--draft", str(family / "draft")]
+    cli.plan([*flags, "--pruning-rate", "0.5", "0.9", "--json"])
+    made = json.loads(capsys.readouterr().out)
+    assert made["n"] == 30
+    assert all(speed > 0 for model in made["speeds"].values() for speed in model.values())
+    assert [row["method"] for row in made["methods"]] == list(METHODS)
+    assert len(made["advice"]) == 2
+    assert "pays from" in timing.describe(made)
+
+
+def test_bad_settings_are_named():
+    with pytest.raises(ValueError, match=r"in \[0, 1\); found 1"):
+        PlanConfig(pruning_rate=(1,))
+    with pytest.raises(ValueError, match="--scope lora"):
+        PlanConfig(scope="lora")
