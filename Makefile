@@ -1,5 +1,6 @@
 # make demo: from a file of examples to a coreset, with a real language model, in a few minutes on 2 CPU cores
 # make test: everything that is checked
+# make soak: kills, full disks and damaged input many times over: half an hour
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_MODEL := examples/SmolLM2-135M-Instruct.gguf
@@ -14,6 +15,9 @@ test: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+soak: .venv/ready
+	STAFF_SOAK=1 $(BIN)/python -m pytest tests/test_ends.py tests/test_bad_input.py
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -2,23 +2,28 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import random
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from family import finish, results, start, write_pool
+import staff
+from family import SETTINGS, finish, make_rows, results, start, write_pool
+from staff import cli, memory, models, pipeline, score, store
 from staff import finetune as training
-from staff import memory, models, pipeline, score, store
+from staff import pool as tokenising
 from staff.config import FinetuneConfig
 from tiny import make_model, make_pool
 
@@ -495,3 +500,113 @@ def test_out_of_memory_while_tuning_names_the_batch_size(whole, family, tmp_path
     before = lambda: fail_training(torch.OutOfMemoryError("CUDA out of memory"))  # noqa: E731
     said = finish(*start(whole[0] / "pool.jsonl", tmp_path / "x", family, before=before))
     assert "out of memory while fine-tuning with --batch-size 8: lower it" in said
+
+
+# ---- stopped by Ctrl-C ----
+
+
+def takes_long(entered, *_, **__):
+    """One product that Python can't interrupt, of many seconds."""
+    entered.set()
+    side = torch.ones(7000, 7000)
+    while True:
+        torch.mm(side, side)
+
+
+@pytest.mark.parametrize("step", ["loading", "tokenising", "scoring", "saving"])
+def test_ctrl_c_inside_a_long_step_gives_the_terminal_back_within_two_seconds(step, whole, again, family, tmp_path):
+    entered = multiprocessing.get_context("fork").Event()
+    stderr = tmp_path / "stderr"
+
+    def before():
+        os.dup2(os.open(stderr, os.O_CREAT | os.O_WRONLY), 2)
+        cli._stop_at_once()
+        long = partial(takes_long, entered)
+        if step == "loading":
+            models.load_model = long
+        elif step == "tokenising":  # the tokenizer's own code, on all of a large text at once
+
+            def tokenise(examples, tokenizer, *_):
+                entered.set()
+                while True:
+                    tokenizer(["word " * 10_000] * 200)
+
+            tokenising.tokenise = tokenise
+        elif step == "scoring":
+            score.Scorer._batch = long
+        else:
+            torch.save = long
+
+    process, receive = start(whole[0] / "pool.jsonl", tmp_path / "x", family, before=before)
+    try:
+        assert entered.wait(60)
+        time.sleep(0.3)
+        began = time.monotonic()
+        os.kill(process.pid, signal.SIGINT)
+        process.join(10)
+        assert time.monotonic() - began < 2
+    finally:
+        process.kill()
+        receive.close()
+    assert process.exitcode == 130
+    assert "staff: stopped; the same command goes on from here" in stderr.read_text()
+    again(tmp_path / "x")
+
+
+# ---- what is left behind: provenance, log, terminal ----
+
+
+def run_staff(*arguments, **kwargs):
+    return subprocess.run([sys.executable, "-m", "staff.cli", *map(str, arguments)], capture_output=True, text=True, timeout=120, **kwargs)
+
+
+def test_a_finished_run_is_recognised_within_three_seconds_and_without_torch(whole, family):
+    folder, _ = whole
+    code = "import sys; from staff import cli\ntry: cli.main()\nfinally: print('torch' in sys.modules, 'transformers' in sys.modules)"
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in {**SETTINGS, "draft_epochs": 1.25}.items()]
+    flags += [f"--target={family / 'target'}", f"--draft={family / 'draft'}"]
+    began = time.monotonic()
+    command = [sys.executable, "-c", code, "select", "--data", folder / "pool.jsonl", "--output", folder / "x", "--quiet", *flags]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("False False\n", "")
+    assert time.monotonic() - began < 3
+
+
+def test_the_manifest_says_what_the_run_was_made_of_and_its_config_makes_it_again_elsewhere(whole, tmp_path):
+    folder, _ = whole
+    manifest = json.loads((folder / "x" / "manifest.json").read_text())
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert set(manifest["inputs"]) == {"data", "draft", "target"}
+    assert manifest["settings"]["num_regions"] == 5
+    assert (manifest["seed"], manifest["device"], manifest["dtype"]) == (42, "cpu", str(models.pick_dtype("auto", torch.device("cpu")))[6:])
+    in_checkout = (Path(staff.__file__).parents[2] / ".git").exists() and shutil.which("git")
+    assert bool(re.fullmatch(r"[0-9a-f]{40}(\+changed)?", manifest["commit"] or "")) == bool(in_checkout)
+    (tmp_path / "elsewhere").mkdir()
+    data = shutil.copy(folder / "pool.jsonl", tmp_path / "elsewhere" / "renamed.jsonl")
+    done = run_staff("select", "--config", folder / "x" / "config.yaml", "--data", data, "--output", tmp_path / "y", "--json")
+    assert done.returncode == 0, done.stderr
+    assert results(folder / "x") == results(tmp_path / "y")
+    assert "\x1b" not in done.stderr + done.stdout  # no terminal: no colours, no bars
+    assert "\r" not in done.stderr
+    assert {line.split(":")[0] for line in done.stderr.splitlines()} == set(STAGES)  # and no library has its say
+    assert json.loads(done.stdout)["inputs"] == manifest["inputs"]
+
+
+def test_the_log_has_stages_and_versions_and_no_text_of_the_user(whole):
+    log = (whole[0] / "x" / "work" / "log.txt").read_text()
+    for part in (*STAGES, f"torch {torch.__version__}", "done"):
+        assert part in log
+    assert "What is" not in log
+    assert all(row["response"] not in log for row in make_rows(60))
+
+
+def test_exit_codes_are_those_of_the_readme(tmp_path):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert "Exit status: 0 done; 2 something that you can mend" in readme
+    assert run_staff("methods").returncode == 0
+    failed = run_staff("select", "--data", tmp_path / "no.jsonl", "--method", "random", "--budget", 1, "--output", tmp_path / "x")
+    assert failed.returncode == 2
+    assert len(failed.stderr.splitlines()) == 1
+    reads = subprocess.Popen([sys.executable, "-m", "staff.cli", "methods"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    reads.stdout.close()
+    assert (reads.wait(), reads.stderr.read()) == (1, b"")
