@@ -140,6 +140,14 @@ def test_an_adapter_trained_on_the_answers_says_them_and_stops(family, tmp_path)
     assert after["cut"] == 0
 
 
+def test_an_adapter_is_found_with_its_base_from_any_folder(family, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(family)
+    pipeline.finetune(FinetuneConfig(data=(str(data),), model="draft", output=str(tmp_path / "a"), max_steps=1, dtype="float32"))
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(family / "draft")
+    monkeypatch.chdir(tmp_path)
+    assert answer(family, data, tmp_path / "x.jsonl", model="a", max_new_tokens=1)["n"] == 13
+
+
 def test_a_prompt_that_leaves_no_room_loses_its_start(family, tmp_path, caplog):
     data = tmp_path / "long.jsonl"
     data.write_text(json.dumps({"prompt": "x" * 300, "response": "short"}) + "\n")

@@ -369,6 +369,8 @@ def finetune(config: FinetuneConfig, *, update: bool = False, on_progress: Progr
         found = [*(folder / name for name in training.ADAPTER), *sorted((folder / "tokenizer").iterdir())]
         for path in found:
             write_aside(run.path / path.name, partial(shutil.copyfile, path))
+        if not given.adapter:
+            _name_base(run.path / "adapter_config.json", config.model)
         write_text(run.path / "config.yaml", to_yaml(config))
         about = {"staff": version_of("staff-coreset"), "commit": commit(), "finished": fingerprint(key), **key, "seed": config.seed}
         about |= {"versions": {name: version_of(name) for name in PACKAGES}, "python": platform.python_version()}
@@ -378,6 +380,13 @@ def finetune(config: FinetuneConfig, *, update: bool = False, on_progress: Progr
         for piece in (*run.work.glob("model-*"), *run.work.glob("adapter-*")):
             remove(piece)
         return run.path
+
+
+def _name_base(path: Path, model: str) -> None:
+    """Let an adapter name its base as it was given, not a folder that it was unpacked or cached in."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    base = Path(model).expanduser()
+    write_json(path, {**settings, "base_model_name_or_path": str(base.resolve()) if base.exists() else model})
 
 
 def score(config: ScoreConfig, *, on_progress: Progress | None = None) -> tuple[Path, int]:

@@ -265,6 +265,7 @@ def _plot(folder: Path, rows: list[dict[str, str]], judged: Mapping[Key, Judged]
             means = np.array([judged[name, rate].mean for rate in rates])[order]
             low, high = np.array([interval(judged[name, rate].resampled, LEVEL) for rate in rates])[order].T
             axes.plot(x[order], means, "o-", color=f"C{place % 10}", label=name)
+            axes.vlines(x[order], low, high, color=f"C{place % 10}", alpha=0.5)  # of one rate alone there is no band
             axes.fill_between(x[order], low, high, color=f"C{place % 10}", alpha=0.15, linewidth=0)
         for name, style in ((FULL, "--"), (UNTOUCHED, ":")):
             if name in beside:
