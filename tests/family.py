@@ -97,7 +97,10 @@ def start(data: Path, output: Path, family: Path, pause: float = 0.0, before: Ca
             before()
         try:
             staff.select(
-                str(data), output=output, on_progress=tell, **{**models, **SETTINGS, "draft_epochs": 1.25, "checkpoint_seconds": 0, **settings}
+                str(data),
+                output=output,
+                on_progress=tell,
+                **{**models, **SETTINGS, "draft_epochs": 1.25, "checkpoint_seconds": 0, **settings},
             )
         except ValueError as error:
             send.send(error)

@@ -94,8 +94,9 @@ class _ResponseTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self._decoder_output.clear()
-        # the head runs over one position, for form's sake
-        outputs = model(input_ids=inputs["input_ids"], logits_to_keep=1, use_cache=False)
+        # the head runs over one position, for form's sake; by index, since a slice would copy its weight for every sample
+        first = torch.zeros(1, dtype=torch.int64, device=inputs["input_ids"].device)
+        outputs = model(input_ids=inputs["input_ids"], logits_to_keep=first, use_cache=False)
         hidden = self._decoder_output.pop()[inputs["sample_of"], inputs["before"]]
         loss = response_scores(hidden, self._head, inputs["response_ids"]).loss.mean()
         return (loss, outputs) if return_outputs else loss
