@@ -122,9 +122,7 @@ class SelectConfig:
     """Run Python code that a model's repository brings along."""
 
     def __post_init__(self):
-        if isinstance(self.data, str):
-            object.__setattr__(self, "data", (self.data,))
-        object.__setattr__(self, "data", tuple(self.data))
+        _as_paths(self)
         method, rates = self.method, self.pruning_rate
         object.__setattr__(self, "method", (method,) if isinstance(method, str) else tuple(dict.fromkeys(method)))
         object.__setattr__(self, "pruning_rate", (rates,) if isinstance(rates, (int, float)) else tuple(dict.fromkeys(rates or ())))
@@ -183,9 +181,7 @@ class ScoreConfig:
     """Run Python code that a model's repository brings along."""
 
     def __post_init__(self):
-        if isinstance(self.data, str):
-            object.__setattr__(self, "data", (self.data,))
-        object.__setattr__(self, "data", tuple(self.data))
+        _as_paths(self)
         for name in ("batch_tokens", "lora_rank"):
             _in_range(self, name, 1, None)
         _check_scoring(self)
@@ -233,9 +229,7 @@ class FinetuneConfig:
     """Run Python code that a model's repository brings along."""
 
     def __post_init__(self):
-        if isinstance(self.data, str):
-            object.__setattr__(self, "data", (self.data,))
-        object.__setattr__(self, "data", tuple(self.data))
+        _as_paths(self)
         _in_range(self, "epochs", 0, None, open_below=True)
         if self.max_steps is not None:
             _in_range(self, "max_steps", 1, None)
@@ -286,9 +280,7 @@ class PlanConfig:
     """Run Python code that a model's repository brings along."""
 
     def __post_init__(self):
-        if isinstance(self.data, str):
-            object.__setattr__(self, "data", (self.data,))
-        object.__setattr__(self, "data", tuple(self.data))
+        _as_paths(self)
         object.__setattr__(self, "pruning_rate", tuple(self.pruning_rate))
         for rate in self.pruning_rate:
             if not 0 <= rate < 1:
@@ -331,9 +323,7 @@ class EvaluateConfig:
     """Run Python code that a model's repository brings along."""
 
     def __post_init__(self):
-        if isinstance(self.data, str):
-            object.__setattr__(self, "data", (self.data,))
-        object.__setattr__(self, "data", tuple(self.data))
+        _as_paths(self)
         for name in ("batch_tokens", "max_new_tokens"):
             _in_range(self, name, 1, None)
         _in_range(self, "max_length", 2, None)
@@ -365,10 +355,13 @@ class InspectConfig:
     """Run Python code that a model's repository brings along."""
 
     def __post_init__(self):
-        if isinstance(self.data, str):
-            object.__setattr__(self, "data", (self.data,))
-        object.__setattr__(self, "data", tuple(self.data))
+        _as_paths(self)
         _in_range(self, "max_length", 2, None)
+
+
+def _as_paths(config) -> None:
+    """One path as data is a tuple of one."""
+    object.__setattr__(config, "data", (config.data,) if isinstance(config.data, str) else tuple(config.data))
 
 
 def _check_training(config) -> None:
