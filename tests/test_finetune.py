@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from staff import finetune as training
+from staff.adapters import add_lora
 from staff.finetune import batch_order, finetune
 from staff.store import SEAL
 from tiny import make_model, make_pool
@@ -80,7 +81,7 @@ def test_tuning_lowers_the_loss_that_the_models_own_forward_reports(layout, tmp_
 def test_the_trainers_first_step_has_the_gradient_of_the_mean_over_response_tokens(tmp_path):
     pool, steps = make_pool((6, 9, 5, 8)), []
     model = make_model("llama", torch.float32)
-    reference = training.add_lora(make_model("llama", torch.float32), 2, 4, seed=5)
+    reference = add_lora(make_model("llama", torch.float32), 2, 4, seed=5)
     losses = []
     for i in range(4):
         ids = torch.tensor(pool.ids(i), dtype=torch.int64)[None]

@@ -20,7 +20,7 @@ ROWS = [
     ["methods"],
     ["similarity"],
     ["finetune", "score", "evaluate"],
-    ["scopes", "pool", "memory", "models", "inspect_data", "export"],
+    ["scopes", "pool", "memory", "models", "inspect_data", "export", "attention", "adapters"],
     ["gradnorm", "formats", "graph", "scorefile", "store"],
     ["config", "types", "metrics", "statistics", "tables", "sources", "model_files", "readers", "scanners", "writers", "layouts", "turns"],
 ]
@@ -34,6 +34,8 @@ KNOWS_HUGGING_FACE = {
     "model_files",
     "draft",
     "finetune",
+    "adapters",
+    "attention",
     "evaluate",
     "inspect_data",
     "export",

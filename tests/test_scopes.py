@@ -57,7 +57,7 @@ def test_balancing_one_weight_is_refused():
 
 
 def test_a_fresh_adapter_that_never_gets_a_gradient_is_left_out_of_the_balance():
-    from staff.finetune import add_lora
+    from staff.adapters import add_lora
 
     model = add_lora(make_model("llama"), 4, 8, seed=0)  # B = 0: the gradient of A is 0
     kept: dict[int, dict] = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +13,8 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from staff import scopes
+from staff import attention, scopes
+from staff.adapters import add_lora, joined_products
 from staff.gradnorm import Head, response_scores
 from staff.pool import Pool, collate
 from staff.store import SEAL, is_out_of_memory, seal, sealed
@@ -96,7 +96,8 @@ class _ResponseTrainer(Trainer):
         self._decoder_output.clear()
         # the head runs over one position, for form's sake; by index, since a slice would copy its weight for every sample
         first = torch.zeros(1, dtype=torch.int64, device=inputs["input_ids"].device)
-        outputs = model(input_ids=inputs["input_ids"], logits_to_keep=first, use_cache=False)
+        with attention.short_samples():
+            outputs = model(input_ids=inputs["input_ids"], logits_to_keep=first, use_cache=False)
         hidden = self._decoder_output.pop()[inputs["sample_of"], inputs["before"]]
         loss = response_scores(hidden, self._head, inputs["response_ids"]).loss.mean()
         return (loss, outputs) if return_outputs else loss
@@ -125,32 +126,6 @@ class _Watch(TrainerCallback):
         # by step: the Trainer's own rotation goes by time of change, and drops the newest where the clock went back
         for old in sorted(checkpoint.parent.glob("checkpoint-*"), key=_step)[:-CHECKPOINTS]:
             shutil.rmtree(old)
-
-
-def add_lora(model: torch.nn.Module, rank: int, alpha: int, seed: int) -> torch.nn.Module:
-    """A fresh, seeded LoRA adapter on every linear layer of the blocks (the head stays out).
-
-    Raises:
-        ValueError: the model carries one already that could not be folded in.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    if hasattr(model, "peft_config"):
-        raise ValueError("quantised weights can't take in the model's own adapter, nor carry a second one: merge it first")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # GPT-2's transposed weights: peft sees to them and says so
-            return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"))
-
-
-def load_adapter(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
-    """A model with the adapter that `finetune` left in a folder."""
-    from peft import PeftModel
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return PeftModel.from_pretrained(model, str(folder)).eval().requires_grad_(False)
 
 
 def finetune(
@@ -236,7 +211,8 @@ def finetune(
     )
     trainer.remove_callback(PrinterCallback)
     try:
-        trainer.train(resume_from_checkpoint=_last_finished(checkpoints))
+        with joined_products(model):
+            trainer.train(resume_from_checkpoint=_last_finished(checkpoints))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from staff import scopes
+from staff import attention, scopes
 from staff.gradnorm import efforts, mean_by_sample, record_sites, response_scores
 from staff.memory import SHARD, Fitting
 from staff.pool import Batch, Pool, batches, collate
@@ -119,7 +119,8 @@ class Scorer:
         extra = {} if batch.attention_mask is None else {"attention_mask": batch.attention_mask}
         if extra and self._takes_positions:
             extra["position_ids"] = batch.position_ids
-        return scopes.decoder(self.model)(input_ids=batch.input_ids, use_cache=False, **extra).last_hidden_state
+        with attention.short_samples():
+            return scopes.decoder(self.model)(input_ids=batch.input_ids, use_cache=False, **extra).last_hidden_state
 
     def _batch(self, batch: Batch, grad_scale: float | None) -> dict[str, torch.Tensor]:
         states: list[torch.Tensor] = []

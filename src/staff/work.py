@@ -25,7 +25,7 @@ Progress = Callable[[str, int, int], None]  # stage, done, in all
 PACKAGES = ("numpy", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
 TRAINING = ("lora_rank", "lora_alpha", "learning_rate", "warmup", "batch_size", "seed", "checkpoint_seconds")
 SNAPSHOTS = 4  # checkpoints of the draft's tuning that loss trajectories are taken over
-ENGINE = 1  # raised when the same inputs would give other scores than before
+ENGINE = 2  # raised when the same inputs would give other scores than before
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ class Work:
 
     def scorer(self, name: str, snapshot: Path | None = None):
         """A model ready to score, perhaps as it was halfway through its tuning; the one loaded before it is freed."""
-        from staff import finetune, models
+        from staff import adapters, models
         from staff.score import Scorer
 
         if self._scorer and self._scorer[0] == (name, snapshot):
@@ -247,9 +247,9 @@ class Work:
         model = self._load(spec.base, merge=bool(adapter) or config.scope != "lora")
         size = models.measure(model)
         if adapter:
-            model = finetune.load_adapter(model, snapshot or adapter)
+            model = adapters.load_adapter(model, snapshot or adapter)
         elif config.scope == "lora" and not hasattr(model, "peft_config"):
-            model = finetune.add_lora(model, config.lora_rank, config.lora_alpha, config.seed)
+            model = adapters.add_lora(model, config.lora_rank, config.lora_alpha, config.seed)
         options: dict[str, Any] = {"loss": config.loss, "balance": config.balance_layers, "seed": config.seed}
         self._scorer = ((name, snapshot), Scorer(model, config.scope, config.batch_tokens, **options))
         self.run.spend(stage="load models", seconds=time.monotonic() - began)

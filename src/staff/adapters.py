@@ -1,0 +1,105 @@
+"""LoRA adapters: a fresh one, one from disk, and their products taken in few steps while one is trained."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+def add_lora(model: torch.nn.Module, rank: int, alpha: int, seed: int) -> torch.nn.Module:
+    """A fresh, seeded LoRA adapter on every linear layer of the blocks (the head stays out).
+
+    Raises:
+        ValueError: the model carries one already that could not be folded in.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if hasattr(model, "peft_config"):
+        raise ValueError("quantised weights can't take in the model's own adapter, nor carry a second one: merge it first")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # GPT-2's transposed weights: peft sees to them and says so
+            return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def load_adapter(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
+    """A model with the adapter that `finetune` left in a folder."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(model, str(folder)).eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def joined_products(model: nn.Module) -> Iterator[None]:
+    """Within the block, each plain LoRA layer runs as one step of the graph (see `_Product`); every other stays as it is."""
+    from peft.tuners.lora import Linear
+
+    joined = [m for m in model.modules() if type(m) is Linear and _is_plain(m)]
+    for layer in joined:
+        layer.__dict__["forward"] = types.MethodType(_forward, layer)
+    try:
+        yield
+    finally:
+        for layer in joined:
+            del layer.__dict__["forward"]
+
+
+def _is_plain(layer) -> bool:
+    """One adapter that is merely added, over weights that are numbers, with nothing hooked in between."""
+    names = list(layer.lora_A)
+    if len(names) != 1 or layer.active_adapters != names or layer.lora_variant or layer.merged or layer.disable_adapters:
+        return False
+    parts = (layer.base_layer, layer.lora_A[names[0]], layer.lora_B[names[0]])
+    return (
+        all(type(part) is nn.Linear and not part._forward_hooks and not part._forward_pre_hooks for part in parts)
+        and parts[1].bias is None
+        and parts[2].bias is None
+        and isinstance(layer.lora_dropout[names[0]], nn.Identity)
+    )
+
+
+def _forward(self, x: Tensor) -> Tensor:
+    base, name = self.base_layer, self.active_adapters[0]
+    matrices = self.lora_A[name].weight, self.lora_B[name].weight
+    return _Product.apply(x, base.weight, base.bias, *matrices, self.scaling[name])
+
+
+class _Product(torch.autograd.Function):
+    """W x + bias + scale * B A x, in the type of W. The gradients of A and B come from x and A x, which alone are kept.
+
+    As separate steps the adapter costs two more products and four walks over (tokens, O) that only add, scale or convert;
+    here each product adds to what is there. Axes: T tokens, I in, O out, R rank.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, scale):
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.reshape(-1, x.shape[-1]).to(weight.dtype)  # (T, I)
+            ctx.dtypes = x.dtype, a.dtype, b.dtype
+            a, b = a.to(weight.dtype), b.to(weight.dtype)
+            inner = rows @ a.mT  # (T, R)
+            found = nn.functional.linear(rows, weight, bias).addmm_(inner, b.mT, alpha=scale)
+        ctx.save_for_backward(rows, weight, a, b, inner)
+        ctx.scale = scale
+        return found.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, weight, a, b, inner = ctx.saved_tensors
+        out = grad.reshape(-1, grad.shape[-1])  # (T, O)
+        grad_inner = out @ b  # (T, R), to be scaled
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (out @ weight).addmm_(grad_inner, a, alpha=ctx.scale).view(*grad.shape[:-1], -1).to(ctx.dtypes[0])
+        grad_a = (grad_inner.mT @ rows).to(ctx.dtypes[1]).mul_(ctx.scale)
+        grad_b = (inner.mT @ out).mT.to(ctx.dtypes[2]).mul_(ctx.scale)  # (R, O) first: the flat product is several times faster
+        return grad_x, None, None, grad_a, grad_b, None
