@@ -20,6 +20,7 @@ ROWS = [
     ["methods"],
     ["similarity"],
     ["finetune", "score", "evaluate"],
+    ["running"],
     ["scopes", "pool", "memory", "models", "inspect_data", "export", "attention", "adapters"],
     ["gradnorm", "formats", "graph", "scorefile", "store"],
     ["config", "types", "metrics", "statistics", "tables", "sources", "model_files", "readers", "scanners", "writers", "layouts", "turns"],

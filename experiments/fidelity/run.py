@@ -90,7 +90,7 @@ def against(speculative, target, length, seed: int) -> dict[str, float]:
 
 def regions(scores) -> np.ndarray:
     """(n,) the region of each sample; those set aside as hardest are one of their own."""
-    kept, cut = set_hardest_aside(np.asarray(scores, np.float64), 0.1)
+    kept, _ = set_hardest_aside(np.asarray(scores, np.float64), 0.1)
     found = np.full(len(scores), -1)
     found[kept] = split(scores[kept], REGIONS)[0]
     return found
@@ -133,7 +133,10 @@ def main() -> None:
                         targets[task, seed], _, loss = efforts(model, pool)
                         print(task, seed, "target tuned in", round(seconds, 1), "loss", loss, flush=True)
                     model = draft.cut(load("base")[0], keep, "first") if keep else load(name)[0]
-                    r = models.measure(model).scoring_flops(int(pool.lengths.sum()), int(pool.response_tokens().sum())) / targets[task, "pass"]
+                    r = (
+                        models.measure(model).scoring_flops(int(pool.lengths.sum()), int(pool.response_tokens().sum()))
+                        / targets[task, "pass"]
+                    )
                     tune_seconds = 0.0
                     if epochs:
                         drawn = np.random.default_rng([seed, 1]).choice(len(pool), round(share * len(pool)), replace=False)

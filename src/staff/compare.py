@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from staff import evaluate as evaluation
-from staff import formats, metrics, models, pipeline
+from staff import formats, graph, metrics, models, pipeline
 from staff.config import SelectConfig
-from staff.grid import UNTOUCHED, Cell, Comparison, Task, evaluate_config, finetune_config, select_config
+from staff.grid import FULL, UNTOUCHED, Cell, Comparison, Task, evaluate_config, finetune_config, select_config
 from staff.methods import Method
 from staff.outputs import Run
 from staff.store import differences, fingerprint, hash_file, read_arrays, read_checked, write_arrays, write_checked, write_text
@@ -27,12 +27,14 @@ from staff.work import models_of
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 
+SPACE = 1  # raised when the same pool would make another space
 POLL_SECONDS = 2.0  # how often a process looks for cells that others have let go of
 WHERE = ("split", "dataset_info", "dataset_config", "revision")  # where a pool is found; a coreset is a file
 COLUMNS = (
     "task", "method", "pruning_rate", "seed", "n", "m", "verified", "rouge1", "rouge2", "rougeL", "bleu", "chrf", "exact", "loss",
-    "distinct2", "select_seconds", "select_tokens", "select_flops", "select_passes", "finetune_seconds", "finetune_tokens",
-    "finetune_flops", "finetune_passes", "finetune_steps", "evaluate_seconds", "total_seconds", "total_passes", "folder",
+    "distinct2", "nearest", "clusters", "select_seconds", "select_tokens", "select_flops", "select_passes",
+    "finetune_seconds", "finetune_tokens", "finetune_flops", "finetune_passes", "finetune_steps",
+    "evaluate_seconds", "total_seconds", "total_passes", "folder",
 )  # fmt: skip
 
 
@@ -40,7 +42,8 @@ def compare(comparison: Comparison, *, update: bool = False, on_progress: Progre
     """Work through the grid, or through what is left of it; several processes may do so at once.
 
     Leaves, in comparison.output, selections/ (a run folder for each task and seed), cells/ (adapter, per-example scores and
-    cell.json of each cell) and results.csv, a row a finished cell, written anew after each.
+    cell.json of each cell) and results.csv, a row a finished cell, written anew after each. How diverse a coreset is comes
+    from its row numbers, once its cell is finished.
 
     Args:
         update: go on where the settings of selection, fine-tuning or evaluation have changed, doing again what no longer fits.
@@ -135,6 +138,8 @@ class _Grid:
         self._done: dict[Cell, dict[str, Any]] = {}
         self._runs: dict[tuple, list[Run]] = {}
         self._lengths: dict[str, dict[str, np.ndarray]] = {}
+        self._spaces: dict[str, dict[str, np.ndarray]] = {}
+        self._can_tell_spread = True
 
     def folder(self, cell: Cell) -> Path:
         return self.comparison.output / cell.folder
@@ -216,9 +221,7 @@ class _Grid:
     def selection(self, cell: Cell, tell: Progress) -> Run | None:
         """The coreset of a cell, out of the run that makes those of all methods and rates that share it; None: another process is at it."""
         comparison, task = self.comparison, self.comparison.tasks[cell.task]
-        group = comparison.group(cell.method)
-        settings = comparison.variants[cell.method].settings
-        name = f"{task.name}/seed{cell.seed}" + (f"-{fingerprint(dict(settings))[:6]}" if settings else "")
+        group, name = comparison.group(cell.method), self._selection_name(cell)
         if (name, *group) not in self._runs:
             folder = comparison.output / "selections" / name
             config = select_config(comparison, task, cell.method, int(cell.seed or 0), str(folder))
@@ -229,6 +232,70 @@ class _Grid:
                 self._runs[name, *group] = pipeline.select(config, update=True, on_progress=tell, methods=table)
         made = self._runs[name, *group]
         return next(run for run in made if (run.manifest["method"], run.manifest["pruning_rate"]) == (cell.method, cell.pruning_rate))
+
+    def _selection_name(self, cell: Cell) -> str:
+        settings = self.comparison.variants[cell.method].settings
+        return f"{cell.task}/seed{cell.seed}" + (f"-{fingerprint(dict(settings))[:6]}" if settings else "")
+
+    def spread(self, cell: Cell) -> dict[str, float]:
+        """How diverse a finished cell's coreset is (`graph.spread`), from its row numbers as they lie on disk; kept beside the cell.
+
+        Nothing for the untouched model, nor where scikit-learn is not there.
+        """
+        if cell.method == UNTOUCHED or not self._can_tell_spread:
+            return {}
+        made_of = fingerprint([self.made_of(cell), self._space_key(cell.task)])
+        path = self.folder(cell) / "diversity.json"
+        kept = read_checked(path)
+        if kept and kept["made_of"] == made_of:
+            return kept["figures"]
+        rows = self._chosen(cell)
+        if rows is None:
+            logger.warning("%s: its coreset is not there any more, so how diverse it was is not known", cell.folder)
+            return {}
+        try:
+            space = self._space(cell.task)
+        except ImportError as error:
+            logger.warning("how diverse coresets are stays open: %s", error)
+            self._can_tell_spread = False
+            return {}
+        numbers = space["numbers"]
+        positions = np.arange(len(numbers)) if cell.method == FULL else np.searchsorted(numbers, rows)
+        figures = {name: value for name, value in graph.spread(space, positions).items() if value == value}
+        write_checked(path, {"made_of": made_of, "figures": figures})
+        return figures
+
+    def _chosen(self, cell: Cell) -> np.ndarray | None:
+        """(m,) row numbers of a cell's coreset, none for the full data; None where they are not there."""
+        if cell.method == FULL:
+            return np.empty(0, np.int64)
+        folder = self.comparison.output / "selections" / self._selection_name(cell)
+        for place in (folder / f"{cell.method}-{cell.pruning_rate:g}", folder):  # the run's own folder where it made one coreset alone
+            manifest = read_checked(place / "manifest.json")
+            if manifest and (manifest["method"], manifest["pruning_rate"]) == (cell.method, cell.pruning_rate):
+                return np.load(place / "indices.npy", allow_pickle=False)
+        return None
+
+    def _space_key(self, name: str) -> str:
+        task = self.comparison.tasks[name]
+        reading = finetune_config(self.comparison, task, task.train, 0, "x").reading
+        return fingerprint([SPACE, [self.inputs[part] for part in task.train], dataclasses.asdict(reading)])
+
+    def _space(self, name: str) -> dict[str, np.ndarray]:
+        """`graph.text_space` of a task's pool, prompts and responses, with the (n,) row numbers; taken once."""
+        if name not in self._spaces:
+            path = self.comparison.output / "selections" / name / f"space-{self._space_key(name)}.npz"
+            with _held(self.comparison.output / "locks" / f"space_{name}", wait=True):
+                kept = read_arrays(path)
+                if kept is None:
+                    task = self.comparison.tasks[name]
+                    reading = finetune_config(self.comparison, task, task.train, 0, "x").reading
+                    rows = formats.read(list(task.train), **reading.keywords())
+                    texts = ("\n".join(turn.content for turn in example.turns) for example in rows.examples())
+                    kept = {"numbers": rows.numbers, **graph.text_space(texts)}
+                    write_arrays(path, kept)
+            self._spaces[name] = kept
+        return self._spaces[name]
 
     def lengths(self, task: Task) -> dict[str, np.ndarray]:
         """(n,) tokens of each sample of a task's pool in the target's tokens, and of its response alone; taken once."""
@@ -264,6 +331,8 @@ def selection_cost(method: Method, config: SelectConfig, run: Run) -> dict[str, 
         model = known[name]
         if model.epochs:
             shares[f"fine-tune the {model.base}"] = 1.0
+        if quantity == "effort_running":
+            continue
         twin = next((other for other, spec in known.items() if spec == model and other != name), None)  # an untuned draft is the raw one
         for alias in (name, twin):
             stage = f"score on the {str(alias).replace('_', ' ')}"
@@ -292,7 +361,7 @@ def write_results(grid: _Grid, cells: list[Cell]) -> Path:
     for cell in cells:
         found = grid.result(cell)
         if found:
-            table.writerow(found)
+            table.writerow({**found, **grid.spread(cell)})
     path = grid.comparison.output / "results.csv"
     write_text(path, text.getvalue())
     return path

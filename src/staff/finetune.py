@@ -17,7 +17,9 @@ from staff import attention, scopes
 from staff.adapters import add_lora, joined_products
 from staff.gradnorm import Head, response_scores
 from staff.pool import Pool, collate
-from staff.store import SEAL, is_out_of_memory, seal, sealed
+from staff.running import FILE as RUNNING
+from staff.running import Running
+from staff.store import SEAL, is_out_of_memory, read_arrays, seal, sealed
 
 SORTED_TOGETHER = 50  # batches whose samples are sorted by length among themselves: little padding, still random
 CHECKPOINTS = 2  # kept: one that turns out damaged has another before it
@@ -77,9 +79,9 @@ class _Positions(Dataset):
 class _ResponseTrainer(Trainer):
     """The Trainer with our order of samples, and a head that sees response tokens alone."""
 
-    def __init__(self, *args, head: Head, order: _ByLength, **kwargs):
+    def __init__(self, *args, head: Head, order: _ByLength, running: Running | None = None, running_from: int = 0, **kwargs):
         super().__init__(*args, **kwargs)
-        self._head, self._order = head, order
+        self._head, self._order, self._running, self._running_from = head, order, running, running_from
         self.loss_is_scaled_for_ga = False
         self._decoder_output: list[torch.Tensor] = []
         # what comes out of the blocks is picked up inside the model's own forward, so that wrappers for several GPUs work
@@ -94,6 +96,8 @@ class _ResponseTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self._decoder_output.clear()
+        if self._running and self.state.global_step >= self._running_from:
+            self._running.begin(inputs["sample_of"], inputs["positions"])
         # the head runs over one position, for form's sake; by index, since a slice would copy its weight for every sample
         first = torch.zeros(1, dtype=torch.int64, device=inputs["input_ids"].device)
         with attention.short_samples():
@@ -102,13 +106,26 @@ class _ResponseTrainer(Trainer):
         loss = response_scores(hidden, self._head, inputs["response_ids"]).loss.mean()
         return (loss, outputs) if return_outputs else loss
 
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if self._running:
+            self._running.end()
+        return loss
+
 
 class _Watch(TrainerCallback):
     """Tells the progress, saves by the clock, and keeps the adapter as it is at even steps through the run."""
 
-    def __init__(self, checkpoint_seconds: float, on_progress: Callable[[int, int], None] | None, output: Path, snapshots: int):
+    def __init__(
+        self,
+        checkpoint_seconds: float,
+        on_progress: Callable[[int, int], None] | None,
+        output: Path,
+        snapshots: int,
+        running: Running | None = None,
+    ):
         self._seconds, self._on_progress, self._saved = checkpoint_seconds, on_progress, time.monotonic()
-        self._output, self._snapshots = output, snapshots
+        self._output, self._snapshots, self._running = output, snapshots, running
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         for number in range(1, self._snapshots + 1):
@@ -122,6 +139,8 @@ class _Watch(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         self._saved = time.monotonic()
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self._running:
+            self._running.save(checkpoint)
         seal(checkpoint, sorted(path.name for path in checkpoint.iterdir()))
         # by step: the Trainer's own rotation goes by time of change, and drops the newest where the clock went back
         for old in sorted(checkpoint.parent.glob("checkpoint-*"), key=_step)[:-CHECKPOINTS]:
@@ -144,6 +163,7 @@ def finetune(
     checkpoint_seconds: float = 60.0,
     max_steps: int | None = None,
     snapshots: int = 0,
+    running: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> torch.nn.Module:
     """Fine-tune a model with LoRA on some samples of a pool, or finish a fine-tuning that was cut off.
@@ -159,6 +179,7 @@ def finetune(
         epochs: T > 0, passes over the samples; fractions count.
         max_steps: steps in place of epochs, as many passes as they take.
         snapshots: how many times the adapter is kept on the way, at even steps, in output/snapshots/1 and on.
+        running: a scope; each sample's effort as the last epoch meets it goes to output/running.npz (see running.py).
         on_progress: called with (steps done, steps in all).
 
     Returns:
@@ -175,6 +196,12 @@ def finetune(
     steps_an_epoch = -(-len(positions) // batch_size)
     steps = max_steps or max(1, round(epochs * steps_an_epoch))
     checkpoints = output / "checkpoints"
+    begun = _last_finished(checkpoints)
+    efforts = None
+    if running:
+        if next(model.parameters()).dtype == torch.float16:
+            raise ValueError("effort_running needs gradients as they are, and float16 has them scaled: use --dtype bfloat16 or float32")
+        efforts = Running(model, running, positions, (read_arrays(Path(begun) / RUNNING) or {}).get("effort") if begun else None)
     halves = next(model.parameters()).dtype
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
@@ -198,7 +225,8 @@ def finetune(
 
     def to_batch(places):
         batch = collate(pool, places)
-        return {"input_ids": batch.input_ids, "sample_of": batch.sample_of, "before": batch.before, "response_ids": batch.labels}
+        named = {"input_ids": batch.input_ids, "sample_of": batch.sample_of, "before": batch.before, "response_ids": batch.labels}
+        return named | {"positions": torch.as_tensor(places)}
 
     trainer = _ResponseTrainer(
         model=model,
@@ -207,12 +235,14 @@ def finetune(
         data_collator=to_batch,
         head=head,
         order=_ByLength(pool.lengths[positions], batch_size, seed),
-        callbacks=[_Watch(checkpoint_seconds, on_progress, output, snapshots)],
+        callbacks=[_Watch(checkpoint_seconds, on_progress, output, snapshots, efforts)],
+        running=efforts,
+        running_from=steps - steps_an_epoch,
     )
     trainer.remove_callback(PrinterCallback)
     try:
         with joined_products(model):
-            trainer.train(resume_from_checkpoint=_last_finished(checkpoints))
+            trainer.train(resume_from_checkpoint=begun)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -224,7 +254,10 @@ def finetune(
     for name in ADAPTER:
         os.replace(aside / name, output / name)
     shutil.rmtree(aside)
-    parts = sorted(str(part.relative_to(output)) for part in output.glob("snapshots/*/*") if part.is_file())
+    if efforts:
+        efforts.save(output)
+    parts = [RUNNING] if efforts else []
+    parts += sorted(str(part.relative_to(output)) for part in output.glob("snapshots/*/*") if part.is_file())
     seal(output, [*ADAPTER, *parts], samples=len(positions), epochs=steps / steps_an_epoch if max_steps else epochs)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return model.eval().requires_grad_(False)

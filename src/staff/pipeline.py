@@ -40,7 +40,7 @@ from staff.store import (
     write_text,
 )
 from staff.types import Selection
-from staff.work import PACKAGES, TRAINING, Progress, Work, commit, version_of
+from staff.work import PACKAGES, TRAINING, Progress, Work, check_running, commit, version_of
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def select(
             _check_models(config, sources)
         run.begin(settings, inputs, update)
         write_text(run.path / "config.yaml", to_yaml(config))
-        work = Work(config, run, rows, sources, inputs, tell, unchanged)
+        work = Work(config, run, rows, sources, inputs, tell, unchanged, _takes_running(config, methods))
         selections = []
         for cell, budget, done in zip(cells, budgets, finished, strict=True):
             (cell.folder / "manifest.json").unlink(missing_ok=True)
@@ -236,8 +236,14 @@ def _check(config: SelectConfig, data: Any, methods: Mapping[str, Method]) -> No
             raise ValueError(
                 f"--option {pair}: give name=value; the options of {', '.join(config.method)} are {', '.join(sorted(known)) or 'none'}"
             )
+    if _takes_running(config, methods):
+        check_running(config)
     if "less" in config.method and not config.validation:
         raise ValueError("--method less needs a few rows of the task as it will be judged: --validation FILE")
+
+
+def _takes_running(config: SelectConfig, methods: Mapping[str, Method]) -> bool:
+    return any("draft/effort_running" in methods[name].needs.values() for name in config.method)
 
 
 def _budget(config: SelectConfig, pruning_rate: float | None, n: int) -> int:

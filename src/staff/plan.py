@@ -99,6 +99,8 @@ def stages(method: Method, job: Job, speeds: Mapping[str, Speed]) -> dict[str, f
             found["fine-tune the draft"] = job.draft_epochs * job.draft_share * training
         if label == "tuned_target":
             found["fine-tune the target"] = job.target_epochs * training
+        if quantity == "effort_running":
+            continue
         if quantity == "unconditional_loss":
             found["score without prompts"] = job.response_share * scoring
         else:

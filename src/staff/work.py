@@ -25,6 +25,7 @@ Progress = Callable[[str, int, int], None]  # stage, done, in all
 PACKAGES = ("numpy", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
 TRAINING = ("lora_rank", "lora_alpha", "learning_rate", "warmup", "batch_size", "seed", "checkpoint_seconds")
 SNAPSHOTS = 4  # checkpoints of the draft's tuning that loss trajectories are taken over
+RUNNING, RUNNING_SCOPES = "running.npz", ("last-value", "last-block", "linear")  # efforts taken as a draft was tuned
 ENGINE = 2  # raised when the same inputs would give other scores than before
 
 
@@ -53,6 +54,23 @@ def models_of(config: SelectConfig) -> dict[str, Model]:
     }
 
 
+def check_running(config: SelectConfig) -> None:
+    """Can "draft/effort_running" be had? Every sample must be met once in the last epoch, by weights whose gradients pass by.
+
+    Raises:
+        ValueError: it can't.
+    """
+    if config.scope not in RUNNING_SCOPES:
+        raise ValueError(f"effort_running is taken in --scope {', '.join(RUNNING_SCOPES)}; found {config.scope}")
+    if config.draft_epochs < 1 or config.draft_epochs != int(config.draft_epochs) or config.draft_share != 1:
+        raise ValueError(
+            "effort_running meets every sample in the last epoch: --draft-epochs must be a whole number, 1 or more, and --draft-share 1; "
+            f"found {config.draft_epochs:g} and {config.draft_share:g}"
+        )
+    if config.loss != "mean" or config.balance_layers:
+        raise ValueError("effort_running is of --loss mean, without --balance-layers")
+
+
 class Work:
     """What the stages of one run share: its models, pools and scores, made at first use and kept on disk.
 
@@ -61,6 +79,7 @@ class Work:
         inputs: name -> fingerprint, of the data and of each source.
         tell: called with (stage, done, in all).
         unchanged: called with names of inputs before anything that was made of them is written; raises where one changed.
+        running: a method asks for "draft/effort_running": it is taken as the draft is tuned.
     """
 
     def __init__(
@@ -72,9 +91,10 @@ class Work:
         inputs,
         tell: Progress,
         unchanged: Callable[..., None] = lambda *names: None,
+        running: bool = False,
     ):
         self.config, self.run, self.rows, self.sources, self.inputs, self.tell = config, run, rows, sources, inputs, tell
-        self.unchanged = unchanged
+        self.unchanged, self.running = unchanged, running
         self._unpacked: dict[str, Any] = {}
         self._whole: set[Path] = set()  # adapters whose checksums were looked at
         self.models = models_of(config)
@@ -129,8 +149,12 @@ class Work:
             "epochs": model.epochs,
             "share": model.share,
             **settings,
+            **({"running": self.config.scope} if self._takes_running(name) else {}),
             **self._engine_key(),
         }
+
+    def _takes_running(self, name: str) -> bool:
+        return self.running and name == "draft"
 
     def _scores_key(self, name: str) -> dict[str, Any]:
         # with no adapter of its own a model gets a fresh, seeded one to be scored in scope "lora"
@@ -219,6 +243,7 @@ class Work:
                 folder,
                 epochs=model.epochs,
                 snapshots=SNAPSHOTS,
+                running=config.scope if self._takes_running(name) else None,
                 on_progress=lambda done, total: self.tell(stage, done, total),
                 **{setting: getattr(config, setting) for setting in TRAINING},
             )
@@ -280,6 +305,10 @@ class Work:
             return self.pool("target" if "target" in self.sources else "draft").response_tokens()
         if model == "draft@checkpoints":
             return self._trajectories(base)
+        if quantity == "effort_running":
+            kept = read_arrays(self.adapter(model) / RUNNING)
+            assert kept is not None, "the adapter's seal said that it was whole"
+            return kept["effort"]
         if quantity == "unconditional_loss":
             return self.quantities(model, responses_alone=True)["loss"]
         if quantity == "similarity":

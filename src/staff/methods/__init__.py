@@ -189,8 +189,11 @@ def cost(method: Method) -> str:
     All quantities of one model come from one pass, except the loss without the prompt, which is a pass over the
     responses alone. Neighbours and clusters cost no pass. A model that a comparison adds is written as cost(its name).
     """
-    models = dict.fromkeys(need.partition("/")[0] for need in method.needs.values())
+    on_the_way = "draft/effort_running"
+    models = dict.fromkeys(need.partition("/")[0] for need in method.needs.values() if need != on_the_way)
     terms = [COSTS.get(model, f"cost({model})") for model in models]
+    if on_the_way in method.needs.values() and "draft" not in models:
+        terms.append("2·T·r")
     if any(need.endswith("/unconditional_loss") for need in method.needs.values()):
         terms.append("u·r")
     if method.verify:
