@@ -18,7 +18,14 @@ from staff.store import write_aside, write_text
 
 BASELINE = "random"
 LOWER = ("loss",)  # metrics of which less is better
+OF_SENTENCES = {"bleu": "BLEU", "chrf": "chrF"}  # metrics whose value of a whole file is no mean over its rows
 LEVEL = 0.95
+DIVERSITY = (
+    "Means over seeds; higher is more diverse. The size of a coreset alone moves all three, so compare within a column. "
+    "distinct-2: different pairs of words as a share of all in the responses; nearest: mean distance from a sample to the nearest other "
+    "of the coreset; clusters: share of the pool's k-means clusters with a sample in it. Distances and clusters are those of TF-IDF "
+    "vectors (cosine) of prompt and response, a space that no method selects by."
+)
 
 Key = tuple[str, float | None]  # method, pruning rate; None: the full data, the untouched model
 
@@ -177,6 +184,41 @@ def tally(differences: list[Difference], metric: str) -> str:
     return "\n".join(lines)
 
 
+def pair_table(differences: list[Difference], metric: str) -> str:
+    """Every method against every other, the row's against the column's: wins-ties-losses over tasks and rates."""
+    own = [d for d in differences if d.metric == metric]
+    names = list(dict.fromkeys(d.first for d in own))
+    outcomes: dict[tuple[str, str], list[str]] = {}
+    for d in own:
+        outcomes.setdefault((d.first, d.second), []).append(d.outcome)
+    lines = [f"| {metric}: wins-ties-losses against | " + " | ".join(names) + " |", "| --- " * (len(names) + 1) + "|"]
+    for name in names:
+        pairs = [outcomes.get((name, other)) for other in names]
+        cells = ["-".join(str(pair.count(outcome)) for outcome in ("win", "tie", "loss")) if pair else "" for pair in pairs]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def diversity_table(rows: list[dict[str, str]], task: str) -> str:
+    """How diverse a task's coresets are, means over seeds: distinct-2, nearest distance, clusters covered; all data below."""
+    own = [row for row in rows if row["task"] == task and row["method"] != UNTOUCHED]
+    rates = sorted({float(row["pruning_rate"]) for row in own if row["pruning_rate"]})
+
+    def cell(name: str, rate: str) -> str:
+        cells = [row for row in own if (row["method"], row["pruning_rate"]) == (name, rate)]
+        distinct2, nearest, clusters = (_mean([row.get(column, "") for row in cells]) for column in ("distinct2", "nearest", "clusters"))
+        found = zip((f"{distinct2:.3f}", f"{nearest:.3f}", f"{clusters:.0%}"), (distinct2, nearest, clusters), strict=True)
+        return " / ".join("?" if math.isnan(value) else text for text, value in found) if cells else ""
+
+    header = [f"{rate:.0%} pruned" for rate in rates]
+    lines = [f"| distinct-2 / nearest / clusters | {' | '.join(header)} |", "| --- " * (len(rates) + 1) + "|"]
+    for name in dict.fromkeys(row["method"] for row in own if row["method"] != FULL):
+        lines.append(f"| {name} | {' | '.join(cell(name, str(rate)) for rate in rates)} |")
+    if any(row["method"] == FULL for row in own):
+        lines.append(f"| {FULL} | {cell(FULL, '')} |" + " |" * (len(rates) - 1))
+    return "\n".join(lines)
+
+
 def cost_table(rows: list[dict[str, str]], task: str) -> str:
     """Table 2 of a task: what choosing cost, means over seeds and rates, beside one fine-tuning on all data."""
     own = [row for row in rows if row["task"] == task]
@@ -225,11 +267,21 @@ def report(folder: Path, metrics_of: Mapping[str, tuple[str, ...]], plots: bool 
         text.append(f"Of {seeds} seed{'s' * (seeds > 1)} the spread between runs is hardly known: the intervals are of the test rows.")
     for (task, metric), cells in judged.items():
         text += ["", f"## {task}", "", quality_table(cells, differences, task, metric)]
+        if metric in OF_SENTENCES:
+            text += [
+                "",
+                f"{metric} here is the mean over test rows, each scored alone; the corpus {OF_SENTENCES[metric]} is in results.csv.",
+            ]
     for metric in dict.fromkeys(metric for _, metric in judged):
         text += ["", tally(differences, metric)]
+        if any(d.metric == metric for d in differences):
+            text += ["", pair_table(differences, metric)]
     text += ["", "# Cost of selection", "", "Loading models aside; a method pays in full for what it needs, whoever else used it."]
     for task in tasks:
         text += ["", f"## {task}", "", cost_table(rows, task)]
+    text += ["", "# Diversity", "", DIVERSITY]
+    for task in tasks:
+        text += ["", f"## {task}", "", diversity_table(rows, task)]
     if plots:
         for (task, metric), cells in judged.items():
             for name in _plot(folder, rows, cells, task, metric):
