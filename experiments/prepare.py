@@ -22,14 +22,14 @@ def like_the_sample(row) -> bool:
 
 
 FILES = {  # file -> source, rows at most, condition
-    "medquad-1000.jsonl": (f"{SAMPLE}/train.jsonl", 1000, any_row),
-    "medquad-500.jsonl": (f"{SAMPLE}/train.jsonl", 500, any_row),
+    "medquad-600.jsonl": (f"{SAMPLE}/train.jsonl", 600, any_row),
+    "medquad-300.jsonl": (f"{SAMPLE}/train.jsonl", 300, any_row),
     "medquad-test-100.jsonl": (f"{SAMPLE}/test.jsonl", 100, any_row),
     "medquad-validation.jsonl": ("biomedical_qa/validation.jsonl", 200, like_the_sample),
     "wiki-train.jsonl": ("wiki_paraphrase/train.jsonl", 2000, any_row),
-    "wiki-1000.jsonl": ("wiki_paraphrase/train.jsonl", 1000, any_row),
+    "wiki-600.jsonl": ("wiki_paraphrase/train.jsonl", 600, any_row),
     "wiki-validation.jsonl": ("wiki_paraphrase/validation.jsonl", 200, any_row),
-    "wiki-test.jsonl": ("wiki_paraphrase/test.jsonl", 200, any_row),
+    "wiki-test-100.jsonl": ("wiki_paraphrase/test.jsonl", 100, any_row),
 }
 
 

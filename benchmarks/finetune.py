@@ -1,0 +1,277 @@
+"""What a token of LoRA fine-tuning takes: python benchmarks/finetune.py --model FOLDER [--data FILE ...] [--output RESULTS.md]
+
+Side by side, each row in a process of its own, LoRA of rank 8 on all linear layers, batches of 8, bfloat16:
+
+    transformers   its Trainer as its defaults come: random order, logits of every position
+    trl            its SFTTrainer as its defaults come: the same, and activations computed twice (checkpointing)
+    bare           a loop by hand: sorted batches, head on response tokens alone, no statistics, peft's own layers
+    bare, joined   the same with our attention and adapter products
+    ours           `staff.finetune`, through the Trainer
+    floor          two forward passes' worth of products and the adapters', at the rate that plain products of these shapes reach
+
+tokens/s are of the samples' own tokens, padding not counted, over the steps after the first two. `loss` is the mean over the response
+tokens of 64 rows that nobody trained on, after --steps steps, and the spread over --seeds.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROWS = ("transformers", "trl", "bare", "bare, joined", "ours", "floor")
+BATCH, RANK, ALPHA, RATE, LENGTH, HELD_OUT, WARM = 8, 8, 16, 1e-3, 512, 64, 2
+
+
+def load(model: str):
+    from staff import models
+
+    source, device = models.resolve(model), torch.device("cpu")
+    return models.load_model(source, models.pick_dtype("auto", device), device, False), models.load_tokenizer(source, False)
+
+
+def read(data: str, rows: int):
+    from staff import formats
+
+    return list(islice(formats.read([data]).examples(), rows))
+
+
+class Clock:
+    """Tokens and seconds of the steps after the first few; told at the end of each."""
+
+    def __init__(self):
+        self.times, self.tokens = [], []
+
+    def step(self, tokens: int) -> None:
+        self.times.append(time.perf_counter())
+        self.tokens.append(tokens)
+
+    def rate(self) -> float:
+        return sum(self.tokens[WARM:]) / (self.times[-1] - self.times[WARM - 1])
+
+
+@torch.no_grad()
+def held_out_loss(model, pool) -> float:
+    """Mean over response tokens, by the model's own loss, a row at a time."""
+    model.eval()
+    total = 0.0
+    for i in range(len(pool)):
+        ids, response = torch.tensor(pool.ids(i), dtype=torch.int64)[None], torch.tensor(pool.response(i))[None]
+        total += model(input_ids=ids, labels=ids.where(response, -100)).loss.item() * int(response.sum())
+    return total / float(pool.response_tokens().sum())
+
+
+def run_library(name: str, model, tokenizer, pool, steps: int, seed: int) -> tuple[float, torch.nn.Module]:
+    """transformers' or TRL's trainer with the defaults it comes with."""
+    import transformers
+
+    from staff.adapters import add_lora
+
+    clock = Clock()
+    samples = [
+        {"input_ids": pool.ids(i).tolist(), "labels": np.where(pool.response(i), pool.ids(i), -100).tolist()} for i in range(len(pool))
+    ]
+    seen: list[int] = []
+
+    class Tell(transformers.TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            clock.step(sum(seen))
+            seen.clear()
+
+    collate = transformers.DataCollatorForSeq2Seq(tokenizer)
+
+    def counted(features):
+        seen.append(sum(len(feature["input_ids"]) for feature in features))
+        return collate([{"input_ids": f["input_ids"], "labels": f["labels"]} for f in features])
+
+    shared = {
+        "output_dir": tempfile.mkdtemp(),
+        "per_device_train_batch_size": BATCH,
+        "max_steps": steps,
+        "learning_rate": RATE,
+        "seed": seed,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "use_cpu": True,
+        "bf16": True,
+        "disable_tqdm": True,
+    }
+    callbacks = [Tell()]
+    if name == "transformers":
+        model = add_lora(model, RANK, ALPHA, seed)
+        trainer = transformers.Trainer(
+            model, transformers.TrainingArguments(**shared), train_dataset=samples, data_collator=counted, callbacks=callbacks
+        )
+    else:
+        import datasets
+        import peft
+        import trl
+
+        lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+        rows = datasets.Dataset.from_list(samples)
+        trainer = trl.SFTTrainer(
+            model, trl.SFTConfig(**shared), train_dataset=rows, data_collator=counted, peft_config=lora, processing_class=tokenizer,
+            callbacks=callbacks,
+        )  # fmt: skip
+    trainer.train()
+    return clock.rate(), trainer.model
+
+
+def run_bare(joined: bool, model, pool, steps: int, seed: int) -> tuple[float, torch.nn.Module]:
+    """A loop by hand over sorted batches; the head on response tokens alone."""
+    import contextlib
+
+    from staff import attention, scopes
+    from staff.adapters import add_lora, joined_products
+    from staff.finetune import batch_order
+    from staff.pool import collate
+
+    head = model.get_output_embeddings()
+    model = add_lora(model, RANK, ALPHA, seed).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
+    clock, order = Clock(), np.concatenate([batch_order(pool.lengths, BATCH, seed, e) for e in range(-(-steps * BATCH // len(pool)))])
+    with joined_products(model) if joined else contextlib.nullcontext():
+        for step in range(steps):
+            places = order[step * BATCH : (step + 1) * BATCH]
+            batch = collate(pool, places)
+            with torch.autocast("cpu", torch.bfloat16), attention.short_samples() if joined else contextlib.nullcontext():
+                hidden = scopes.decoder(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+                logits = head(hidden[batch.sample_of, batch.before])
+            torch.nn.functional.cross_entropy(logits.float(), batch.labels).backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            clock.step(int(pool.lengths[places].sum()))
+    return clock.rate(), model
+
+
+def run_ours(model, pool, steps: int, seed: int) -> tuple[float, torch.nn.Module]:
+    from staff.finetune import batch_order, finetune
+
+    clock = Clock()
+    order = np.concatenate([batch_order(pool.lengths, BATCH, seed, e) for e in range(-(-steps * BATCH // len(pool)))])
+    in_batches = [int(pool.lengths[order[start : start + BATCH]].sum()) for start in range(0, steps * BATCH, BATCH)]
+    with tempfile.TemporaryDirectory() as folder:
+        model = finetune(
+            model, pool, np.arange(len(pool)), Path(folder), epochs=1, max_steps=steps, batch_size=BATCH, lora_rank=RANK, lora_alpha=ALPHA,
+            learning_rate=RATE, seed=seed, on_progress=lambda done, total: clock.step(in_batches[done - 1]),
+        )  # fmt: skip
+    return clock.rate(), model
+
+
+def measure_floor(model, pool) -> float:
+    """Tokens/s if only products ran, each as fast as it does alone: forward and back through every linear layer and its adapter."""
+    from staff import scopes
+
+    dtype = next(model.parameters()).dtype
+    tokens, share = int(BATCH * pool.lengths.mean()), pool.response_tokens().sum() / pool.lengths.sum()
+    shapes: dict[tuple[int, int, int, bool], int] = {}
+    for block in scopes.blocks(model):
+        for module in block.modules():
+            if scopes.is_linear(module):
+                outputs, inputs = scopes.weight_shape(module)
+                shapes[tokens, inputs, outputs, True] = shapes.get((tokens, inputs, outputs, True), 0) + 1
+    vocabulary, hidden = model.get_output_embeddings().weight.shape
+    shapes[int(tokens * share), hidden, vocabulary, False] = 1
+    seconds = 0.0
+    for (rows, inputs, outputs, adapted), count in shapes.items():
+        x, weight, grad = (torch.randn(shape, dtype=dtype) for shape in ((rows, inputs), (outputs, inputs), (rows, outputs)))
+        a, b, inner = (torch.randn(shape, dtype=dtype) for shape in ((RANK, inputs), (outputs, RANK), (rows, RANK)))
+        products = [lambda x=x, w=weight: x @ w.mT, lambda g=grad, w=weight: g @ w]
+        if adapted:
+            products += [lambda x=x, a=a: x @ a.mT, lambda i=inner, b=b: i @ b.mT, lambda g=grad, b=b: g @ b, lambda i=inner, a=a: i @ a]
+            products += [lambda x=x, i=inner: i.mT @ x, lambda g=grad, i=inner: i.mT @ g]
+        seconds += count * sum(least_seconds(product) for product in products)
+    return tokens / seconds
+
+
+def least_seconds(work, times: int = 12) -> float:
+    """The median of the faster half: what it takes when nobody is in the way."""
+    taken = []
+    for _ in range(times):
+        began = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - began)
+    return float(np.median(sorted(taken)[: times // 2]))
+
+
+def run_row(row: str, arguments, data: str, seed: int) -> dict:
+    from staff.pool import tokenise
+
+    torch.manual_seed(seed)
+    model, tokenizer = load(arguments.model)
+    examples = read(data, arguments.rows + HELD_OUT)
+    pool = tokenise(examples[HELD_OUT:], tokenizer, LENGTH)
+    if row == "floor":
+        return {"rate": measure_floor(model, pool), "loss": None}
+    steps = arguments.steps
+    if row in ("transformers", "trl"):
+        rate, model = run_library(row, model, tokenizer, pool, steps, seed)
+    elif row == "ours":
+        rate, model = run_ours(model, pool, steps, seed)
+    else:
+        rate, model = run_bare(row == "bare, joined", model, pool, steps, seed)
+    return {"rate": rate, "loss": held_out_loss(model, tokenise(examples[:HELD_OUT], tokenizer, LENGTH))}
+
+
+def table(found: dict, arguments) -> str:
+    lines = []
+    for data in arguments.data:
+        lines += ["", f"`{Path(data).parent.name}/{Path(data).name}`", ""]
+        lines += ["| row | tokens/s | of the bare loop | of the floor | loss after |", "| --- | --- | --- | --- | --- |"]
+        rates = {row: float(np.median([one["rate"] for one in found[data, row]])) for row in ROWS}
+        for row in ROWS:
+            losses = [one["loss"] for one in found[data, row] if one["loss"] is not None]
+            loss = f"{np.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})" if losses else ""
+            lines.append(f"| {row} | {rates[row]:.0f} | {rates[row] / rates['bare']:.2f} | {rates[row] / rates['floor']:.0%} | {loss} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", nargs="+", default=["examples/medquad/train.jsonl"])
+    parser.add_argument("--rows", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--output")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # a row of its own process: JSON of row, data, seed
+    arguments = parser.parse_args()
+    if arguments.one:
+        one = json.loads(arguments.one)
+        print("RESULT " + json.dumps(run_row(one["row"], arguments, one["data"], one["seed"])))
+        return
+    found: dict = {}
+    for seed in arguments.seeds:
+        for data in arguments.data:
+            for row in ROWS:
+                if row == "floor" and seed != arguments.seeds[0]:
+                    continue
+                command = [sys.executable, *sys.argv, "--one", json.dumps({"row": row, "data": data, "seed": seed})]
+                done = subprocess.run(command, capture_output=True, text=True)
+                line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+                if line is None:
+                    raise SystemExit(f"{row} failed:\n{done.stderr[-3000:]}")
+                result = json.loads(line[len("RESULT ") :])
+                found.setdefault((data, row), []).append(result)
+                print(f"{Path(data).parent.name}, seed {seed}: {row}: {result['rate']:.0f} tokens/s, loss {result['loss']}", flush=True)
+    text = table(found, arguments)
+    print(text)
+    if arguments.output:
+        about = f"`{Path(arguments.model).name}`, {arguments.steps} steps of {BATCH} samples, seeds {arguments.seeds}, "
+        about += f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+        Path(arguments.output).write_text(f"# Fine-tuning\n\n{about}\n{text}\n")
+
+
+if __name__ == "__main__":
+    main()
