@@ -141,3 +141,13 @@ def test_ctrl_c_gives_the_terminal_back_at_once_and_the_same_command_goes_on(fam
     assert (
         run("select", *command[4:], "--draft-epochs", "200", "--max-length", "64", cwd=tmp_path).stderr.count("max_length: 1024 -> 64") == 1
     )
+
+
+@pytest.mark.parametrize("given", [["--preset", "paper"], ["--preset=paper"]])
+def test_a_preset_on_the_command_line_stands_below_flags_and_a_file(given, tmp_path):
+    from staff import cli
+    from staff.config import SelectConfig
+
+    (tmp_path / "c.yaml").write_text("num_regions: 9\n")
+    config, _ = cli._parse(SelectConfig, ["--config", str(tmp_path / "c.yaml"), *given, "--verification-budget", "4"], "x", ())
+    assert (config.draft_epochs, config.num_regions, config.verification_budget) == (3.0, 9, 4)

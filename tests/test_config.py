@@ -76,3 +76,18 @@ def test_every_field_has_a_line_of_help():
         body = ast.parse(inspect.getsource(kind)).body[0].body
         fields = [i for i, node in enumerate(body) if isinstance(node, ast.AnnAssign)]
         assert all(isinstance(body[i + 1], ast.Expr) and isinstance(body[i + 1].value.value, str) for i in fields)
+
+
+def test_a_preset_is_overridden_by_what_else_is_given_and_takes_only_what_the_command_has():
+    assert from_mapping(SelectConfig, {"preset": "paper"}, "x").draft_epochs == 3.0
+    made = from_mapping(SelectConfig, {"num-regions": 7, "preset": "paper"}, "x")
+    assert (made.num_regions, made.verification_budget, made.draft_epochs) == (7, 10, 3.0)
+    assert from_mapping(config.PlanConfig, {"preset": "paper"}, "x").draft_epochs == 3.0
+    assert config.from_mapping(SelectConfig, config.flat(made), "x") == made  # a run's own config.yaml names no preset
+
+
+def test_an_unknown_preset_is_named():
+    with pytest.raises(ValueError, match=r"x.yaml: there is no preset 'papers'; there is paper"):
+        from_mapping(SelectConfig, {"preset": "papers"}, "x.yaml")
+    with pytest.raises(ValueError, match="there is no setting 'preset'"):
+        from_mapping(FinetuneConfig, {"preset": "paper"}, "x")

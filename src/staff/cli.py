@@ -169,21 +169,35 @@ def _parse(kind: type, arguments: Sequence[str], program: str, switches: tuple[s
         if f"--{switch}" in rest:
             rest.remove(f"--{switch}")
             given.add(switch)
-    for place, word in enumerate(rest):
-        if word == "--config" or word.startswith("--config="):
-            inline = word.partition("=")[2]
-            if not inline and place + 1 == len(rest):
-                raise ValueError("--config needs the name of a YAML file")
-            path = inline or rest[place + 1]
-            del rest[place : place + (1 if inline else 2)]
-            default = configs.from_mapping(kind, configs.read_yaml(path), path)
-            break
-    known = {"config FILE.yaml": "a YAML file of settings: flags typed earlier", **{name: SWITCHES[name] for name in switches}}
+    fields = configs.flat(default)
+    has_presets = any(name in fields for values in configs.PRESETS.values() for name in values)
+    path = _take(rest, "config", "the name of a YAML file")
+    preset = _take(rest, "preset", f"a name: {', '.join(configs.PRESETS)}") if has_presets else None
+    if path or preset:
+        values = configs.read_yaml(path) if path else {}
+        default = configs.from_mapping(kind, {**values, **({"preset": preset} if preset else {})}, path or "--preset")
+    known = {"config FILE.yaml": "a YAML file of settings: flags typed earlier"}
+    if has_presets:
+        known["preset NAME"] = f"settings under one name, of {', '.join(configs.PRESETS)}; what else is given overrides them"
+    known |= {name: SWITCHES[name] for name in switches}
     if "quiet" in given:
         for handler in logging.getLogger().handlers:
             handler.setLevel(logging.ERROR)
     description = "\n".join([kind.__doc__ or "", "", *(f"--{name}: {text}" for name, text in known.items())])
     return tyro.cli(kind, args=rest, default=default, prog=program, description=description, config=(tyro.conf.OmitArgPrefixes,)), given
+
+
+def _take(arguments: list[str], name: str, what: str) -> str | None:
+    """The value of a flag that is no field, taken out of the arguments."""
+    for place, word in enumerate(arguments):
+        if word == f"--{name}" or word.startswith(f"--{name}="):
+            inline = word.partition("=")[2]
+            if not inline and place + 1 == len(arguments):
+                raise ValueError(f"--{name} needs {what}")
+            value = inline or arguments[place + 1]
+            del arguments[place : place + (1 if inline else 2)]
+            return value
+    return None
 
 
 class _Progress:

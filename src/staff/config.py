@@ -276,6 +276,8 @@ class PlanConfig:
     """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
     dtype: Dtype = "auto"
     """What the models compute in; auto is bfloat16 where the hardware has it, else float32."""
+    load_in: Literal["8bit", "4bit"] | None = None
+    """Quantise the models' weights as they load, with bitsandbytes."""
     trust_remote_code: bool = False
     """Run Python code that a model's repository brings along."""
 
@@ -285,8 +287,6 @@ class PlanConfig:
         for rate in self.pruning_rate:
             if not 0 <= rate < 1:
                 raise ValueError(f"--pruning-rate is the fraction of the pool removed, in [0, 1); found {rate}")
-        if self.scope == "lora":
-            raise ValueError("--scope lora can't be timed before there is an adapter: plan with linear, which costs about the same")
         _in_range(self, "epochs", 0, None, open_below=True)
         _in_range(self, "draft_epochs", 0, None)
         _in_range(self, "draft_share", 0, 1, open_below=True)
@@ -400,8 +400,23 @@ def _groups(kind: type) -> dict[str, type]:
     return {field.name: type(field.default) for field in dataclasses.fields(kind) if dataclasses.is_dataclass(field.default)}
 
 
+# several settings under one name; what else is given overrides them
+PRESETS: dict[str, dict[str, Any]] = {
+    # as the STAFF paper's experiments were run: arXiv:2410.01296, Section 4.1, and its released code
+    "paper": {
+        "draft_epochs": 3.0,
+        "draft_share": 1.0,
+        "num_regions": 50,
+        "verification_budget": 10,
+        "hard_cutoff": 0.1,
+        "allocation": "released",
+        "pick": "top",
+    },
+}
+
+
 def from_mapping(kind: type, values: dict[str, Any], source: str):
-    """A config of named settings, as a YAML file has them: flat, those of a group among the rest.
+    """A config of named settings, as a YAML file has them: flat, those of a group among the rest, "preset" a key of PRESETS.
 
     Raises:
         ValueError: a name that no field has, or a value of the wrong type; says what was meant.
@@ -410,6 +425,12 @@ def from_mapping(kind: type, values: dict[str, Any], source: str):
     own = {field.name: field for field in dataclasses.fields(kind) if field.name not in groups}
     fields = own | {field.name: field for group in groups.values() for field in dataclasses.fields(group)}
     clean: dict[str, Any] = {}
+    values = dict(values)
+    if "preset" in values and any(name in fields for preset in PRESETS.values() for name in preset):
+        preset = values.pop("preset")
+        if preset not in PRESETS:
+            raise ValueError(f"{source}: there is no preset {preset!r}; there is {', '.join(PRESETS)}")
+        values = {name: value for name, value in PRESETS[preset].items() if name in fields} | values
     for name, value in values.items():
         key = str(name).replace("-", "_")
         if key not in fields:
