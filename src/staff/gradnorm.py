@@ -82,6 +82,10 @@ class record_sites:
         for calls in self._calls:
             calls.clear()  # a hook on an output holds all of them: without this they'd wait for the garbage collector
 
+    def also(self, place: int, layer_input: Tensor, output: Tensor) -> None:
+        """Count a call of a site that does not run here: (B, T, I) went in, and (B, T, O), a leaf of the graph, came out."""
+        self._calls[place].append((layer_input, output))
+
     def squared_norms(self, losses: Tensor) -> Tensor:
         """Squared gradient norm of each sample at each site, (B, sites); see `measured`."""
         return torch.stack(self.measured(losses), 1)
@@ -313,7 +317,13 @@ def mean_by_sample(values: Tensor, sample_of: Tensor, counts: Tensor) -> Tensor:
 
 
 def efforts(
-    forward: Callable[[], Tensor], head: Head, sites: Sequence[Site], batch, loss: str = "mean", grad_scale: float | None = None
+    forward: Callable[[], Tensor],
+    head: Head,
+    sites: Sequence[Site],
+    batch,
+    loss: str = "mean",
+    grad_scale: float | None = None,
+    also: Sequence[tuple[int, Tensor, Tensor]] = (),
 ) -> dict[str, Tensor]:
     """One pass over a batch: effort, loss, EL2N and entropy of each sample.
 
@@ -325,12 +335,15 @@ def efforts(
         loss: a key of `LOSSES`, what L is of the cross-entropies of a sample's response tokens.
         grad_scale: for float16, a power of two that gradients are multiplied by on their way and divided by at the end;
             the division by the tokens of a sample waits until then too. None: neither is needed.
+        also: calls of sites that were made before; see `record_sites.also`.
 
     Returns:
         "effort": ||dL/dphi||_2, "loss": L, "el2n", "entropy"; each (B,), L one of its own for each sample, so a score
         does not depend on the batch. "site_norms": (B, sites), ||dL/dW||_2 of each site; effort^2 is the sum of their squares.
     """
     with torch.enable_grad(), record_sites(sites) as recorded:
+        for call in also:
+            recorded.also(*call)
         hidden = forward()[batch.sample_of, batch.before]
         tokens = response_scores(hidden, head, batch.labels, grad_scale=grad_scale or 1.0)
         means = mean_by_sample(tokens.loss, batch.sample_of, batch.counts)

@@ -283,11 +283,17 @@ def batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
     return cut
 
 
-def collate(pool: Pool, positions: Sequence[int] | np.ndarray, device="cpu", pad_token_id: int = 0, padding_side: str = "right") -> Batch:
-    """Samples of a pool as one padded batch. Padded tokens are never attended to and never labels."""
+def collate(
+    pool: Pool, positions: Sequence[int] | np.ndarray, device="cpu", pad_token_id: int = 0, padding_side: str = "right", skip: int = 0
+) -> Batch:
+    """Samples of a pool as one padded batch. Padded tokens are never attended to and never labels.
+
+    Args:
+        skip: tokens at each sample's start that are left out; none of them a response, nor the one before it.
+    """
     import torch
 
-    samples = [pool.ids(i) for i in positions]
+    samples = [pool.ids(i)[skip:] for i in positions]
     length = max(map(len, samples))
     input_ids = np.full((len(samples), length), pad_token_id, np.int64)
     attends = np.zeros((len(samples), length), bool)
@@ -296,7 +302,7 @@ def collate(pool: Pool, positions: Sequence[int] | np.ndarray, device="cpu", pad
         start = length - len(sample) if padding_side == "left" else 0
         input_ids[row, start : start + len(sample)] = sample
         attends[row, start : start + len(sample)] = True
-        places = np.flatnonzero(pool.response(i))
+        places = np.flatnonzero(pool.response(i)[skip:])
         sample_of.append(np.full(len(places), row))
         before.append(places - 1 + start)
         labels.append(sample[places])

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import weakref
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from staff import attention, scopes
+from staff import attention, prefix, scopes
 from staff.gradnorm import efforts, mean_by_sample, record_sites, response_scores
 from staff.memory import SHARD, Fitting
 from staff.pool import Batch, Pool, batches, collate
 
+logger = logging.getLogger(__name__)
 QUANTITIES = ("effort", "loss", "el2n", "entropy")
 FLOAT16_SCALES = (2.0**8, 2.0**-4)  # what gradients are multiplied by on their way; the second for samples that overflow
 CALIBRATION = 128  # samples that a model's layer means are taken over where it never sees the whole pool
@@ -27,6 +30,7 @@ class Scorer:
         batch_tokens: padded tokens of a batch at most.
         loss: a key of `gradnorm.LOSSES`.
         balance: keep the norm of each weight apart, so that `level` can divide it by its mean over the pool.
+        reuse_prefix: compute what all samples of a pool begin with once, where scope and model allow it (see prefix.py).
         seed: of scope "released". A tuned draft loses its query and value matrices there, for good.
 
     Raises:
@@ -42,6 +46,7 @@ class Scorer:
         *,
         loss: str = "mean",
         balance: bool = False,
+        reuse_prefix: bool = True,
         seed: int = 0,
     ):
         self.model = model.eval().requires_grad_(False)
@@ -53,6 +58,8 @@ class Scorer:
         self.sites = scopes.sites(model, scope, seed)
         self.with_features = False  # mean last hidden states of the responses besides, "features" (k, H)
         self.site_means: np.ndarray | None = None
+        self._reuses = reuse_prefix and scope == "last-value" and padding_side == "right"
+        self._prefix: tuple[weakref.ref[Pool], prefix.Prefix | None] | None = None
         self._takes_positions = "position_ids" in inspect.signature(scopes.decoder(model).forward).parameters
 
     def calibrate(self, pool: Pool, positions: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -104,9 +111,11 @@ class Scorer:
 
     def _scores(self, pool, positions, grad_scale, on_samples=None) -> dict[str, np.ndarray]:
         cut = batches(pool.lengths[positions], self.batch_tokens)
+        start = self._start_of(pool, grad_scale) if cut else None
         parts = []
         for places in cut:
-            parts.append(self._batch(collate(pool, positions[places], self.device, padding_side=self.padding_side), grad_scale))
+            skip = start.tokens if start else 0
+            parts.append(self._batch(collate(pool, positions[places], self.device, 0, self.padding_side, skip), grad_scale, start))
             if on_samples:
                 on_samples(len(places))
         order = np.argsort(np.concatenate(cut)) if cut else np.empty(0, np.int64)
@@ -115,24 +124,51 @@ class Scorer:
         empty |= {"features": np.empty((0, 0), np.float32)} if self.with_features else {}
         return {name: torch.cat([part[name] for part in parts]).cpu().numpy()[order] if parts else none for name, none in empty.items()}
 
-    def _forward(self, batch: Batch) -> torch.Tensor:
-        extra = {} if batch.attention_mask is None else {"attention_mask": batch.attention_mask}
-        if extra and self._takes_positions:
+    def _start_of(self, pool: Pool, grad_scale: float | None) -> prefix.Prefix | None:
+        """What a pool's samples begin with, once it has been seen that the model scores a sample the same with it."""
+        if not self._reuses:
+            return None
+        if self._prefix is None or self._prefix[0]() is not pool:
+            start = prefix.find(self.model, self.sites[0], pool)
+            if start:
+                probe = [int(np.argmin(pool.lengths)), int(np.argmax(pool.lengths))]
+                plain, reused = (
+                    self._batch(collate(pool, probe, self.device, skip=given.tokens if given else 0), grad_scale, given)["effort"]
+                    for given in (None, start)
+                )
+                tolerance = torch.finfo(next(self.model.parameters()).dtype).eps ** 0.5
+                if not torch.allclose(plain, reused, rtol=tolerance, atol=0):
+                    logger.warning("%s scores differently with a cache: the samples' common start is computed anew each time", self._name())
+                    start = None
+            self._prefix = (weakref.ref(pool), start)
+        return self._prefix[1]
+
+    def _name(self) -> str:
+        return type(scopes.inner(self.model)).__name__
+
+    def _forward(self, batch: Batch, cache=None) -> torch.Tensor:
+        extra: dict = {} if batch.attention_mask is None else {"attention_mask": batch.attention_mask}
+        extra |= {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
+        if batch.attention_mask is not None and self._takes_positions:
             extra["position_ids"] = batch.position_ids
         with attention.short_samples():
-            return scopes.decoder(self.model)(input_ids=batch.input_ids, use_cache=False, **extra).last_hidden_state
+            return scopes.decoder(self.model)(input_ids=batch.input_ids, **extra).last_hidden_state
 
-    def _batch(self, batch: Batch, grad_scale: float | None) -> dict[str, torch.Tensor]:
+    def _batch(self, batch: Batch, grad_scale: float | None, start: prefix.Prefix | None = None) -> dict[str, torch.Tensor]:
         states: list[torch.Tensor] = []
+        cache, also = None, []
+        if start:
+            cache, layer_input, output = start.for_batch(len(batch.counts))
+            also.append((0, layer_input, output))
 
         def forward():
-            hidden = self._forward(batch)
+            hidden = self._forward(batch, cache)
             if self.with_features:
                 of_response = hidden.detach()[batch.sample_of, batch.before + 1].float()
                 states.append(mean_by_sample(of_response, batch.sample_of, batch.counts[:, None]))
             return hidden
 
-        found = efforts(forward, self.head, self.sites, batch, self.loss, grad_scale)
+        found = efforts(forward, self.head, self.sites, batch, self.loss, grad_scale, also)
         return found | ({"features": states[0]} if states else {})
 
     def measure(self, batch: Batch, measure: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
