@@ -5,7 +5,7 @@ import json
 import pytest
 
 from family import write_pool
-from staff import cli, timing
+from staff import cli, models, timing
 from staff.config import PlanConfig
 from staff.methods import METHODS
 from staff.plan import Job, Speed, advice, staff_passes, stages, table
@@ -62,5 +62,46 @@ def test_the_command_times_the_models_and_says_what_to_do(family, tmp_path, caps
 def test_bad_settings_are_named():
     with pytest.raises(ValueError, match=r"in \[0, 1\); found 1"):
         PlanConfig(pruning_rate=(1,))
-    with pytest.raises(ValueError, match="--scope lora"):
-        PlanConfig(scope="lora")
+
+
+def test_the_text_has_a_line_a_method_with_the_seconds_of_each_stage():
+    made = {"n": 5, "tokens": 1000, "full_seconds": 4000, "methods": table(JOB, SPEEDS, (0.5,)), "advice": ["do so"]}
+    lines = timing.describe(made).splitlines()
+    stages_of = lines[lines.index("method              seconds of each stage") + 1 :]
+    assert [line.split()[0] for line in stages_of[: len(METHODS)]] == list(METHODS)
+    assert "staff               fine-tune the draft 300.0, score on the draft 100.0, verify on the target 100.0" in stages_of
+    assert "random              none" in stages_of
+    assert stages_of[-2:] == ["", "do so"]
+
+
+def test_a_scope_of_adapters_is_timed_on_a_fresh_one_that_training_does_not_see(family, tmp_path, monkeypatch):
+    scored, before_training = [], []
+    scorer, finetune = timing.Scorer, timing.finetune
+
+    def train(model, *rest, **settings):
+        before_training.append([name for name, _ in model.named_modules() if "lora" in name])
+        return finetune(model, *rest, **settings)
+
+    monkeypatch.setattr(timing, "Scorer", lambda model, *rest: scored.append(scorer(model, *rest)) or scored[-1])
+    monkeypatch.setattr(timing, "finetune", train)
+    write_pool(tmp_path / "pool.jsonl", 30)
+    data, target = (str(tmp_path / "pool.jsonl"),), str(family / "target")
+    made = timing.make_plan(PlanConfig(data, target, scope="lora", lora_rank=4, batch_size=2, dtype="float32"))
+    assert all(speed > 0 for speed in made["speeds"]["target"].values())
+    assert len(scored[0].sites) == 2 * 7 * 4  # A and B of the seven layers of four blocks
+    assert before_training == [[]]
+
+
+def test_the_models_are_quantised_as_a_selection_would(family, tmp_path, monkeypatch):
+    asked = []
+    load = models.load_model
+
+    def watch(source, dtype, device, trust_remote_code, load_in):
+        asked.append((source.folder.name, load_in))
+        return load(source, dtype, device, trust_remote_code)
+
+    monkeypatch.setattr(models, "load_model", watch)
+    write_pool(tmp_path / "pool.jsonl", 30)
+    flags = ["--data", str(tmp_path / "pool.jsonl"), "--target", str(family / "target"), "--draft", str(family / "draft")]
+    cli.plan([*flags, "--load-in", "4bit", "--batch-size", "2"])
+    assert asked == [("target", "4bit"), ("draft", "4bit")]

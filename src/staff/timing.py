@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from staff import formats, models, plan
+from staff import adapters, formats, models, plan
 from staff.config import PlanConfig
 from staff.finetune import finetune
 from staff.pool import Pool, tokenise
@@ -24,11 +24,14 @@ def measure(model: Any, pool: Pool, config: PlanConfig) -> plan.Speed:
     rng = np.random.default_rng(config.seed)
     positions = rng.permutation(len(pool))[: 2 * SAMPLES]
     positions = np.resize(positions, 2 * SAMPLES)
-    scorer = Scorer(model, config.scope, config.batch_tokens)
+    with_adapter = adapters.add_lora(model, config.lora_rank, config.lora_rank, config.seed) if config.scope == "lora" else None
+    scorer = Scorer(with_adapter or model, config.scope, config.batch_tokens)
     scorer.scores(pool, positions[:SAMPLES])
     began = time.perf_counter()
     scorer.scores(pool, positions[SAMPLES:])
     scoring = (time.perf_counter() - began) / pool.lengths[positions[SAMPLES:]].sum()
+    if with_adapter:
+        model = with_adapter.unload()  # training puts on one of its own
     steps: list[float] = []
     chosen = np.resize(positions, STEPS * config.batch_size)
     with tempfile.TemporaryDirectory(prefix="staff-") as folder:
@@ -62,7 +65,7 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
     speeds, pools = {}, {}
     for label, source in sources.items():
         pools[label] = tokenise(rows.examples(), models.load_tokenizer(source, config.trust_remote_code), config.max_length)
-        model = models.load_model(source, dtype, device, config.trust_remote_code)
+        model = models.load_model(source, dtype, device, config.trust_remote_code, config.load_in)
         speeds[label] = measure(draft.cut(model, keep) if label == "draft" and keep else model, pools[label], config)
     if "draft" in speeds:  # a tokenizer of its own may make more or fewer tokens of the same text
         scale = pools["draft"].lengths.sum() / pools["target"].lengths.sum()
@@ -98,4 +101,8 @@ def describe(made: dict[str, Any]) -> str:
         lines.append(f"{row['method']:20}{row['selection_seconds']:10.1f}{totals}{pays:>11}")
     lines.append(f"{'all data':20}{0:10.1f}" + f"{made['full_seconds']:13.1f}" * len(rates))
     lines += ["", "with the training on what is kept; verification at its most, num_regions x verification_budget samples", ""]
-    return "\n".join([*lines, *made["advice"]])
+    lines.append(f"{'method':20}seconds of each stage")
+    for row in made["methods"]:
+        found = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in row["stages"].items())
+        lines.append(f"{row['method']:20}{found or 'none'}")
+    return "\n".join([*lines, "", *made["advice"]])
