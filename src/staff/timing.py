@@ -24,7 +24,7 @@ def measure(model: Any, pool: Pool, config: PlanConfig) -> plan.Speed:
     rng = np.random.default_rng(config.seed)
     positions = rng.permutation(len(pool))[: 2 * SAMPLES]
     positions = np.resize(positions, 2 * SAMPLES)
-    with_adapter = adapters.add_lora(model, config.lora_rank, config.lora_rank, config.seed) if config.scope == "lora" else None
+    with_adapter: Any = adapters.add_lora(model, config.lora_rank, config.lora_rank, config.seed) if config.scope == "lora" else None
     scorer = Scorer(with_adapter or model, config.scope, config.batch_tokens)
     scorer.scores(pool, positions[:SAMPLES])
     began = time.perf_counter()
