@@ -435,10 +435,10 @@ class Short(score.Scorer):
     holds = 200
     error: BaseException = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    def _batch(self, batch, grad_scale):
+    def _batch(self, batch, grad_scale, start=None):
         if batch.input_ids.numel() > self.holds:
             raise self.error
-        return super()._batch(batch, grad_scale)
+        return super()._batch(batch, grad_scale, start)
 
 
 def short(holds, error=Short.error):
@@ -609,3 +609,12 @@ def test_exit_codes_are_those_of_the_readme(tmp_path):
     reads = subprocess.Popen([sys.executable, "-m", "staff.cli", "methods"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     reads.stdout.close()
     assert (reads.wait(), reads.stderr.read()) == (1, b"")
+
+
+def test_a_budget_settled_once_is_kept_whatever_is_told_later(tmp_path):
+    budgets = memory.Budgets(tmp_path / "budgets.json", None)
+    budgets.settle(2048)
+    budgets.lower(3, 500)
+    again = memory.Budgets(tmp_path / "budgets.json", None)
+    again.settle(65536)
+    assert [again.of(shard) for shard in (0, 2, 3, 9)] == [2048, 2048, 500, 500]

@@ -74,14 +74,14 @@ class SelectConfig:
     """L of a sample: its response tokens' losses summed and divided by their number, by nothing, or by the number's root."""
     balance_layers: bool = False
     """Divide the gradient norm of each weight by its mean over the pool first, so that wide layers do not drown the others."""
-    draft_epochs: float = 3.0
-    """T, epochs of fine-tuning the draft before it scores; 0 scores it as it comes."""
+    draft_epochs: float = 0.0
+    """T, epochs of fine-tuning the draft before it scores; 0 scores it as it comes, the paper has 3."""
     draft_share: float = 1.0
     """f, share of the pool that the draft is fine-tuned on, drawn at random, in (0, 1]."""
     target_epochs: float = 3.0
     """Epochs of fine-tuning the target for the methods that score a fine-tuned one: grand, el2n, ccs, d2."""
-    draft_blocks: Literal["even", "first", "last", "ends"] = "even"
-    """Which blocks a self:N draft keeps: spread evenly, the first, the last, or half from either end."""
+    draft_blocks: Literal["first", "even", "last", "ends"] = "first"
+    """Which blocks a self:N draft keeps: the first, spread evenly, the last, or half from either end."""
     num_regions: int = 50
     """K, intervals of equal width that the scores are cut into."""
     verification_budget: int = 10
@@ -114,8 +114,8 @@ class SelectConfig:
     """What the models compute in; auto is bfloat16 where the hardware has it, else float32."""
     load_in: Literal["8bit", "4bit"] | None = None
     """Quantise the models' weights as they load, with bitsandbytes."""
-    batch_tokens: int = 4096
-    """Padded tokens of a scoring batch at most."""
+    batch_tokens: int | None = None
+    """Padded tokens of a scoring batch at most; left out, what the device's memory bears."""
     checkpoint_seconds: float = 60.0
     """How often the draft's fine-tuning is saved for a resume."""
     trust_remote_code: bool = False
@@ -137,7 +137,7 @@ class SelectConfig:
         _in_range(self, "hard_cutoff", 0, 1, open_above=True)
         _in_range(self, "draft_epochs", 0, None)
         _in_range(self, "target_epochs", 0, None, open_below=True)
-        for name in ("num_regions", "verification_budget", "batch_tokens"):
+        for name in ("num_regions", "verification_budget"):
             _in_range(self, name, 1, None)
         _check_scoring(self)
         _check_training(self)
@@ -175,15 +175,14 @@ class ScoreConfig:
     """What the model computes in; auto is bfloat16 where the hardware has it, else float32."""
     load_in: Literal["8bit", "4bit"] | None = None
     """Quantise the weights as they load, with bitsandbytes."""
-    batch_tokens: int = 4096
-    """Padded tokens of a scoring batch at most."""
+    batch_tokens: int | None = None
+    """Padded tokens of a scoring batch at most; left out, what the device's memory bears."""
     trust_remote_code: bool = False
     """Run Python code that a model's repository brings along."""
 
     def __post_init__(self):
         _as_paths(self)
-        for name in ("batch_tokens", "lora_rank"):
-            _in_range(self, name, 1, None)
+        _in_range(self, "lora_rank", 1, None)
         _check_scoring(self)
         _in_range(self, "max_length", 2, None)
         _in_range(self, "seed", 0, 2**32 - 1)
@@ -252,7 +251,7 @@ class PlanConfig:
     """Epochs of fine-tuning the target on what is kept."""
     scope: Literal["last-value", "last-block", "linear", "lora", "released"] = "last-value"
     """Which weights the effort is taken on."""
-    draft_epochs: float = 3.0
+    draft_epochs: float = 0.0
     """T, epochs of fine-tuning the draft before it scores."""
     draft_share: float = 1.0
     """f, share of the pool that the draft is fine-tuned on."""
@@ -264,8 +263,8 @@ class PlanConfig:
     """Rank of the LoRA adapters."""
     batch_size: int = 8
     """Samples of a training step."""
-    batch_tokens: int = 4096
-    """Padded tokens of a scoring batch at most."""
+    batch_tokens: int | None = None
+    """Padded tokens of a scoring batch at most; left out, what the device's memory bears."""
     max_length: int = 1024
     """Tokens of a sample at most."""
     seed: int = 42
@@ -290,8 +289,10 @@ class PlanConfig:
         _in_range(self, "epochs", 0, None, open_below=True)
         _in_range(self, "draft_epochs", 0, None)
         _in_range(self, "draft_share", 0, 1, open_below=True)
-        for name in ("num_regions", "verification_budget", "lora_rank", "batch_size", "batch_tokens"):
+        for name in ("num_regions", "verification_budget", "lora_rank", "batch_size"):
             _in_range(self, name, 1, None)
+        if self.batch_tokens is not None:
+            _in_range(self, "batch_tokens", 1, None)
         _in_range(self, "max_length", 2, None)
 
 
@@ -335,6 +336,8 @@ class EvaluateConfig:
 
 
 def _check_scoring(config) -> None:
+    if config.batch_tokens is not None:
+        _in_range(config, "batch_tokens", 1, None)
     if config.balance_layers and config.scope in ("last-value", "released"):
         raise ValueError(f"--balance-layers needs a scope of several weights, as last-block or linear; {config.scope} has one")
 

@@ -33,7 +33,7 @@ def chosen_blocks(total: int, keep: int, which: str) -> list[int]:
     raise ValueError(f"draft blocks must be one of {', '.join(CHOICES)}; found {which!r}")
 
 
-def cut(model: nn.Module, keep: int, which: str = "even") -> nn.Module:
+def cut(model: nn.Module, keep: int, which: str = "first") -> nn.Module:
     """Keep some of a model's blocks, in place; embeddings, final norm and head stay.
 
     Args:

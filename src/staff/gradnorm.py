@@ -11,14 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 
 # what the summed cross-entropy of a sample's response tokens is divided by: their number to this power
 LOSSES = {"mean": 1.0, "sum": 0.0, "sqrt": 0.5}
-CHUNK_BYTES = 32 * 2**20  # float32 working memory of one step of a chunked product: stays near the cache
+CHUNK_BYTES = 32 * 2**20  # float32 working memory of one step of a chunked product: on a CPU it stays near the cache
+
+
+@cache
+def chunk_bytes_on(device: torch.device) -> int:
+    """Working memory of a step of a chunked product: on a GPU a 64th of its memory, 1 GiB at most, so that few steps fill it."""
+    if device.type != "cuda":
+        return CHUNK_BYTES
+    return max(CHUNK_BYTES, min(2**30, torch.cuda.get_device_properties(device).total_memory // 64))
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +209,7 @@ def squared_norm_of_products(layer_input: Tensor, grad_output: Tensor) -> Tensor
     gram = tokens * (inner + outer) < outer * inner
     floats_a_sample = 2 * tokens * tokens if gram else outer * inner
     floats_a_sample += tokens * (inner + outer)
-    step = max(1, CHUNK_BYTES // (floats_a_sample * wide.itemsize))
+    step = max(1, chunk_bytes_on(grad_output.device) // (floats_a_sample * wide.itemsize))
     squares = []
     for start in range(0, batch, step):
         a = layer_input[start : start + step].to(wide)
@@ -229,7 +237,7 @@ class TokenScores:
     entropy: Tensor
 
 
-def response_scores(hidden: Tensor, head: Head, labels: Tensor, chunk_bytes: int = CHUNK_BYTES, grad_scale: float = 1.0) -> TokenScores:
+def response_scores(hidden: Tensor, head: Head, labels: Tensor, chunk_bytes: int | None = None, grad_scale: float = 1.0) -> TokenScores:
     """Cross-entropy, EL2N and entropy of response tokens, the gradient in closed form.
 
     With p = softmax(W h), dloss/dh = W^T (p - onehot). Both are taken chunk by chunk, so that no (tokens x vocabulary)
@@ -239,7 +247,7 @@ def response_scores(hidden: Tensor, head: Head, labels: Tensor, chunk_bytes: int
         hidden: (N, H), the final hidden state at the token *before* each response token.
         head: the output embedding; its weight gets no gradient.
         labels: (N,) int64, the response tokens.
-        chunk_bytes: float32 working memory for a chunk of logits.
+        chunk_bytes: float32 working memory for a chunk of logits; None: by the device.
         grad_scale: the gradient that flows back is this many times the loss's own. A power of two above 1 keeps small
             probabilities from vanishing in float16.
 
@@ -248,7 +256,8 @@ def response_scores(hidden: Tensor, head: Head, labels: Tensor, chunk_bytes: int
     """
     weight = head.module.weight
     bias = getattr(head.module, "bias", None)
-    return TokenScores(*_ResponseScores.apply(hidden, weight, bias, labels, head.scale, head.cap, chunk_bytes, grad_scale))
+    room = chunk_bytes or chunk_bytes_on(hidden.device)
+    return TokenScores(*_ResponseScores.apply(hidden, weight, bias, labels, head.scale, head.cap, room, grad_scale))
 
 
 class _ResponseScores(torch.autograd.Function):

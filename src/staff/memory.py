@@ -26,12 +26,21 @@ class Budgets:
 
     Args:
         path: a file of the piece of work that they are for.
-        first: the budget of the first shard.
+        first: the budget of the first shard; None: what `settle` is told, the first time.
     """
 
-    def __init__(self, path: Path, first: int):
-        self._path = path
-        self._steps: list[list[int]] = [[0, first], *(read_checked(path) or {}).get("from_shard", [])]
+    def __init__(self, path: Path, first: int | None):
+        self._path, self._given = path, [] if first is None else [[0, first]]
+        self._steps: list[list[int]] = [*self._given, *(read_checked(path) or {}).get("from_shard", [])]
+
+    def settle(self, tokens: int) -> None:
+        """Begin with `tokens`, unless it is known already; written down, so that a resume on other hardware cuts alike."""
+        if not self._steps:
+            self._steps = [[0, tokens]]
+            self._write()
+
+    def _write(self) -> None:
+        write_checked(self._path, {"from_shard": self._steps[len(self._given) :]})
 
     def of(self, shard: int) -> int:
         """The budget of a shard, in padded tokens."""
@@ -41,7 +50,7 @@ class Budgets:
         """From this shard on at most `tokens`; shards before it keep what they had."""
         later = [[start, min(least, tokens)] for start, least in self._steps if start > shard]
         self._steps = [*(step for step in self._steps if step[0] < shard or step == self._steps[0]), [shard, tokens], *later]
-        write_checked(self._path, {"from_shard": self._steps[1:]})
+        self._write()
 
 
 def score_within(

@@ -238,6 +238,9 @@ def _check(config: SelectConfig, data: Any, methods: Mapping[str, Method]) -> No
             )
     if _takes_running(config, methods):
         check_running(config)
+    for name in config.method:
+        if not config.draft_epochs and any(need.startswith("draft@") for need in methods[name].needs.values()):
+            raise ValueError(f"--method {name} follows the draft through its tuning, and it is not tuned: give --draft-epochs, 3 say")
     if "less" in config.method and not config.validation:
         raise ValueError("--method less needs a few rows of the task as it will be judged: --validation FILE")
 

@@ -18,7 +18,28 @@ from staff.pool import Batch, Pool, batches, collate
 logger = logging.getLogger(__name__)
 QUANTITIES = ("effort", "loss", "el2n", "entropy")
 FLOAT16_SCALES = (2.0**8, 2.0**-4)  # what gradients are multiplied by on their way; the second for samples that overflow
+CPU_TOKENS, MOST_TOKENS = 2048, 65536
 CALIBRATION = 128  # samples that a model's layer means are taken over where it never sees the whole pool
+
+
+def settled_tokens(model: torch.nn.Module, scope: str) -> int:
+    """Padded tokens of a batch that a model's device bears, a power of two.
+
+    On a CPU what keeps a block's numbers near its cache. On a GPU half of the memory that the weights leave, by a generous
+    count of what a token takes in the widest block, or in all blocks that keep a graph; of the whole memory and not of
+    what is free at the moment, so that machines alike cut alike.
+    """
+    parameter = next(model.parameters())
+    if parameter.device.type != "cuda":
+        return CPU_TOKENS
+    config = scopes.text_config(model)
+    width = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    kept = len(scopes.blocks(model)) if scope in ("linear", "lora") else 1
+    a_token = (12 * width + 6 * inner) * kept * parameter.element_size()
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    room = (torch.cuda.get_device_properties(parameter.device).total_memory - weights) // 2
+    return 2 ** int(np.log2(np.clip(room / a_token, 1024, MOST_TOKENS)))
 
 
 class Scorer:
@@ -27,7 +48,7 @@ class Scorer:
     Args:
         model: a causal language model, perhaps with an adapter, on its device.
         scope: a key of `scopes.SCOPES`.
-        batch_tokens: padded tokens of a batch at most.
+        batch_tokens: padded tokens of a batch at most; None: `settled_tokens`.
         loss: a key of `gradnorm.LOSSES`.
         balance: keep the norm of each weight apart, so that `level` can divide it by its mean over the pool.
         reuse_prefix: compute what all samples of a pool begin with once, where scope and model allow it (see prefix.py).
@@ -41,7 +62,7 @@ class Scorer:
         self,
         model: torch.nn.Module,
         scope: str = "last-value",
-        batch_tokens: int = 4096,
+        batch_tokens: int | None = None,
         padding_side: str = "right",
         *,
         loss: str = "mean",
@@ -50,7 +71,8 @@ class Scorer:
         seed: int = 0,
     ):
         self.model = model.eval().requires_grad_(False)
-        self.batch_tokens, self.padding_side, self.loss, self.balance = batch_tokens, padding_side, loss, balance
+        self.first_tokens = self.batch_tokens = settled_tokens(model, scope) if batch_tokens is None else batch_tokens
+        self.padding_side, self.loss, self.balance = padding_side, loss, balance
         self.device = next(model.parameters()).device
         self.head = scopes.head_of(model)
         if scope == "released":
@@ -130,16 +152,15 @@ class Scorer:
             return None
         if self._prefix is None or self._prefix[0]() is not pool:
             start = prefix.find(self.model, self.sites[0], pool)
-            if start:
-                probe = [int(np.argmin(pool.lengths)), int(np.argmax(pool.lengths))]
+            for probe in (int(np.argmin(pool.lengths)), int(np.argmax(pool.lengths))) if start else ():
                 plain, reused = (
-                    self._batch(collate(pool, probe, self.device, skip=given.tokens if given else 0), grad_scale, given)["effort"]
+                    self._batch(collate(pool, [probe], self.device, skip=given.tokens if given else 0), grad_scale, given)["effort"]
                     for given in (None, start)
                 )
-                tolerance = torch.finfo(next(self.model.parameters()).dtype).eps ** 0.5
-                if not torch.allclose(plain, reused, rtol=tolerance, atol=0):
+                if not torch.allclose(plain, reused, rtol=torch.finfo(next(self.model.parameters()).dtype).eps ** 0.5, atol=0):
                     logger.warning("%s scores differently with a cache: the samples' common start is computed anew each time", self._name())
                     start = None
+                    break
             self._prefix = (weakref.ref(pool), start)
         return self._prefix[1]
 

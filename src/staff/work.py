@@ -359,6 +359,7 @@ class Work:
             nonlocal began
             made = self.scorer(name, at)
             made.with_features = with_features
+            budgets.settle(made.first_tokens)
             began = time.monotonic()
             return Fitting(made, budgets, self._name_of)
 
@@ -387,6 +388,7 @@ class Work:
             began = time.monotonic()
             if self.config.balance_layers and scorer.site_means is None:
                 self._calibrate(scorer, name, folder)
+            budgets.settle(scorer.first_tokens)
             found = score_within(scorer, pool, positions, budgets, ledger.next, self._name_of)["effort"]
             self.unchanged(self.models[name].base)
             self._spend(stage, name, pool, positions, time.monotonic() - began)
@@ -411,6 +413,7 @@ class Work:
         pool, began = self.pool(name), time.monotonic()
         positions = np.sort(np.random.default_rng([self.config.seed, 2]).choice(len(pool), min(CALIBRATION, len(pool)), replace=False))
         budgets = Budgets(folder / "site_means-budgets.json", self.config.batch_tokens)
+        budgets.settle(scorer.first_tokens)
         norms = score_within(scorer, pool, positions, budgets, 0, self._name_of)["site_norms"]
         scorer.site_means = norms.mean(0, dtype=np.float64)
         write_arrays(folder / "site_means.npz", {"site_means": scorer.site_means})
