@@ -20,6 +20,7 @@ from staff import scopes
 from staff.gradnorm import CHUNK_BYTES, Site
 from staff.models import load_model, resolve
 from staff.pool import Pool, batches
+from staff.prefix import length_of
 from staff.score import score_shards
 
 LONG = 2048  # tokens of the sample whose memory is measured
@@ -93,7 +94,8 @@ def run_floor(case: dict, folder: Path) -> dict:
     dtype = model.dtype
     cut = batches(pool.lengths, case["batch_tokens"])
     batch = int(np.median([len(part) * pool.lengths[part].max() for part in cut]))
-    tokens, responses = int(pool.lengths.sum()), int(pool.response_tokens().sum())
+    tokens = int(pool.lengths.sum()) - (len(pool) - 1) * length_of(pool)  # what all samples begin with needs to be read once
+    responses = int(pool.response_tokens().sum())
     every = [[(name, scopes.weight_shape(m)) for name, m in block.named_modules() if scopes.is_linear(m)] for block in scopes.blocks(model)]
     head = model.get_output_embeddings().weight
     products = [(shape, batch, False, tokens) for block in every for _, shape in block]
