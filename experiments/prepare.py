@@ -26,6 +26,7 @@ FILES = {  # file -> source, rows at most, condition
     "medquad-300.jsonl": (f"{SAMPLE}/train.jsonl", 300, any_row),
     "medquad-test-100.jsonl": (f"{SAMPLE}/test.jsonl", 100, any_row),
     "medquad-validation.jsonl": ("biomedical_qa/validation.jsonl", 200, like_the_sample),
+    "dialogue-300.jsonl": ("dialogue_summarization/train.jsonl", 300, any_row),
     "wiki-train.jsonl": ("wiki_paraphrase/train.jsonl", 2000, any_row),
     "wiki-600.jsonl": ("wiki_paraphrase/train.jsonl", 600, any_row),
     "wiki-validation.jsonl": ("wiki_paraphrase/validation.jsonl", 200, any_row),
