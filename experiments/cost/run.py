@@ -89,10 +89,10 @@ def summed(draft: str, target: str) -> str:
     by_clock = sum(stage["seconds"] for stage in own) / whole["seconds"]
     r_clock = stages["score on the draft"]["seconds"] / whole["seconds"]
     with_clock = plan.staff_passes(terms["epochs"], terms["share"], r_clock, terms["verified_share"])
-    return (
-        f"| {draft} for {target} | {terms['relative_cost']:.3f} | {terms['verified_share']:.3f} | {terms['passes']:.2f} | {by_operations:.2f} "
-        f"({terms['passes'] / by_operations - 1:+.0%}) | {r_clock:.3f} | {with_clock:.2f} | {by_clock:.2f} ({with_clock / by_clock - 1:+.0%}) |"
-    )
+    cells = [f"{terms['relative_cost']:.3f}", f"{terms['verified_share']:.3f}", f"{terms['passes']:.2f}"]
+    cells += [f"{by_operations:.2f} ({terms['passes'] / by_operations - 1:+.0%})", f"{r_clock:.3f}", f"{with_clock:.2f}"]
+    cells.append(f"{by_clock:.2f} ({with_clock / by_clock - 1:+.0%})")
+    return f"| {draft} for {target} | {' | '.join(cells)} |"
 
 
 def of_the_paper(draft: str, target: str) -> str:
@@ -102,7 +102,8 @@ def of_the_paper(draft: str, target: str) -> str:
 
     r, v = token(draft) / token(target), PAPER_VERIFIED / PAPER_POOL
     tuned, raw = plan.staff_passes(3, 1, r, v), plan.staff_passes(0, 1, r, v)
-    return f"| {draft} for {target} | {r:.2f} | {tuned:.2f} | {raw:.2f} | {'direct' if tuned > 1 else 'the draft'} | {plan.break_even(3, 1, v):.2f} |"
+    cheaper = "direct" if tuned > 1 else "the draft"
+    return f"| {draft} for {target} | {r:.2f} | {tuned:.2f} | {raw:.2f} | {cheaper} | {plan.break_even(3, 1, v):.2f} |"
 
 
 def main() -> None:
