@@ -39,9 +39,11 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     for name, (source, most, wanted) in FILES.items():
         path = Path(source) if source.startswith("examples/") else data / source
-        with open(path, encoding="utf-8") as lines, open(output / name, "w", encoding="utf-8") as file:
+        with open(path, encoding="utf-8") as lines:
             kept = list(islice((line for line in lines if wanted(json.loads(line))), most))
-            file.writelines(kept)
+        text = "".join(kept)
+        if not (output / name).exists() or (output / name).read_text(encoding="utf-8") != text:  # a run that reads it would stop
+            (output / name).write_text(text, encoding="utf-8")
         print(f"{output / name}: {len(kept)} rows")
 
 

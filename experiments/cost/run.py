@@ -119,9 +119,7 @@ def main() -> None:
     say("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for pair in PAIRS:
         say(summed(*pair))
-    say(
-        f"\n## What the sum says of the paper's pairs\n\nT = 3, f = 1, v = {PAPER_VERIFIED} of {PAPER_POOL:,} samples; scoring the target itself costs 1.\n"
-    )
+    say(f"\n## What the sum says of the paper's pairs\n\nf = 1, v = {PAPER_VERIFIED} of {PAPER_POOL:,} samples; the target itself: 1.\n")
     say("| pair | r | T = 3 | T = 0 | cheaper at T = 3 | the draft pays below r |\n| --- | ---: | ---: | ---: | --- | ---: |")
     for pair in PAPER_PAIRS:
         say(of_the_paper(*pair))

@@ -113,10 +113,18 @@ def main() -> None:
     else:
         path.write_text(",".join(COLUMNS) + "\n")
     targets: dict = {}
-    for settings, seed in [(SETTINGS, seed) for seed in SEEDS] + [(LATER, seed) for seed in SEEDS]:
+    first, *others = SEEDS
+    parts = [(SETTINGS, first, [*DRAFTS])]
+    parts += [
+        (settings, seed, [name])
+        for settings in (SETTINGS, LATER)
+        for name in DRAFTS
+        for seed in (others if settings is SETTINGS else SEEDS)
+    ]
+    for settings, seed, names in parts:
         for task, file in TASKS.items():
             examples = list(islice(formats.read([file]).examples(), ROWS))
-            for name, keep in DRAFTS.items():
+            for name, keep in ((name, DRAFTS[name]) for name in names):
                 for epochs, share, rate in settings:
                     key = tuple(map(str, (task, name, seed, epochs, share, rate)))
                     if key in done:
