@@ -362,6 +362,13 @@ class InspectConfig:
         _in_range(self, "max_length", 2, None)
 
 
+def check_named(config, *names: str) -> None:
+    """Raise ValueError for the first of these settings that has nothing in it."""
+    for name in names:
+        if not getattr(config, name):
+            raise ValueError(f"name the {name} with --{name}")
+
+
 def _as_paths(config) -> None:
     """One path as data is a tuple of one."""
     object.__setattr__(config, "data", (config.data,) if isinstance(config.data, str) else tuple(config.data))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from staff import formats, metrics
-from staff.config import EvaluateConfig, flat
+from staff.config import EvaluateConfig, check_named, flat
 from staff.store import RunDirectory, fingerprint, hash_file, read_checked, remove, write_aside, write_checked, write_json
 
 logger = logging.getLogger(__name__)
@@ -41,9 +41,7 @@ def evaluate(config: EvaluateConfig, *, on_progress: Callable[[str, int, int], N
     Raises:
         ValueError: something that the user can mend.
     """
-    for name in ("data", "model", "output"):
-        if not getattr(config, name):
-            raise ValueError(f"name the {name} with --{name}")
+    check_named(config, "data", "model", "output")
     output = Path(str(config.output))
     if output.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"--output {output}: the scores are written a row an example; name a file that ends in .jsonl or .parquet")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from staff import formats
-from staff.config import FinetuneConfig, ScoreConfig, SelectConfig, flat, to_yaml, yaml_value
+from staff.config import FinetuneConfig, ScoreConfig, SelectConfig, check_named, flat, to_yaml, yaml_value
 from staff.methods import METHODS, Method
 from staff.methods.groups import select_by_group
 from staff.outputs import Cell, Run, find_finished, pushed, warn, write, write_tables
@@ -320,9 +320,7 @@ def finetune(config: FinetuneConfig, *, update: bool = False, on_progress: Progr
     """
     from staff import models
 
-    for name in ("data", "model", "output"):
-        if not getattr(config, name):
-            raise ValueError(f"name the {name} with --{name}")
+    check_named(config, "data", "model", "output")
     assert config.output
     rows = formats.read(list(config.data), **config.reading.keywords())
     source = models.resolve(config.model, "--model")
@@ -407,9 +405,7 @@ def score(config: ScoreConfig, *, on_progress: Progress | None = None) -> tuple[
     Raises:
         ValueError: something that the user can mend.
     """
-    for name in ("data", "model", "output"):
-        if not getattr(config, name):
-            raise ValueError(f"name the {name} with --{name}")
+    check_named(config, "data", "model", "output")
     output = Path(str(config.output))
     if output.suffix != ".parquet":
         raise ValueError(f"--output {output}: the scores are written as Parquet; name a file that ends in .parquet")

@@ -77,7 +77,7 @@ class Job:
 
 
 def stages(method: Method, job: Job, speeds: Mapping[str, Speed]) -> dict[str, float] | None:
-    """Predicted seconds of each stage of a method's selection; None where it needs a draft and there is none.
+    """Predicted seconds of each stage of a method's selection; None where it needs a draft and there is none, or none that is tuned.
 
     Reading, tokenising and loading models are left out: small, and much the same for all.
 
@@ -91,7 +91,7 @@ def stages(method: Method, job: Job, speeds: Mapping[str, Speed]) -> dict[str, f
         if label == "pool":
             continue
         base = "target" if "target" in label else "draft"
-        if base not in speeds:
+        if base not in speeds or (checkpoints and not job.draft_epochs):
             return None
         scoring = job.tokens * speeds[base].scoring
         training = job.tokens * speeds[base].training

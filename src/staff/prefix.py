@@ -8,7 +8,7 @@ other token. Nothing else of the start has a gradient that the scope "last-value
 
 from __future__ import annotations
 
-import logging
+import inspect
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,6 @@ from staff import scopes
 from staff.gradnorm import Site
 from staff.pool import Pool
 
-logger = logging.getLogger(__name__)
 LEAST = 8  # tokens from which it pays
 FIXED_ROPE = ("default", "linear", "llama3", "yarn", None)  # positions turn by the same angle however long a sample is
 
@@ -94,6 +93,8 @@ def find(model: torch.nn.Module, site: Site, pool: Pool) -> Prefix | None:
     config = scopes.text_config(model)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     length = length_of(pool)
+    if "past_key_values" not in inspect.signature(scopes.decoder(model).forward).parameters:
+        return None
     if length < LEAST or rope.get("rope_type") not in FIXED_ROPE or not site.name.startswith("blocks."):
         return None
     place = int(site.name.split(".")[1])
