@@ -38,8 +38,66 @@ class Reading:
         return {"config": values.pop("dataset_config"), **values}
 
 
+def _own_first(kind: type) -> type:
+    """A class decorator: its own fields before those it shares with others, as --help and config.yaml show them."""
+    fields = dataclasses.fields(kind)
+    shared = {name for base in kind.__mro__[1:] for name in getattr(base, "__dataclass_fields__", ())}
+    order = sorted(fields, key=lambda field: field.name in shared)
+    setattr(kind, "__dataclass_fields__", {field.name: field for field in order})  # noqa: B010 -- mypy knows no such attribute
+    return kind
+
+
 @dataclass(frozen=True)
-class SelectConfig:
+class _Engine:
+    """Where models compute and in what; what commands that load one have in common."""
+
+    reading: Reading = Reading()
+    """How the data is read."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
+    dtype: Dtype = "auto"
+    """What models compute in; auto is bfloat16 where the hardware has it, else float32."""
+    trust_remote_code: bool = False
+    """Run Python code that a model's repository brings along."""
+
+
+@dataclass(frozen=True)
+class _Scoring(_Engine):
+    """What an effort is, and how models are loaded to score."""
+
+    scope: Literal["last-value", "last-block", "linear", "lora", "released"] = "last-value"
+    """Which weights the effort is taken on."""
+    loss: Literal["mean", "sum", "sqrt"] = "mean"
+    """L of a sample: its response tokens' losses summed and divided by their number, by nothing, or by the number's root."""
+    balance_layers: bool = False
+    """Divide the gradient norm of each weight by its mean over the pool first, so that wide layers do not drown the others."""
+    load_in: Literal["8bit", "4bit"] | None = None
+    """Quantise the models' weights as they load, with bitsandbytes."""
+    batch_tokens: int | None = None
+    """Padded tokens of a scoring batch at most; left out, what the device's memory bears."""
+
+
+@dataclass(frozen=True)
+class _Training:
+    """How a LoRA adapter is trained."""
+
+    lora_rank: int = 8
+    """Rank of the LoRA adapter, on all linear layers."""
+    lora_alpha: int = 16
+    """Scale of the adapter: its product is multiplied by alpha / rank."""
+    learning_rate: float = 1e-4
+    """Peak learning rate; warm-up, then cosine."""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises."""
+    batch_size: int = 8
+    """Samples of a training step."""
+    checkpoint_seconds: float = 60.0
+    """How often fine-tuning is saved for a resume."""
+
+
+@_own_first
+@dataclass(frozen=True)
+class SelectConfig(_Training, _Scoring):
     """Choose the coreset of a pool: the main job."""
 
     data: tuple[str, ...] = ()
@@ -68,12 +126,6 @@ class SelectConfig:
     """Options of methods that have no flag of their own, as in num_strata=20 or part=bottom."""
     group_by: str | None = None
     """A column of the data: the budget is shared over its values by size, and selection runs inside each."""
-    scope: Literal["last-value", "last-block", "linear", "lora", "released"] = "last-value"
-    """Which weights the effort is taken on."""
-    loss: Literal["mean", "sum", "sqrt"] = "mean"
-    """L of a sample: its response tokens' losses summed and divided by their number, by nothing, or by the number's root."""
-    balance_layers: bool = False
-    """Divide the gradient norm of each weight by its mean over the pool first, so that wide layers do not drown the others."""
     draft_epochs: float = 0.0
     """T, epochs of fine-tuning the draft before it scores; 0 scores it as it comes, the paper has 3."""
     draft_share: float = 1.0
@@ -92,34 +144,10 @@ class SelectConfig:
     """The budget rule over the regions: the authors' released code, or Eq. 4 as printed."""
     pick: Literal["top", "random"] = "top"
     """Which samples of a region are kept: the highest scores, or random ones."""
-    lora_rank: int = 8
-    """Rank of the draft's LoRA adapter, on all linear layers."""
-    lora_alpha: int = 16
-    """Scale of the adapter: its product is multiplied by alpha / rank."""
-    learning_rate: float = 1e-4
-    """Peak learning rate; warm-up, then cosine."""
-    warmup: float = 0.1
-    """Share of the steps in which the learning rate rises."""
-    batch_size: int = 8
-    """Samples of a training step."""
     max_length: int = 1024
     """Tokens of a sample at most; longer prompts lose their start."""
     seed: int = 42
     """One seed for the draft's sample and adapter, the draws, the picks and the fill."""
-    reading: Reading = Reading()
-    """How the data is read."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
-    dtype: Dtype = "auto"
-    """What the models compute in; auto is bfloat16 where the hardware has it, else float32."""
-    load_in: Literal["8bit", "4bit"] | None = None
-    """Quantise the models' weights as they load, with bitsandbytes."""
-    batch_tokens: int | None = None
-    """Padded tokens of a scoring batch at most; left out, what the device's memory bears."""
-    checkpoint_seconds: float = 60.0
-    """How often the draft's fine-tuning is saved for a resume."""
-    trust_remote_code: bool = False
-    """Run Python code that a model's repository brings along."""
 
     def __post_init__(self):
         _as_paths(self)
@@ -143,8 +171,9 @@ class SelectConfig:
         _check_training(self)
 
 
+@_own_first
 @dataclass(frozen=True)
-class ScoreConfig:
+class ScoreConfig(_Scoring):
     """Score every sample of a pool on one model, and nothing else."""
 
     data: tuple[str, ...] = ()
@@ -153,12 +182,6 @@ class ScoreConfig:
     """A hub id, a folder or a .gguf file."""
     output: str | None = None
     """The Parquet file to write: row, id, effort, loss, el2n, entropy, tokens."""
-    scope: Literal["last-value", "last-block", "linear", "lora", "released"] = "last-value"
-    """Which weights the effort is taken on."""
-    loss: Literal["mean", "sum", "sqrt"] = "mean"
-    """L of a sample: its response tokens' losses summed and divided by their number, by nothing, or by the number's root."""
-    balance_layers: bool = False
-    """Divide the gradient norm of each weight by its mean over the pool first, so that wide layers do not drown the others."""
     lora_rank: int = 8
     """Rank of the fresh adapter that scope lora looks at, where the model has none."""
     lora_alpha: int = 16
@@ -167,18 +190,6 @@ class ScoreConfig:
     """Tokens of a sample at most; longer prompts lose their start."""
     seed: int = 42
     """Seed of that adapter."""
-    reading: Reading = Reading()
-    """How the data is read."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
-    dtype: Dtype = "auto"
-    """What the model computes in; auto is bfloat16 where the hardware has it, else float32."""
-    load_in: Literal["8bit", "4bit"] | None = None
-    """Quantise the weights as they load, with bitsandbytes."""
-    batch_tokens: int | None = None
-    """Padded tokens of a scoring batch at most; left out, what the device's memory bears."""
-    trust_remote_code: bool = False
-    """Run Python code that a model's repository brings along."""
 
     def __post_init__(self):
         _as_paths(self)
@@ -188,8 +199,9 @@ class ScoreConfig:
         _in_range(self, "seed", 0, 2**32 - 1)
 
 
+@_own_first
 @dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(_Training, _Engine):
     """Fine-tune a model on a file with LoRA, loss on the responses alone."""
 
     data: tuple[str, ...] = ()
@@ -202,30 +214,10 @@ class FinetuneConfig:
     """Passes over the data."""
     max_steps: int | None = None
     """Training steps in place of epochs, so that coresets of different sizes can be compared at equal updates."""
-    lora_rank: int = 8
-    """Rank of the LoRA adapter, on all linear layers."""
-    lora_alpha: int = 16
-    """Scale of the adapter: its product is multiplied by alpha / rank."""
-    learning_rate: float = 1e-4
-    """Peak learning rate; warm-up, then cosine."""
-    warmup: float = 0.1
-    """Share of the steps in which the learning rate rises."""
-    batch_size: int = 8
-    """Samples of a training step."""
     max_length: int = 1024
     """Tokens of a sample at most; longer prompts lose their start."""
     seed: int = 42
     """Seed of the adapter and of the order of the samples."""
-    reading: Reading = Reading()
-    """How the data is read."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
-    dtype: Dtype = "auto"
-    """What the model computes in; auto is bfloat16 where the hardware has it, else float32."""
-    checkpoint_seconds: float = 60.0
-    """How often the state is saved for a resume."""
-    trust_remote_code: bool = False
-    """Run Python code that a model's repository brings along."""
 
     def __post_init__(self):
         _as_paths(self)
@@ -235,8 +227,9 @@ class FinetuneConfig:
         _check_training(self)
 
 
+@_own_first
 @dataclass(frozen=True)
-class PlanConfig:
+class PlanConfig(_Engine):
     """Predict what every method would take on this machine, before any work."""
 
     data: tuple[str, ...] = ()
@@ -269,16 +262,8 @@ class PlanConfig:
     """Tokens of a sample at most."""
     seed: int = 42
     """Seed of the samples that are timed."""
-    reading: Reading = Reading()
-    """How the data is read."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
-    dtype: Dtype = "auto"
-    """What the models compute in; auto is bfloat16 where the hardware has it, else float32."""
     load_in: Literal["8bit", "4bit"] | None = None
     """Quantise the models' weights as they load, with bitsandbytes."""
-    trust_remote_code: bool = False
-    """Run Python code that a model's repository brings along."""
 
     def __post_init__(self):
         _as_paths(self)
@@ -296,8 +281,9 @@ class PlanConfig:
         _in_range(self, "max_length", 2, None)
 
 
+@_own_first
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(_Engine):
     """Answer a test file with a model and compare with its references."""
 
     data: tuple[str, ...] = ()
@@ -310,18 +296,10 @@ class EvaluateConfig:
     """Tokens of an answer at most."""
     max_length: int = 1024
     """Tokens of prompt and answer at most; longer prompts lose their start."""
-    reading: Reading = Reading()
-    """How the data is read."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
-    dtype: Dtype = "auto"
-    """What the model computes in; auto is bfloat16 where the hardware has it, else float32."""
     load_in: Literal["8bit", "4bit"] | None = None
     """Quantise the weights as they load, with bitsandbytes."""
     batch_tokens: int = 16384
     """Padded tokens of a batch at most, those of the answers included."""
-    trust_remote_code: bool = False
-    """Run Python code that a model's repository brings along."""
 
     def __post_init__(self):
         _as_paths(self)

@@ -6,14 +6,18 @@ import inspect
 import logging
 import weakref
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from staff import attention, prefix, scopes
+from staff import attention, scopes
 from staff.gradnorm import efforts, mean_by_sample, record_sites, response_scores
 from staff.memory import SHARD, Fitting
 from staff.pool import Batch, Pool, batches, collate
+
+if TYPE_CHECKING:  # it needs transformers' cache
+    from staff.prefix import Prefix
 
 logger = logging.getLogger(__name__)
 QUANTITIES = ("effort", "loss", "el2n", "entropy")
@@ -81,7 +85,7 @@ class Scorer:
         self.with_features = False  # mean last hidden states of the responses besides, "features" (k, H)
         self.site_means: np.ndarray | None = None
         self._reuses = reuse_prefix and scope == "last-value" and padding_side == "right"
-        self._prefix: tuple[weakref.ref[Pool], prefix.Prefix | None] | None = None
+        self._prefix: tuple[weakref.ref[Pool], Prefix | None] | None = None
         self._takes_positions = "position_ids" in inspect.signature(scopes.decoder(model).forward).parameters
 
     def calibrate(self, pool: Pool, positions: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -146,10 +150,12 @@ class Scorer:
         empty |= {"features": np.empty((0, 0), np.float32)} if self.with_features else {}
         return {name: torch.cat([part[name] for part in parts]).cpu().numpy()[order] if parts else none for name, none in empty.items()}
 
-    def _start_of(self, pool: Pool, grad_scale: float | None) -> prefix.Prefix | None:
+    def _start_of(self, pool: Pool, grad_scale: float | None) -> Prefix | None:
         """What a pool's samples begin with, once it has been seen that the model scores a sample the same with it."""
         if not self._reuses:
             return None
+        from staff import prefix
+
         if self._prefix is None or self._prefix[0]() is not pool:
             start = prefix.find(self.model, self.sites[0], pool)
             for probe in (int(np.argmin(pool.lengths)), int(np.argmax(pool.lengths))) if start else ():
@@ -175,7 +181,7 @@ class Scorer:
         with attention.short_samples():
             return scopes.decoder(self.model)(input_ids=batch.input_ids, **extra).last_hidden_state
 
-    def _batch(self, batch: Batch, grad_scale: float | None, start: prefix.Prefix | None = None) -> dict[str, torch.Tensor]:
+    def _batch(self, batch: Batch, grad_scale: float | None, start: Prefix | None = None) -> dict[str, torch.Tensor]:
         states: list[torch.Tensor] = []
         cache, also = None, []
         if start:
