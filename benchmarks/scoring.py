@@ -7,9 +7,9 @@
 
 Every row runs in a process of its own, over the same tokens in batches cut alike; a first pass over the longest and the shortest batch
 is not timed. Memory is the peak of the process above what it held once the weights were loaded and used (Linux). In a library's
-environment ours is timed again: ratios never cross environments; in the table they cross no dtypes either. Errors are against our float32 scores,
-ours against float64 autograd a sample at a time; the authors' adapter has a random matrix of its own, so its scores are compared with ours of
-that matrix. The floor has a ratio below 1: the share of our time that it takes.
+environment ours is timed again: ratios never cross environments; in the table they cross no dtypes either. Errors are against our
+float32 scores, ours against float64 autograd a sample at a time; the authors' adapter has a random matrix of its own, so its scores are
+compared with ours of that matrix. The floor has a ratio below 1: the share of our time that it takes.
 
 The floor: operations that the scope can't do without (every linear layer forward, over tokens without padding, what all samples begin with
 counted once; those behind the value projection of the last block once more, backward; two products with the head over response tokens;

@@ -161,5 +161,5 @@ def test_options_without_a_flag_reach_their_method(family, tmp_path):
 
 
 def test_a_method_that_follows_a_tuning_asks_for_one_before_any_model_loads(tmp_path):
-    with pytest.raises(ValueError, match="--method s2l follows the draft through its tuning.*--draft-epochs"):
+    with pytest.raises(ValueError, match=r"--method s2l follows the draft through its tuning.*--draft-epochs"):
         staff.select("nowhere.jsonl", output=tmp_path / "x", target="nowhere", draft="nowhere", method="s2l", pruning_rate=0.5)
