@@ -1,6 +1,7 @@
 """Predictions from two speeds, worked by hand; and the command, which times two tiny models."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -50,13 +51,19 @@ def test_the_advice_is_the_cheapest_way_that_pays():
 def test_the_command_times_the_models_and_says_what_to_do(family, tmp_path, capsys):
     write_pool(tmp_path / "pool.jsonl", 30)
     flags = ["--data", str(tmp_path / "pool.jsonl"), "--target", str(family / "target"), "--draft", str(family / "draft")]
-    cli.plan([*flags, "--pruning-rate", "0.5", "0.9", "--json"])
+    cli.plan([*flags, "--pruning-rate", "0.5", "0.9", "--draft-epochs", "1", "--json"])
     made = json.loads(capsys.readouterr().out)
     assert made["n"] == 30
     assert all(speed > 0 for model in made["speeds"].values() for speed in model.values())
     assert [row["method"] for row in made["methods"]] == list(METHODS)
     assert len(made["advice"]) == 2
     assert "pays from" in timing.describe(made)
+
+
+def test_a_method_that_follows_a_tuning_is_left_out_where_there_is_none():
+    job = replace(JOB, draft_epochs=0)
+    assert [row["method"] for row in table(job, SPEEDS, (0.5,))] == [name for name in METHODS if name != "s2l"]
+    assert stages(METHODS["staff"], job, SPEEDS) == {"score on the draft": 100.0, "verify on the target": 100.0}
 
 
 def test_bad_settings_are_named():
@@ -86,7 +93,7 @@ def test_a_scope_of_adapters_is_timed_on_a_fresh_one_that_training_does_not_see(
     monkeypatch.setattr(timing, "finetune", train)
     write_pool(tmp_path / "pool.jsonl", 30)
     data, target = (str(tmp_path / "pool.jsonl"),), str(family / "target")
-    made = timing.make_plan(PlanConfig(data, target, scope="lora", lora_rank=4, batch_size=2, dtype="float32"))
+    made = timing.make_plan(PlanConfig(data=data, target=target, scope="lora", lora_rank=4, batch_size=2, dtype="float32"))
     assert all(speed > 0 for speed in made["speeds"]["target"].values())
     assert len(scored[0].sites) == 2 * 7 * 4  # A and B of the seven layers of four blocks
     assert before_training == [[]]

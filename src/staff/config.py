@@ -47,7 +47,7 @@ def _own_first(kind: type) -> type:
     return kind
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Engine:
     """Where models compute and in what; what commands that load one have in common."""
 
@@ -61,7 +61,7 @@ class _Engine:
     """Run Python code that a model's repository brings along."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Scoring(_Engine):
     """What an effort is, and how models are loaded to score."""
 
@@ -77,7 +77,7 @@ class _Scoring(_Engine):
     """Padded tokens of a scoring batch at most; left out, what the device's memory bears."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Training:
     """How a LoRA adapter is trained."""
 
@@ -96,7 +96,7 @@ class _Training:
 
 
 @_own_first
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SelectConfig(_Training, _Scoring):
     """Choose the coreset of a pool: the main job."""
 
@@ -172,7 +172,7 @@ class SelectConfig(_Training, _Scoring):
 
 
 @_own_first
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ScoreConfig(_Scoring):
     """Score every sample of a pool on one model, and nothing else."""
 
@@ -200,7 +200,7 @@ class ScoreConfig(_Scoring):
 
 
 @_own_first
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(_Training, _Engine):
     """Fine-tune a model on a file with LoRA, loss on the responses alone."""
 
@@ -228,7 +228,7 @@ class FinetuneConfig(_Training, _Engine):
 
 
 @_own_first
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlanConfig(_Engine):
     """Predict what every method would take on this machine, before any work."""
 
@@ -282,7 +282,7 @@ class PlanConfig(_Engine):
 
 
 @_own_first
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(_Engine):
     """Answer a test file with a model and compare with its references."""
 
