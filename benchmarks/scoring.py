@@ -43,13 +43,13 @@ class Row:
 
     Attributes:
         function: of rivals.py.
-        library: whose environment it runs in; None for the interpreter that runs this.
+        package: whose environment it runs in; None for the interpreter that runs this.
         scores: it measures what ours does.
     """
 
     label: str
     function: str
-    library: str | None = None
+    package: str | None = None
     scores: bool = True
     options: dict[str, str] = field(default_factory=dict)
 
@@ -75,9 +75,9 @@ def cases(wanted: list[str]) -> list[dict]:
     for dtype in DTYPES:
         for name, row in ROWS.items():
             if name in wanted:
-                if row.library:
-                    found.append({"row": "ours", "dtype": dtype, "library": row.library})
-                found.append({"row": name, "dtype": dtype, "library": row.library})
+                if row.package:
+                    found.append({"row": "ours", "dtype": dtype, "library": row.package})
+                found.append({"row": name, "dtype": dtype, "library": row.package})
         if "floor" in wanted:
             found.append({"row": "floor", "dtype": dtype, "library": None})
     return found
@@ -216,7 +216,7 @@ def targets(rows: list[dict], memory: list[dict]) -> list[str]:
         ratios = [
             row["ratio"]
             for row in by_name.values()
-            if ROWS.get(row["row"], ROWS["ours"]).library and row["dtype"] == dtype and "ratio" in row
+            if ROWS.get(row["row"], ROWS["ours"]).package and row["dtype"] == dtype and "ratio" in row
         ]
         found.append(line(f"the fastest library over ours, {dtype}", min(ratios, default=None), 2, " times"))
     for dtype in DTYPES:

@@ -31,6 +31,7 @@ FILES = {  # file -> source, rows at most, condition
     "dialogue-300.jsonl": ("dialogue_summarization/train.jsonl", 300, any_row),
     "wiki-train.jsonl": ("wiki_paraphrase/train.jsonl", 2000, any_row),
     "wiki-600.jsonl": ("wiki_paraphrase/train.jsonl", 600, any_row),
+    "wiki-300.jsonl": ("wiki_paraphrase/train.jsonl", 300, any_row),
     "wiki-validation.jsonl": ("wiki_paraphrase/validation.jsonl", 200, any_row),
     "wiki-test-100.jsonl": ("wiki_paraphrase/test.jsonl", 100, any_row),
 }

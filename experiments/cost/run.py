@@ -18,7 +18,7 @@ from staff.config import FinetuneConfig, PlanConfig
 from staff.store import read_checked
 from staff.timing import make_plan
 
-TASKS = {"medquad": "runs/data/medquad-600.jsonl", "wiki": "runs/data/wiki-600.jsonl", "dialogue": "runs/data/dialogue-300.jsonl"}
+TASKS = {"medquad": "runs/data/medquad-300.jsonl", "wiki": "runs/data/wiki-300.jsonl", "dialogue": "runs/data/dialogue-300.jsonl"}
 PAIRS = (("nano", "base"), ("small", "base"), ("nano", "small"))
 SETTINGS = {"num_regions": 25, "verification_budget": 4, "draft_epochs": 1.0, "max_length": 512}
 WORK = Path("runs/cost")

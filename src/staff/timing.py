@@ -36,11 +36,12 @@ def measure(model: Any, pool: Pool, config: PlanConfig) -> plan.Speed:
     chosen = np.resize(positions, STEPS * config.batch_size)
     with tempfile.TemporaryDirectory(prefix="staff-") as folder:
         finetune(
-            model, pool, chosen, Path(folder), epochs=1, batch_size=config.batch_size, lora_rank=config.lora_rank,
+            model, pool, chosen, Path(folder), epochs=1, batch_size=config.batch_size, lora_rank=config.lora_rank, seed=config.seed,
             on_progress=lambda done, total: steps.append(time.perf_counter()),
         )  # fmt: skip
-    a_step = (steps[-1] - steps[0]) / (len(steps) - 1)
-    return plan.Speed(float(scoring), float(a_step * STEPS / pool.lengths[chosen].sum()))
+    order = batch_order(pool.lengths[chosen], config.batch_size, config.seed, 0)
+    timed = pool.lengths[chosen[order[config.batch_size :]]].sum()  # the first step warms up, and may hold the longest samples or the shortest
+    return plan.Speed(float(scoring), float((steps[-1] - steps[0]) / timed))
 
 
 def make_plan(config: PlanConfig) -> dict[str, Any]:
