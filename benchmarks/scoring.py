@@ -69,10 +69,10 @@ ROWS = {
 OTHERS = ("floor", "memory")
 
 
-def cases(wanted: list[str]) -> list[dict]:
+def cases(wanted: list[str], dtypes: list[str]) -> list[dict]:
     """What to run, in order; ours before each library's rows, in its environment."""
     found = []
-    for dtype in DTYPES:
+    for dtype in dtypes:
         for name, row in ROWS.items():
             if name in wanted:
                 if row.package:
@@ -136,11 +136,11 @@ def spearman(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def measure(children: Children, wanted: list[str], size: dict, repeats: int) -> list[dict]:
+def measure(children: Children, wanted: list[str], dtypes: list[str], size: dict, repeats: int) -> list[dict]:
     """Every case, all of them before any is repeated."""
     found: dict[str, dict] = {}
     for repeat in range(repeats):
-        for case in cases(wanted):
+        for case in cases(wanted, dtypes):
             name = "-".join(filter(None, [case["row"], case["dtype"], case["library"]]))
             if "failed" in found.get(name, {}):
                 continue
@@ -233,7 +233,7 @@ def scaling(children: Children, arguments: argparse.Namespace) -> tuple[list[str
     rows = []
     lines = ["| n | dtype | seconds | samples/s | tokens/s | peak GB | off the line |", "| ---: | --- | ---: | ---: | ---: | ---: | ---: |"]
     fits = []
-    for dtype in arguments.dtypes:
+    for dtype in arguments.dtypes or ["bfloat16"]:
         of_dtype = []
         for n in (n for n in SIZES if n <= arguments.limit):
             size = make_pool(arguments.data, arguments.model, arguments.max_length, n, children.folder / "pool.npz")
@@ -277,10 +277,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="the median is taken")
     parser.add_argument("--scaling", action="store_true", help="seconds against n in place of the table")
     parser.add_argument("--limit", type=int, default=SIZES[-1], help="largest n of --scaling")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=DTYPES, help="of --scaling")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="both; of --scaling bfloat16")
     parser.add_argument("--output", type=Path, help="a Markdown file for what is printed")
     arguments = parser.parse_args()
     wanted = arguments.names or [*ROWS, *OTHERS]
+    dtypes = arguments.dtypes or [*DTYPES]
     if not arguments.model or not {*wanted} <= {*ROWS, *OTHERS}:
         parser.error(f"--model is needed, and rows are of {', '.join([*ROWS, *OTHERS])}")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False).stdout.strip()
@@ -296,8 +297,8 @@ def main() -> None:
             body, rows = scaling(children, arguments)
         else:
             size = make_pool(arguments.data, arguments.model, arguments.max_length, arguments.rows, Path(folder) / "pool.npz")
-            rows = measure(children, wanted, size, arguments.repeats)
-            pairs = [(scope, dtype) for scope in ("last-value", "last-block") for dtype in DTYPES] if "memory" in wanted else []
+            rows = measure(children, wanted, dtypes, size, arguments.repeats)
+            pairs = [(scope, dtype) for scope in ("last-value", "last-block") for dtype in dtypes] if "memory" in wanted else []
             memory = [{"scope": scope, "dtype": dtype} | children.run(kind="memory", scope=scope, dtype=dtype) for scope, dtype in pairs]
             body = [*table(rows), "", *targets(rows, memory)]
     about = f"Commit {commit}; {machine}; {Path(arguments.model).name}, batches of {arguments.batch_tokens:,} tokens, "

@@ -11,7 +11,7 @@ import numpy as np
 
 from staff import adapters, formats, models, plan
 from staff.config import PlanConfig
-from staff.finetune import finetune
+from staff.finetune import batch_order, finetune
 from staff.pool import Pool, tokenise
 from staff.score import Scorer
 
@@ -40,7 +40,7 @@ def measure(model: Any, pool: Pool, config: PlanConfig) -> plan.Speed:
             on_progress=lambda done, total: steps.append(time.perf_counter()),
         )  # fmt: skip
     order = batch_order(pool.lengths[chosen], config.batch_size, config.seed, 0)
-    timed = pool.lengths[chosen[order[config.batch_size :]]].sum()  # the first step warms up, and may hold the longest samples or the shortest
+    timed = pool.lengths[chosen[order[config.batch_size :]]].sum()  # without the first step, which warms up
     return plan.Speed(float(scoring), float((steps[-1] - steps[0]) / timed))
 
 
