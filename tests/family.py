@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -130,3 +131,15 @@ def results(folder: Path) -> dict:
     (adapter,) = (folder / "work").glob("draft-*/adapter_model.safetensors")
     pieces = (folder / "work").glob("[ps]*-*/*.npz")
     return found | {"adapter": adapter.read_bytes(), "pieces": {path.relative_to(folder): path.read_bytes() for path in pieces}}
+
+
+@contextlib.contextmanager
+def comparison_file(family: Path, folder: Path, text: str, test_rows: int):
+    """A comparison's YAML beside a pool of 40 rows and the test rows that follow them, with the variables that it names set."""
+    write_pool(folder / "pool.jsonl", 40)
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(40 + test_rows)[40:]))
+    (folder / "c.yaml").write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STAFF_MODELS", str(family))
+        patch.setenv("STAFF_DATA", str(folder))
+        yield folder / "c.yaml"

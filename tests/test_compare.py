@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from family import make_rows, write_pool
+from family import comparison_file
 from staff import compare as comparing
 from staff import models, pipeline, results
 from staff.compare import compare
@@ -41,14 +41,8 @@ evaluate: {max_new_tokens: 4, dtype: float32}
 
 @pytest.fixture(scope="module")
 def file(family, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("compare")
-    write_pool(folder / "pool.jsonl", 40)
-    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(48)[40:]))
-    (folder / "c.yaml").write_text(YAML)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STAFF_MODELS", str(family))
-        patch.setenv("STAFF_DATA", str(folder))
-        yield folder / "c.yaml"
+    with comparison_file(family, tmp_path_factory.mktemp("compare"), YAML, 8) as path:
+        yield path
 
 
 @pytest.fixture(scope="module")

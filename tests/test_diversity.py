@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from family import make_rows, write_pool
+from family import comparison_file
 from staff import compare as comparing
 from staff import graph
 from staff.compare import compare
@@ -37,14 +37,8 @@ def texts(n=90):
 
 @pytest.fixture(scope="module")
 def file(family, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("diversity")
-    write_pool(folder / "pool.jsonl", 40)
-    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(44)[40:]))
-    (folder / "c.yaml").write_text(YAML)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STAFF_MODELS", str(family))
-        patch.setenv("STAFF_DATA", str(folder))
-        yield folder / "c.yaml"
+    with comparison_file(family, tmp_path_factory.mktemp("diversity"), YAML, 4) as path:
+        yield path
 
 
 @pytest.fixture(scope="module")

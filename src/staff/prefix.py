@@ -92,10 +92,11 @@ def find(model: torch.nn.Module, site: Site, pool: Pool) -> Prefix | None:
     """The common start of a pool run through a model; None where there is none to speak of, or the model's cache is of another kind."""
     config = scopes.text_config(model)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    length = length_of(pool)
-    if "past_key_values" not in inspect.signature(scopes.decoder(model).forward).parameters:
+    takes_cache = "past_key_values" in inspect.signature(scopes.decoder(model).forward).parameters
+    if not takes_cache or rope.get("rope_type") not in FIXED_ROPE or not site.name.startswith("blocks."):
         return None
-    if length < LEAST or rope.get("rope_type") not in FIXED_ROPE or not site.name.startswith("blocks."):
+    length = length_of(pool)
+    if length < LEAST:
         return None
     place = int(site.name.split(".")[1])
     calls: list[tuple[Tensor, Tensor]] = []

@@ -20,8 +20,8 @@ class Running:
 
     A batch's loss is the mean over its N response tokens, and samples do not see each other: what arrives at the output
     of a layer for sample i is n_i / N times the gradient of its own mean loss. The weights are those of the moment, so
-    samples are met by models up to an epoch apart, dropout at
-    work where the model has any: never to be mixed with scores of the finished model.
+    samples are met by models up to an epoch apart, dropout at work where the model has any: never to be mixed with
+    scores of the finished model.
 
     Args:
         model: a causal language model with its adapter.

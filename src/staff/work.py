@@ -25,7 +25,7 @@ Progress = Callable[[str, int, int], None]  # stage, done, in all
 PACKAGES = ("numpy", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
 TRAINING = ("lora_rank", "lora_alpha", "learning_rate", "warmup", "batch_size", "seed", "checkpoint_seconds")
 SNAPSHOTS = 4  # checkpoints of the draft's tuning that loss trajectories are taken over
-RUNNING, RUNNING_SCOPES = "running.npz", ("last-value", "last-block", "linear")  # efforts taken as a draft was tuned
+RUNNING_SCOPES = ("last-value", "last-block", "linear")  # in the others the gradients do not pass by as a draft is tuned
 ENGINE = 2  # raised when the same inputs would give other scores than before
 
 
@@ -306,7 +306,9 @@ class Work:
         if model == "draft@checkpoints":
             return self._trajectories(base)
         if quantity == "effort_running":
-            kept = read_arrays(self.adapter(model) / RUNNING)
+            from staff.running import FILE
+
+            kept = read_arrays(self.adapter(model) / FILE)
             assert kept is not None, "the adapter's seal said that it was whole"
             return kept["effort"]
         if quantity == "unconditional_loss":
