@@ -1,11 +1,11 @@
-"""What a token of LoRA fine-tuning takes: python benchmarks/finetune.py --model FOLDER [--data FILE ...] [--output RESULTS.md]
+"""What a token of LoRA fine-tuning takes: python benchmarks/finetune.py [ROW ...] --model FOLDER [--data FILE ...] [--output RESULTS.md]
 
 Side by side, each row in a process of its own, LoRA of rank 8 on all linear layers, batches of 8, bfloat16:
 
     transformers   its Trainer as its defaults come: random order, logits of every position
     trl            its SFTTrainer as its defaults come: the same, and activations computed twice (checkpointing)
-    bare           a loop by hand: sorted batches, head on response tokens alone, no statistics, peft's own layers
-    bare, joined   the same with our attention and adapter products
+    bare           a loop by hand: batches of like length, head on response tokens alone, no statistics, peft's own layers
+    bare, ours     a loop by hand over our steps: random order, padded in pieces, our attention and adapter products
     ours           `staff.finetune`, through the Trainer
     floor          two forward passes' worth of products and the adapters', at the rate that plain products of these shapes reach
 
@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROWS = ("transformers", "trl", "bare", "bare, joined", "ours", "floor")
+ROWS = ("transformers", "trl", "bare", "bare, ours", "ours", "floor")
 BATCH, RANK, ALPHA, RATE, LENGTH, HELD_OUT, WARM = 8, 8, 16, 1e-3, 512, 64, 2
 
 
@@ -124,13 +124,28 @@ def run_library(name: str, model, tokenizer, pool, steps: int, seed: int) -> tup
     return clock.rate(), trainer.model
 
 
-def run_bare(joined: bool, model, pool, steps: int, seed: int) -> tuple[float, torch.nn.Module]:
-    """A loop by hand over sorted batches; the head on response tokens alone."""
+def of_like_length(lengths: np.ndarray, seed: int) -> np.ndarray:
+    """Steps of samples of like length, in random order: (steps, BATCH) places."""
+    rng = np.random.default_rng(seed)
+    shuffled = rng.permutation(len(lengths))[: len(lengths) // BATCH * BATCH]
+    in_steps = shuffled[np.argsort(-lengths[shuffled], kind="stable")].reshape(-1, BATCH)
+    return in_steps[rng.permutation(len(in_steps))]
+
+
+def our_steps(samples: int, steps: int, seed: int) -> list[np.ndarray]:
+    from staff.finetune import sample_order
+
+    epochs = [sample_order(samples, seed, epoch) for epoch in range(-(-steps * BATCH // samples))]
+    return [order[start : start + BATCH] for order in epochs for start in range(0, samples, BATCH)][:steps]
+
+
+def run_bare(as_ours: bool, model, pool, steps: int, seed: int) -> tuple[float, torch.nn.Module]:
+    """A loop by hand; the head on response tokens alone."""
     import contextlib
 
     from staff import attention, scopes
     from staff.adapters import add_lora, joined_products
-    from staff.finetune import batch_order
+    from staff.finetune import PIECE_TOKENS, pieces
     from staff.pool import collate
 
     head = model.get_output_embeddings()
@@ -138,29 +153,33 @@ def run_bare(joined: bool, model, pool, steps: int, seed: int) -> tuple[float, t
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
-    clock, order = Clock(), np.concatenate([batch_order(pool.lengths, BATCH, seed, e) for e in range(-(-steps * BATCH // len(pool)))])
-    with joined_products(model) if joined else contextlib.nullcontext():
-        for step in range(steps):
-            places = order[step * BATCH : (step + 1) * BATCH]
-            batch = collate(pool, places)
-            with torch.autocast("cpu", torch.bfloat16), attention.short_samples() if joined else contextlib.nullcontext():
-                hidden = scopes.decoder(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-                logits = head(hidden[batch.sample_of, batch.before])
-            torch.nn.functional.cross_entropy(logits.float(), batch.labels).backward()
+    clock = Clock()
+    if as_ours:
+        cut = [[step[part] for part in pieces(pool.lengths[step], PIECE_TOKENS["cpu"])] for step in our_steps(len(pool), steps, seed)]
+    else:
+        cut = [[step] for epoch in range(steps) for step in of_like_length(pool.lengths, 1000 * seed + epoch)][:steps]
+    with joined_products(model) if as_ours else contextlib.nullcontext():
+        for step in cut:
+            count = sum(int(pool.response_tokens()[piece].sum()) for piece in step)
+            for piece in step:
+                batch = collate(pool, piece)
+                with torch.autocast("cpu", torch.bfloat16), attention.short_samples() if as_ours else contextlib.nullcontext():
+                    hidden = scopes.decoder(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+                    logits = head(hidden[batch.sample_of, batch.before])
+                (torch.nn.functional.cross_entropy(logits.float(), batch.labels, reduction="sum") / count).backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            clock.step(int(pool.lengths[places].sum()))
+            clock.step(sum(int(pool.lengths[piece].sum()) for piece in step))
     return clock.rate(), model
 
 
 def run_ours(model, pool, steps: int, seed: int) -> tuple[float, torch.nn.Module]:
-    from staff.finetune import batch_order, finetune
+    from staff.finetune import finetune
 
     clock = Clock()
-    order = np.concatenate([batch_order(pool.lengths, BATCH, seed, e) for e in range(-(-steps * BATCH // len(pool)))])
-    in_batches = [int(pool.lengths[order[start : start + BATCH]].sum()) for start in range(0, steps * BATCH, BATCH)]
+    in_batches = [int(pool.lengths[step].sum()) for step in our_steps(len(pool), steps, seed)]
     with tempfile.TemporaryDirectory() as folder:
         model = finetune(
             model, pool, np.arange(len(pool)), Path(folder), epochs=1, max_steps=steps, batch_size=BATCH, lora_rank=RANK, lora_alpha=ALPHA,
@@ -220,7 +239,7 @@ def run_row(row: str, arguments, data: str, seed: int) -> dict:
     elif row == "ours":
         rate, model = run_ours(model, pool, steps, seed)
     else:
-        rate, model = run_bare(row == "bare, joined", model, pool, steps, seed)
+        rate, model = run_bare(row == "bare, ours", model, pool, steps, seed)
     return {"rate": rate, "loss": held_out_loss(model, tokenise(examples[:HELD_OUT], tokenizer, LENGTH))}
 
 
@@ -229,16 +248,19 @@ def table(found: dict, arguments) -> str:
     for data in arguments.data:
         lines += ["", f"`{Path(data).parent.name}/{Path(data).name}`", ""]
         lines += ["| row | tokens/s | of the bare loop | of the floor | loss after |", "| --- | --- | --- | --- | --- |"]
-        rates = {row: float(np.median([one["rate"] for one in found[data, row]])) for row in ROWS}
-        for row in ROWS:
+        rates = {row: float(np.median([one["rate"] for one in found[data, row]])) for row in ROWS if (data, row) in found}
+        for row in rates:
             losses = [one["loss"] for one in found[data, row] if one["loss"] is not None]
             loss = f"{np.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})" if losses else ""
-            lines.append(f"| {row} | {rates[row]:.0f} | {rates[row] / rates['bare']:.2f} | {rates[row] / rates['floor']:.0%} | {loss} |")
+            of_bare = f"{rates[row] / rates['bare']:.2f}" if "bare" in rates else ""
+            of_floor = f"{rates[row] / rates['floor']:.0%}" if "floor" in rates else ""
+            lines.append(f"| {row} | {rates[row]:.0f} | {of_bare} | {of_floor} | {loss} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"rows to run, of {', '.join(ROWS)}; all where none is named")
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", nargs="+", default=["examples/medquad/train.jsonl"])
     parser.add_argument("--rows", type=int, default=400)
@@ -246,7 +268,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--output")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # a row of its own process: JSON of row, data, seed
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if arguments.one:
         one = json.loads(arguments.one)
         print("RESULT " + json.dumps(run_row(one["row"], arguments, one["data"], one["seed"])))
@@ -254,7 +276,7 @@ def main() -> None:
     found: dict = {}
     for seed in arguments.seeds:
         for data in arguments.data:
-            for row in ROWS:
+            for row in arguments.names or ROWS:
                 if row == "floor" and seed != arguments.seeds[0]:
                     continue
                 command = [sys.executable, *sys.argv, "--one", json.dumps({"row": row, "data": data, "seed": seed})]

@@ -279,7 +279,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=SIZES[-1], help="largest n of --scaling")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="both; of --scaling bfloat16")
     parser.add_argument("--output", type=Path, help="a Markdown file for what is printed")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     wanted = arguments.names or [*ROWS, *OTHERS]
     dtypes = arguments.dtypes or [*DTYPES]
     if not arguments.model or not {*wanted} <= {*ROWS, *OTHERS}:

@@ -2,15 +2,20 @@
 
 import json
 import multiprocessing
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from staff import finetune as training
 from staff.adapters import add_lora
-from staff.finetune import batch_order, finetune
+from staff.finetune import finetune, pieces, sample_order
 from staff.store import SEAL
 from tiny import make_model, make_pool
 
@@ -19,21 +24,53 @@ LENGTHS = tuple(np.random.default_rng(3).integers(4, 30, 44).tolist())
 
 @pytest.mark.parametrize("n", [1, 7, 8, 801, 2000])
 def test_an_epochs_order_has_every_sample_once_and_depends_on_seed_and_epoch_alone(n):
-    lengths = np.random.default_rng(n).integers(1, 1000, n)
-    order = batch_order(lengths, 8, seed=1, epoch=2)
+    order = sample_order(n, seed=1, epoch=2)
     assert sorted(order.tolist()) == list(range(n))
-    assert order.tolist() == batch_order(lengths, 8, seed=1, epoch=2).tolist()
-    if n > 8:
-        assert order.tolist() != batch_order(lengths, 8, seed=1, epoch=3).tolist()
-        assert order.tolist() != batch_order(lengths, 8, seed=2, epoch=2).tolist()
+    assert order.tolist() == sample_order(n, seed=1, epoch=2).tolist()
+    if n > 1:
+        assert order.tolist() != sample_order(n, seed=1, epoch=3).tolist()
+        assert order.tolist() != sample_order(n, seed=2, epoch=2).tolist()
 
 
-def test_batches_of_an_epoch_hold_samples_of_like_length():
-    lengths = np.random.default_rng(0).integers(1, 1000, 2000)
-    in_batches = lengths[batch_order(lengths, 8, 0, 0)].reshape(-1, 8)
-    padded = (in_batches.max(1, keepdims=True) - in_batches).sum() / in_batches.sum()
-    assert padded < 0.05  # in plain random order nine tenths more
-    assert np.corrcoef(in_batches.mean(1), np.arange(len(in_batches)))[0, 1] < 0.3  # and long batches do not all come first
+def cost(cut, lengths, piece_tokens):
+    return sum(len(part) * lengths[part].max() + piece_tokens for part in cut)
+
+
+def all_cuts(order):
+    for size in range(1, len(order)):
+        for rest in all_cuts(order[size:]):
+            yield [order[:size], *rest]
+    yield [order]
+
+
+@pytest.mark.parametrize("piece_tokens", [0, 5, 32, 1024])
+def test_a_step_is_cut_where_padding_and_passes_together_cost_least(piece_tokens):
+    rng = np.random.default_rng(piece_tokens)
+    for samples in (1, 2, 7, 8):
+        lengths = rng.integers(1, 100, samples)
+        cut = pieces(lengths, piece_tokens)
+        assert sorted(np.concatenate(cut).tolist()) == list(range(samples))
+        assert cost(cut, lengths, piece_tokens) == min(cost(c, lengths, piece_tokens) for c in all_cuts(np.argsort(-lengths)))
+
+
+def test_steps_of_random_samples_hold_little_padding():
+    lengths = np.random.default_rng(0).integers(20, 500, 800)
+    steps = lengths[sample_order(800, 0, 0)].reshape(-1, 8)
+    padded = sum(len(part) * step[part].max() for step in steps for part in pieces(step, training.PIECE_TOKENS["cpu"]))
+    whole = sum(len(step) * step.max() for step in steps)
+    assert padded < 1.12 * lengths.sum() < 1.6 * lengths.sum() < whole
+
+
+def test_a_step_in_pieces_trains_as_it_does_whole(tmp_path, monkeypatch):
+    """The loss is the mean over all of a step's response tokens, however it is cut."""
+    pool, found = make_pool(LENGTHS[:16]), []
+    for piece_tokens in (0, 10**6):
+        monkeypatch.setattr(training, "PIECE_TOKENS", {"cpu": piece_tokens})
+        model = make_model("llama", torch.float32)
+        finetune(model, pool, np.arange(16), tmp_path / str(piece_tokens), epochs=2, batch_size=8, lora_rank=2, learning_rate=1e-2)
+        found.append([p.clone() for name, p in model.named_parameters() if "lora_" in name])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
 def test_a_number_of_steps_stands_in_place_of_epochs(tmp_path):
@@ -139,3 +176,33 @@ def test_a_fine_tuning_killed_in_the_middle_of_an_epoch_ends_with_the_same_bytes
     whole, resumed = ((path / "adapter_model.safetensors").read_bytes() for path in (tmp_path / "whole", output))
     assert whole == resumed
     assert json.loads((output / "adapter_config.json").read_text())["r"] == 2
+
+
+ON_TWO = """
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from staff.finetune import finetune
+from tiny import make_model, make_pool
+
+pool = make_pool(tuple(np.random.default_rng(3).integers(4, 30, 44).tolist()))
+out = Path(sys.argv[1]) / os.environ["RANK"]
+finetune(make_model("llama", torch.float32), pool, np.arange(44), out, epochs=1, batch_size=4, lora_rank=2)
+"""
+
+
+def test_two_processes_train_one_model_though_each_cuts_its_steps_its_own_way(tmp_path):
+    script = tmp_path / "on_two.py"
+    script.write_text(ON_TWO)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, other = (load_file(tmp_path / rank / "adapter_model.safetensors") for rank in ("0", "1"))
+    assert one
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+    assert any(np.abs(values).max() > 0 for name, values in one.items() if "lora_B" in name)

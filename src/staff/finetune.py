@@ -21,48 +21,60 @@ from staff.running import FILE as RUNNING
 from staff.running import Running
 from staff.store import SEAL, is_out_of_memory, read_arrays, seal, sealed
 
-SORTED_TOGETHER = 50  # batches whose samples are sorted by length among themselves: little padding, still random
+PIECE_TOKENS = {"cpu": 32}  # what another forward pass costs, in tokens that it could have padded instead
+PIECE_TOKENS_ELSEWHERE = 1024  # a GPU waits for work rather than for products
 CHECKPOINTS = 2  # kept: one that turns out damaged has another before it
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 
 
-def batch_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of the samples in one epoch: random, but samples of like length share a batch.
+def sample_order(samples: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of the samples in one epoch, at random; (samples,) int64 places, a step's worth after the other.
 
-    A pure function of its arguments, so that a resumed epoch goes on with the very batches it was on.
+    A pure function of its arguments, so that a resumed epoch goes on with the very steps it was on. Lengths do not enter:
+    steps of like length would be quicker to run and learn less (docs/speed.md).
+    """
+    return np.random.default_rng([seed, epoch]).permutation(samples)
+
+
+def pieces(lengths: np.ndarray, piece_tokens: int) -> list[np.ndarray]:
+    """Cut the samples of a step into runs of like length, each padded by itself, where that saves more than it costs.
 
     Args:
         lengths: (k,) tokens of each sample.
-        batch_size: samples of a step.
+        piece_tokens: what a piece costs beyond its padded tokens.
 
     Returns:
-        (k,) int64 places; batch b is places[b * batch_size : (b + 1) * batch_size]. The last may be short.
+        arrays of places in `lengths`, each place once; of all cuts of the samples by length the one with the least padded
+        tokens and piece_tokens for each piece.
     """
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(lengths))
-    stretch = batch_size * SORTED_TOGETHER
-    order = np.concatenate(
-        [part[np.argsort(-lengths[part], kind="stable")] for part in np.split(order, range(stretch, len(order), stretch))]
-    )
-    whole = len(order) // batch_size * batch_size
-    in_batches = order[:whole].reshape(-1, batch_size)
-    return np.concatenate([in_batches[rng.permutation(len(in_batches))].ravel(), order[whole:]]).astype(np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    longest = lengths[order]
+    least, cut_at = [0], []  # of the first j samples, and where their last piece begins
+    for end in range(1, len(order) + 1):
+        costs = [least[start] + int(longest[start]) * (end - start) + piece_tokens for start in range(end)]
+        cut_at.append(int(np.argmin(costs)))
+        least.append(min(costs))
+    found, end = [], len(order)
+    while end:
+        found.append(order[cut_at[end - 1] : end])
+        end = cut_at[end - 1]
+    return found[::-1]
 
 
-class _ByLength(Sampler):
-    """`batch_order` as the Trainer takes it; it says which epoch it is on before each one."""
+class _Shuffled(Sampler):
+    """`sample_order` as the Trainer takes it; it says which epoch it is on before each one."""
 
-    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+    def __init__(self, samples: int, seed: int):
+        self.samples, self.seed, self.epoch = samples, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self.samples
 
     def __iter__(self) -> Iterator[int]:
-        return iter(batch_order(self.lengths, self.batch_size, self.seed, self.epoch).tolist())
+        return iter(sample_order(self.samples, self.seed, self.epoch).tolist())
 
 
 class _Positions(Dataset):
@@ -79,7 +91,7 @@ class _Positions(Dataset):
 class _ResponseTrainer(Trainer):
     """The Trainer with our order of samples, and a head that sees response tokens alone."""
 
-    def __init__(self, *args, head: Head, order: _ByLength, running: Running | None = None, running_from: int = 0, **kwargs):
+    def __init__(self, *args, head: Head, order: _Shuffled, running: Running | None = None, running_from: int = 0, **kwargs):
         super().__init__(*args, **kwargs)
         self._head, self._order, self._running, self._running_from = head, order, running, running_from
         self.loss_is_scaled_for_ga = False
@@ -95,16 +107,24 @@ class _ResponseTrainer(Trainer):
         return self._order
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        self._decoder_output.clear()
-        if self._running and self.state.global_step >= self._running_from:
-            self._running.begin(inputs["sample_of"], inputs["positions"])
-        # the head runs over one position, for form's sake; by index, since a slice would copy its weight for every sample
-        first = torch.zeros(1, dtype=torch.int64, device=inputs["input_ids"].device)
-        with attention.short_samples():
-            outputs = model(input_ids=inputs["input_ids"], logits_to_keep=first, use_cache=False)
-        hidden = self._decoder_output.pop()[inputs["sample_of"], inputs["before"]]
-        loss = response_scores(hidden, self._head, inputs["response_ids"]).loss.mean()
-        return (loss, outputs) if return_outputs else loss
+        """The mean over the step's response tokens, of all its pieces."""
+        counted = self._running if self._running and self.state.global_step >= self._running_from else None
+        tokens = sum(len(piece["response_ids"]) for piece in inputs["pieces"])
+        loss = torch.zeros((), device=inputs["pieces"][0]["input_ids"].device)
+        for piece in inputs["pieces"]:
+            self._decoder_output.clear()
+            if counted:
+                counted.begin(piece["sample_of"], piece["positions"], tokens)
+            # the head runs over one position, for form's sake; by index, since a slice would copy its weight for every sample
+            first = torch.zeros(1, dtype=torch.int64, device=loss.device)
+            with attention.short_samples():
+                model(input_ids=piece["input_ids"], logits_to_keep=first, use_cache=False)
+            hidden = self._decoder_output.pop()[piece["sample_of"], piece["before"]]
+            loss = loss + response_scores(hidden, self._head, piece["response_ids"]).loss.sum() / tokens
+        return (loss, None) if return_outputs else loss
+
+    def floating_point_ops(self, inputs):
+        return 0  # the library's count wants one tensor of tokens; nobody reads it
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
@@ -169,8 +189,9 @@ def finetune(
     """Fine-tune a model with LoRA on some samples of a pool, or finish a fine-tuning that was cut off.
 
     Cosine learning rate after a linear warm-up, AdamW, no weight decay, no dropout; the loss is the mean over a
-    batch's response tokens. Checkpoints lie in output/checkpoints while it runs; when it ends, adapter_config.json and
-    adapter_model.safetensors are there, and a seal with their checksums (`store.sealed`).
+    step's response tokens, whose samples are drawn at random and padded in `pieces`. Checkpoints lie in
+    output/checkpoints while it runs; when it ends, adapter_config.json and adapter_model.safetensors are there, and a
+    seal with their checksums (`store.sealed`).
 
     Args:
         model: as loaded, without an adapter; it is changed.
@@ -221,9 +242,17 @@ def finetune(
         fp16=halves == torch.float16,
         dataloader_pin_memory=device.type == "cuda",
         label_names=["response_ids"],
+        ddp_broadcast_buffers=False,  # each process cuts its steps into pieces of its own: nothing may be waited for in between
+        ddp_find_unused_parameters=False,
     )
 
+    piece_tokens = PIECE_TOKENS.get(device.type, PIECE_TOKENS_ELSEWHERE)
+
     def to_batch(places):
+        places = np.asarray(places)
+        return {"pieces": [to_piece(places[part]) for part in pieces(pool.lengths[places], piece_tokens)]}
+
+    def to_piece(places):
         batch = collate(pool, places)
         named = {"input_ids": batch.input_ids, "sample_of": batch.sample_of, "before": batch.before, "response_ids": batch.labels}
         return named | {"positions": torch.as_tensor(places)}
@@ -234,7 +263,7 @@ def finetune(
         train_dataset=_Positions(positions),
         data_collator=to_batch,
         head=head,
-        order=_ByLength(pool.lengths[positions], batch_size, seed),
+        order=_Shuffled(len(positions), seed),
         callbacks=[_Watch(checkpoint_seconds, on_progress, output, snapshots, efforts)],
         running=efforts,
         running_from=steps - steps_an_epoch,

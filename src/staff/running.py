@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,19 @@ from staff.store import write_arrays
 FILE = "running.npz"
 
 
+@dataclass(eq=False)
+class _Piece:
+    """Samples of one forward pass: their positions (B,), what their gradients are multiplied by (B,), their squared norms (B,)."""
+
+    positions: Tensor
+    scale: Tensor
+    squares: Tensor | None = None
+
+
 class Running:
     """Per-sample gradient norms at some weights, from the backward passes that a trainer makes anyway.
 
-    A batch's loss is the mean over its N response tokens, and samples do not see each other: what arrives at the output
+    A step's loss is the mean over its N response tokens, and samples do not see each other: what arrives at the output
     of a layer for sample i is n_i / N times the gradient of its own mean loss. The weights are those of the moment, so
     samples are met by models up to an epoch apart, dropout at work where the model has any: never to be mixed with
     scores of the finished model.
@@ -34,40 +44,37 @@ class Running:
         self.positions = positions
         self.efforts = np.full(len(positions), np.nan, np.float32) if kept is None else kept
         wrapped = {id(layer.base_layer): layer for layer in model.modules() if hasattr(layer, "base_layer")}
-        self._batch: tuple[Tensor, Tensor, np.ndarray] | None = None
-        self._squares: Tensor | None = None
+        self._pieces: list[_Piece] = []
         for site in scopes.sites(model, scope):  # an adapter adds to what its layer gives: the gradient there is the same
             wrapped.get(id(site.module), site.module).register_forward_hook(self._watch(site))
 
-    def begin(self, sample_of: Tensor, positions: Tensor) -> None:
-        """The next forward pass is of these samples, and their efforts count."""
+    def begin(self, sample_of: Tensor, positions: Tensor, tokens: int) -> None:
+        """The next forward pass is of these samples, part of a step of `tokens` response tokens, and their efforts count."""
         counts = torch.bincount(sample_of, minlength=len(positions))
-        self._batch = (counts, len(sample_of) / counts, positions.cpu().numpy())
-        self._squares = None
+        self._pieces.append(_Piece(positions, tokens / counts))
 
     def end(self) -> None:
         """The backward pass is done: keep what it brought."""
-        if self._batch is None or self._squares is None:
-            return
-        places = np.searchsorted(self.positions, self._batch[2])
-        self.efforts[places] = self._squares.sqrt().float().cpu().numpy()
-        self._batch = self._squares = None
+        for piece in self._pieces:
+            if piece.squares is not None:
+                places = np.searchsorted(self.positions, piece.positions.cpu().numpy())
+                self.efforts[places] = piece.squares.sqrt().float().cpu().numpy()
+        self._pieces.clear()
 
     def save(self, folder: Path) -> None:
         write_arrays(folder / FILE, {"effort": self.efforts})
 
     def _watch(self, site: Site):
         def keep(module, args, output):
-            if self._batch is None or not output.requires_grad:
+            if not self._pieces or not output.requires_grad:
                 return
-            counts, scale, _ = self._batch
-            layer_input = args[0].detach()
+            piece, layer_input = self._pieces[-1], args[0].detach()
 
             def arrived(grad: Tensor) -> None:
-                a = layer_input.reshape(len(counts), -1, layer_input.shape[-1])
-                g = grad.reshape(len(counts), -1, grad.shape[-1])
-                squares = squared_norm_of_products(a, g if site.rows is None else g[..., site.rows]) * scale**2
-                self._squares = squares if self._squares is None else self._squares + squares
+                a = layer_input.reshape(len(piece.scale), -1, layer_input.shape[-1])
+                g = grad.reshape(len(piece.scale), -1, grad.shape[-1])
+                squares = squared_norm_of_products(a, g if site.rows is None else g[..., site.rows]) * piece.scale**2
+                piece.squares = squares if piece.squares is None else piece.squares + squares
 
             output.register_hook(arrived)
 

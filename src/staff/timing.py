@@ -11,7 +11,7 @@ import numpy as np
 
 from staff import adapters, formats, models, plan
 from staff.config import PlanConfig
-from staff.finetune import batch_order, finetune
+from staff.finetune import finetune, sample_order
 from staff.pool import Pool, tokenise
 from staff.score import Scorer
 
@@ -39,7 +39,7 @@ def measure(model: Any, pool: Pool, config: PlanConfig) -> plan.Speed:
             model, pool, chosen, Path(folder), epochs=1, batch_size=config.batch_size, lora_rank=config.lora_rank, seed=config.seed,
             on_progress=lambda done, total: steps.append(time.perf_counter()),
         )  # fmt: skip
-    order = batch_order(pool.lengths[chosen], config.batch_size, config.seed, 0)
+    order = sample_order(len(chosen), config.seed, 0)
     timed = pool.lengths[chosen[order[config.batch_size :]]].sum()  # without the first step, which warms up
     return plan.Speed(float(scoring), float((steps[-1] - steps[0]) / timed))
 
