@@ -5,7 +5,7 @@ Side by side, each row in a process of its own, LoRA of rank 8 on all linear lay
     transformers   its Trainer as its defaults come: random order, logits of every position
     trl            its SFTTrainer as its defaults come: the same, and activations computed twice (checkpointing)
     bare           a loop by hand: batches of like length, head on response tokens alone, no statistics, peft's own layers
-    bare, ours     a loop by hand over our steps: random order, padded in pieces, our attention and adapter products
+    bare, ours     a loop by hand over our steps: random order, no padding, our attention and adapter products
     ours           `staff.finetune`, through the Trainer
     floor          two forward passes' worth of products and the adapters', at the rate that plain products of these shapes reach
 
@@ -145,7 +145,6 @@ def run_bare(as_ours: bool, model, pool, steps: int, seed: int) -> tuple[float, 
 
     from staff import attention, scopes
     from staff.adapters import add_lora, joined_products
-    from staff.finetune import PIECE_TOKENS, pieces
     from staff.pool import collate
 
     head = model.get_output_embeddings()
@@ -154,24 +153,25 @@ def run_bare(as_ours: bool, model, pool, steps: int, seed: int) -> tuple[float, 
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
     clock = Clock()
-    if as_ours:
-        cut = [[step[part] for part in pieces(pool.lengths[step], PIECE_TOKENS["cpu"])] for step in our_steps(len(pool), steps, seed)]
-    else:
-        cut = [[step] for epoch in range(steps) for step in of_like_length(pool.lengths, 1000 * seed + epoch)][:steps]
+    epochs = range(-(-steps * BATCH // len(pool)))
+    sorted_steps = [step for epoch in epochs for step in of_like_length(pool.lengths, 1000 * seed + epoch)]
     with joined_products(model) if as_ours else contextlib.nullcontext():
-        for step in cut:
-            count = sum(int(pool.response_tokens()[piece].sum()) for piece in step)
-            for piece in step:
-                batch = collate(pool, piece)
-                with torch.autocast("cpu", torch.bfloat16), attention.short_samples() if as_ours else contextlib.nullcontext():
-                    hidden = scopes.decoder(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-                    logits = head(hidden[batch.sample_of, batch.before])
-                (torch.nn.functional.cross_entropy(logits.float(), batch.labels, reduction="sum") / count).backward()
+        for places in our_steps(len(pool), steps, seed) if as_ours else sorted_steps[:steps]:
+            batch, samples = collate(pool, places), [pool.ids(i) for i in places]
+            lengths = [len(sample) for sample in samples]
+            given = attention.packed(samples) if as_ours else {"input_ids": batch.input_ids}
+            attending = attention.short_samples(lengths) if as_ours else contextlib.nullcontext()
+            with torch.autocast("cpu", torch.bfloat16), attending:
+                hidden = scopes.decoder(model)(**given, use_cache=False).last_hidden_state
+                starts = torch.as_tensor(np.cumsum([0, *lengths[:-1]]))
+                states = hidden[0, starts[batch.sample_of] + batch.before] if as_ours else hidden[batch.sample_of, batch.before]
+                logits = head(states)
+            torch.nn.functional.cross_entropy(logits.float(), batch.labels).backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            clock.step(sum(int(pool.lengths[piece].sum()) for piece in step))
+            clock.step(sum(lengths))
     return clock.rate(), model
 
 

@@ -1,5 +1,6 @@
 """Attention by plain products: the library's numbers, and taken only where it computes the same."""
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -69,3 +70,31 @@ def test_behind_the_block_the_library_is_as_it_was_even_after_an_error():
         len(0)
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
     assert "sdpa" not in ALL_ATTENTION_FUNCTIONS._local_mapping
+
+
+SAMPLES = [np.array([5, 9, 3, 40, 7]), np.array([8, 2, 60]), np.array([11, 4, 90, 1, 7, 9, 2])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_samples_behind_one_another_do_not_see_each_other(dtype):
+    model = make_model("qwen3", dtype)
+    with attention.short_samples([5, 3, 7]), torch.no_grad():
+        together = model(**attention.packed(SAMPLES), use_cache=False).logits[0]
+    with torch.no_grad():
+        alone = torch.cat([model(input_ids=torch.tensor(sample)[None], use_cache=False).logits[0] for sample in SAMPLES])
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(together, alone, **close)
+
+
+def test_a_model_whose_tokens_meet_outside_of_attention_is_found_out():
+    """One token's state added to the next: behind one another, a sample's first would get that of the sample before it."""
+    model = make_model("qwen3", torch.float32)
+    assert attention.can_pack(model, SAMPLES[:2], 7)
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, out: out + torch.nn.functional.pad(out[:, :-1], (0, 0, 1, 0)))
+    assert not attention.can_pack(model, SAMPLES[:2], 7)
+
+
+def test_a_window_counts_only_where_samples_are_longer():
+    model = make_model("mistral", torch.float32)  # its window is of 5 tokens
+    assert attention.can_pack(model, SAMPLES[:2], 5)
+    assert not attention.can_pack(model, SAMPLES[:2], 6)

@@ -42,8 +42,7 @@ def tuned(order: str, model, pool, rate: float, seed: int):
     tokens_a_step = pool.response_tokens().mean() * BATCH
 
     def by_tokens(self, model, inputs, *others, **more):
-        tokens = sum(len(piece["response_ids"]) for piece in inputs["pieces"])
-        return plain_loss(self, model, inputs, *others, **more) * (tokens / tokens_a_step)
+        return plain_loss(self, model, inputs, *others, **more) * (len(inputs["response_ids"]) / tokens_a_step)
 
     if order != "random":
         training.sample_order = lambda samples, seed, epoch: of_like_length(pool.lengths, seed, epoch)

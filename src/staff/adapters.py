@@ -90,7 +90,8 @@ class _Product(torch.autograd.Function):
             found = nn.functional.linear(rows, weight, bias).addmm_(inner, b.mT, alpha=scale)
         ctx.save_for_backward(rows, weight, a, b, inner)
         ctx.scale = scale
-        return found.view(*x.shape[:-1], -1)
+        # not a view to autograd: some models go on to change it in place
+        return torch.ops.aten._unsafe_view(found, (*x.shape[:-1], len(weight)))
 
     @staticmethod
     def backward(ctx, grad):

@@ -1,20 +1,31 @@
-"""Causal attention over short samples on a CPU by plain products: in bfloat16 the library's tiled kernel takes up to four times as long."""
+"""Causal attention our way: by plain products for short samples on a CPU, where in bfloat16 the library's kernel takes up to four
+times as long; and for samples that stand behind one another, without padding."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-SHORT = 256  # tokens; above, (T, T) matrices no longer stay in cache and the tiled kernel wins
+from staff import scopes
+
+SHORT = 256  # tokens; above, (T, T) matrices no longer stay in cache and the library's tiled kernel wins
 CHANGES = ("position_bias", "cache", "softcap")  # arguments that make it another function
+WINDOWS = ("sliding_window", "attention_chunk_size")  # settings of models in which a token does not see all before it
 
 
 @contextlib.contextmanager
-def short_samples() -> Iterator[None]:
-    """Within the block, models on SDPA take `attend` where it computes the same and pays: short samples in bfloat16 on a CPU."""
+def short_samples(lengths: Sequence[int] | None = None) -> Iterator[None]:
+    """Within the block, models on SDPA take `attend` where it computes the same and pays: short samples in bfloat16 on a CPU.
+
+    Args:
+        lengths: tokens of samples that stand behind one another in a batch of one: each attends to itself alone, and the
+            mask that the model was given does not count.
+    """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     library = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -29,7 +40,11 @@ def short_samples() -> Iterator[None]:
                 return attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, hidden).transpose(1, 2), None
         return library(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **others)
 
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = choose
+    def choose_for_each(module, query, key, value, attention_mask, **settings):
+        queries, keys, values = (states.split(list(lengths or ()), 2) for states in (query, key, value))
+        return torch.cat([choose(module, q, k, v, None, **settings)[0] for q, k, v in zip(queries, keys, values, strict=True)], 1), None
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = choose if lengths is None else choose_for_each
     try:
         yield
     finally:
@@ -37,6 +52,50 @@ def short_samples() -> Iterator[None]:
             del ALL_ATTENTION_FUNCTIONS["sdpa"]
         else:  # somebody's own
             ALL_ATTENTION_FUNCTIONS["sdpa"] = library
+
+
+def packed(samples: Sequence[np.ndarray]) -> dict[str, Tensor]:
+    """Samples behind one another, as a model takes them within `short_samples` of their lengths; N tokens in all.
+
+    Returns:
+        input_ids and position_ids (1, N), and a mask that is only there so that the library makes none of N x N.
+    """
+    return {
+        "input_ids": torch.as_tensor(np.concatenate(samples), dtype=torch.int64)[None],
+        "position_ids": torch.cat([torch.arange(len(sample)) for sample in samples])[None],
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
+    }
+
+
+@torch.no_grad()
+def can_pack(model: torch.nn.Module, samples: Sequence[np.ndarray], longest: int) -> bool:
+    """Do samples of up to `longest` tokens come out of a model packed as they do alone? Seen on some of them, two or more.
+
+    False where tokens see each other by other ways than the library's attention, where that has a window within
+    `longest`, or where positions are not told.
+    """
+    decoder, config = scopes.decoder(model), scopes.text_config(model)
+    windows = [getattr(config, name, None) for name in WINDOWS]
+    if "position_ids" not in inspect.signature(decoder.forward).parameters or getattr(config, "_attn_implementation", None) != "sdpa":
+        return False
+    if any(window and window < longest for window in windows):
+        return False
+    parameter, was_training = next(model.parameters()), model.training
+    model.eval()
+    try:
+        with short_samples([len(sample) for sample in samples]):
+            together = decoder(**{name: part.to(parameter.device) for name, part in packed(samples).items()}, use_cache=False)
+        alone = [
+            decoder(input_ids=torch.as_tensor(np.array(sample), dtype=torch.int64, device=parameter.device)[None], use_cache=False)
+            for sample in samples
+        ]
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):  # a model that makes more of its mask
+        return False
+    finally:
+        model.train(was_training)
+    found, wanted = together.last_hidden_state[0].float(), torch.cat([one.last_hidden_state[0] for one in alone]).float()
+    off = torch.linalg.vector_norm(found - wanted, dim=-1) / torch.linalg.vector_norm(wanted, dim=-1)
+    return bool(off.max() < torch.finfo(parameter.dtype).eps ** 0.5)
 
 
 def _hidden(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor | None:

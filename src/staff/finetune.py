@@ -21,8 +21,6 @@ from staff.running import FILE as RUNNING
 from staff.running import Running
 from staff.store import SEAL, is_out_of_memory, read_arrays, seal, sealed
 
-PIECE_TOKENS = {"cpu": 32}  # what another forward pass costs, in tokens that it could have padded instead
-PIECE_TOKENS_ELSEWHERE = 1024  # a GPU waits for work rather than for products
 CHECKPOINTS = 2  # kept: one that turns out damaged has another before it
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 
@@ -34,31 +32,6 @@ def sample_order(samples: int, seed: int, epoch: int) -> np.ndarray:
     steps of like length would be quicker to run and learn less (docs/speed.md).
     """
     return np.random.default_rng([seed, epoch]).permutation(samples)
-
-
-def pieces(lengths: np.ndarray, piece_tokens: int) -> list[np.ndarray]:
-    """Cut the samples of a step into runs of like length, each padded by itself, where that saves more than it costs.
-
-    Args:
-        lengths: (k,) tokens of each sample.
-        piece_tokens: what a piece costs beyond its padded tokens.
-
-    Returns:
-        arrays of places in `lengths`, each place once; of all cuts of the samples by length the one with the least padded
-        tokens and piece_tokens for each piece.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    longest = lengths[order]
-    least, cut_at = [0], []  # of the first j samples, and where their last piece begins
-    for end in range(1, len(order) + 1):
-        costs = [least[start] + int(longest[start]) * (end - start) + piece_tokens for start in range(end)]
-        cut_at.append(int(np.argmin(costs)))
-        least.append(min(costs))
-    found, end = [], len(order)
-    while end:
-        found.append(order[cut_at[end - 1] : end])
-        end = cut_at[end - 1]
-    return found[::-1]
 
 
 class _Shuffled(Sampler):
@@ -107,24 +80,18 @@ class _ResponseTrainer(Trainer):
         return self._order
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The mean over the step's response tokens, of all its pieces."""
-        counted = self._running if self._running and self.state.global_step >= self._running_from else None
-        tokens = sum(len(piece["response_ids"]) for piece in inputs["pieces"])
-        loss = torch.zeros((), device=inputs["pieces"][0]["input_ids"].device)
-        for piece in inputs["pieces"]:
-            self._decoder_output.clear()
-            if counted:
-                counted.begin(piece["sample_of"], piece["positions"], tokens)
-            # the head runs over one position, for form's sake; by index, since a slice would copy its weight for every sample
-            first = torch.zeros(1, dtype=torch.int64, device=loss.device)
-            with attention.short_samples():
-                model(input_ids=piece["input_ids"], logits_to_keep=first, use_cache=False)
-            hidden = self._decoder_output.pop()[piece["sample_of"], piece["before"]]
-            loss = loss + response_scores(hidden, self._head, piece["response_ids"]).loss.sum() / tokens
-        return (loss, None) if return_outputs else loss
-
-    def floating_point_ops(self, inputs):
-        return 0  # the library's count wants one tensor of tokens; nobody reads it
+        """The mean over the step's response tokens."""
+        self._decoder_output.clear()
+        if self._running and self.state.global_step >= self._running_from:
+            self._running.begin(inputs["sample_of"], inputs["positions"], inputs["lengths"])
+        given = {name: inputs[name] for name in ("input_ids", "position_ids", "attention_mask") if name in inputs}
+        # the head runs over one position, for form's sake; by index, since a slice would copy its weight for every sample
+        first = torch.zeros(1, dtype=torch.int64, device=given["input_ids"].device)
+        with attention.short_samples(inputs["lengths"]):
+            outputs = model(**given, logits_to_keep=first, use_cache=False)
+        hidden = self._decoder_output.pop()[inputs["row"], inputs["before"]]
+        loss = response_scores(hidden, self._head, inputs["response_ids"]).loss.mean()
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
@@ -189,7 +156,8 @@ def finetune(
     """Fine-tune a model with LoRA on some samples of a pool, or finish a fine-tuning that was cut off.
 
     Cosine learning rate after a linear warm-up, AdamW, no weight decay, no dropout; the loss is the mean over a
-    step's response tokens, whose samples are drawn at random and padded in `pieces`. Checkpoints lie in
+    step's response tokens, whose samples are drawn at random; they go through the model behind
+    one another, without padding, where it can tell them apart so (`attention.can_pack`). Checkpoints lie in
     output/checkpoints while it runs; when it ends, adapter_config.json and adapter_model.safetensors are there, and a
     seal with their checksums (`store.sealed`).
 
@@ -242,20 +210,21 @@ def finetune(
         fp16=halves == torch.float16,
         dataloader_pin_memory=device.type == "cuda",
         label_names=["response_ids"],
-        ddp_broadcast_buffers=False,  # each process cuts its steps into pieces of its own: nothing may be waited for in between
-        ddp_find_unused_parameters=False,
     )
 
-    piece_tokens = PIECE_TOKENS.get(device.type, PIECE_TOKENS_ELSEWHERE)
+    shortest = positions[np.argsort(pool.lengths[positions], kind="stable")[:2]]
+    packs = attention.can_pack(model, [pool.ids(i) for i in shortest], int(pool.lengths[positions].max()))
 
     def to_batch(places):
-        places = np.asarray(places)
-        return {"pieces": [to_piece(places[part]) for part in pieces(pool.lengths[places], piece_tokens)]}
-
-    def to_piece(places):
         batch = collate(pool, places)
-        named = {"input_ids": batch.input_ids, "sample_of": batch.sample_of, "before": batch.before, "response_ids": batch.labels}
-        return named | {"positions": torch.as_tensor(places)}
+        named = {"input_ids": batch.input_ids, "row": batch.sample_of, "before": batch.before, "lengths": None}
+        if packs:
+            samples = [pool.ids(i) for i in places]
+            lengths = [len(sample) for sample in samples]
+            starts = torch.as_tensor(np.cumsum([0, *lengths[:-1]]))
+            named = attention.packed(samples) | {"lengths": lengths}
+            named |= {"row": torch.zeros_like(batch.sample_of), "before": starts[batch.sample_of] + batch.before}
+        return named | {"response_ids": batch.labels, "sample_of": batch.sample_of, "positions": torch.as_tensor(places)}
 
     trainer = _ResponseTrainer(
         model=model,

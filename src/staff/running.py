@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +15,10 @@ from staff.store import write_arrays
 FILE = "running.npz"
 
 
-@dataclass(eq=False)
-class _Piece:
-    """Samples of one forward pass: their positions (B,), what their gradients are multiplied by (B,), their squared norms (B,)."""
-
-    positions: Tensor
-    scale: Tensor
-    squares: Tensor | None = None
-
-
 class Running:
     """Per-sample gradient norms at some weights, from the backward passes that a trainer makes anyway.
 
-    A step's loss is the mean over its N response tokens, and samples do not see each other: what arrives at the output
+    A batch's loss is the mean over its N response tokens, and samples do not see each other: what arrives at the output
     of a layer for sample i is n_i / N times the gradient of its own mean loss. The weights are those of the moment, so
     samples are met by models up to an epoch apart, dropout at work where the model has any: never to be mixed with
     scores of the finished model.
@@ -44,37 +34,45 @@ class Running:
         self.positions = positions
         self.efforts = np.full(len(positions), np.nan, np.float32) if kept is None else kept
         wrapped = {id(layer.base_layer): layer for layer in model.modules() if hasattr(layer, "base_layer")}
-        self._pieces: list[_Piece] = []
+        self._batch: tuple[Tensor, Tensor, np.ndarray, list[int] | None] | None = None
+        self._squares: Tensor | None = None
         for site in scopes.sites(model, scope):  # an adapter adds to what its layer gives: the gradient there is the same
             wrapped.get(id(site.module), site.module).register_forward_hook(self._watch(site))
 
-    def begin(self, sample_of: Tensor, positions: Tensor, tokens: int) -> None:
-        """The next forward pass is of these samples, part of a step of `tokens` response tokens, and their efforts count."""
+    def begin(self, sample_of: Tensor, positions: Tensor, lengths: list[int] | None) -> None:
+        """The next forward pass is of these samples, and their efforts count; `lengths` where they stand behind one another."""
         counts = torch.bincount(sample_of, minlength=len(positions))
-        self._pieces.append(_Piece(positions, tokens / counts))
+        self._batch = (counts, len(sample_of) / counts, positions.cpu().numpy(), lengths)
+        self._squares = None
 
     def end(self) -> None:
         """The backward pass is done: keep what it brought."""
-        for piece in self._pieces:
-            if piece.squares is not None:
-                places = np.searchsorted(self.positions, piece.positions.cpu().numpy())
-                self.efforts[places] = piece.squares.sqrt().float().cpu().numpy()
-        self._pieces.clear()
+        if self._batch is None or self._squares is None:
+            return
+        places = np.searchsorted(self.positions, self._batch[2])
+        self.efforts[places] = self._squares.sqrt().float().cpu().numpy()
+        self._batch = self._squares = None
 
     def save(self, folder: Path) -> None:
         write_arrays(folder / FILE, {"effort": self.efforts})
 
     def _watch(self, site: Site):
         def keep(module, args, output):
-            if not self._pieces or not output.requires_grad:
+            if self._batch is None or not output.requires_grad:
                 return
-            piece, layer_input = self._pieces[-1], args[0].detach()
+            counts, scale, _, lengths = self._batch
+            layer_input = args[0].detach()
+
+            def by_sample(states: Tensor) -> Tensor:
+                """(B, T, width), zero behind a sample's end."""
+                if lengths is None:
+                    return states.reshape(len(counts), -1, states.shape[-1])
+                return torch.nn.utils.rnn.pad_sequence(states.reshape(-1, states.shape[-1]).split(lengths), batch_first=True)
 
             def arrived(grad: Tensor) -> None:
-                a = layer_input.reshape(len(piece.scale), -1, layer_input.shape[-1])
-                g = grad.reshape(len(piece.scale), -1, grad.shape[-1])
-                squares = squared_norm_of_products(a, g if site.rows is None else g[..., site.rows]) * piece.scale**2
-                piece.squares = squares if piece.squares is None else piece.squares + squares
+                of_rows = grad if site.rows is None else grad[..., site.rows]
+                squares = squared_norm_of_products(by_sample(layer_input), by_sample(of_rows)) * scale**2
+                self._squares = squares if self._squares is None else self._squares + squares
 
             output.register_hook(arrived)
 
