@@ -40,9 +40,18 @@ def short_samples(lengths: Sequence[int] | None = None) -> Iterator[None]:
                 return attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, hidden).transpose(1, 2), None
         return library(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **others)
 
+    if lengths is not None:
+        place, groups = _groups(np.asarray(lengths))
+        rows, ends = torch.as_tensor(place), [size * longest for size, longest in groups]
+
     def choose_for_each(module, query, key, value, attention_mask, **settings):
-        queries, keys, values = (states.split(list(lengths or ()), 2) for states in (query, key, value))
-        return torch.cat([choose(module, q, k, v, None, **settings)[0] for q, k, v in zip(queries, keys, values, strict=True)], 1), None
+        to = rows.to(query.device)
+        parts = []
+        for states in (query, key, value):
+            spread = _Spread.apply(states[0].transpose(0, 1), to, sum(ends)).split(ends)
+            parts.append([p.view(*group, *p.shape[1:]).transpose(1, 2) for p, group in zip(spread, groups, strict=True)])
+        found = [choose(module, q, k, v, None, **settings)[0].flatten(0, 1) for q, k, v in zip(*parts, strict=True)]
+        return _Collect.apply(torch.cat(found), to)[None], None
 
     ALL_ATTENTION_FUNCTIONS["sdpa"] = choose if lengths is None else choose_for_each
     try:
@@ -52,6 +61,53 @@ def short_samples(lengths: Sequence[int] | None = None) -> Iterator[None]:
             del ALL_ATTENTION_FUNCTIONS["sdpa"]
         else:  # somebody's own
             ALL_ATTENTION_FUNCTIONS["sdpa"] = library
+
+
+def _groups(lengths: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """Samples of like length padded together, none to more than twice its own; for attention alone, where it costs little.
+
+    Returns:
+        (N,) the row of each token among those of all groups, and (samples, longest) of each group.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    first_row = np.zeros(len(lengths), np.int64)
+    groups: list[tuple[int, int]] = []
+    row = start = 0
+    while start < len(order):
+        longest = int(lengths[order[start]])
+        members = order[start : start + int((2 * lengths[order[start:]] >= longest).sum())]
+        first_row[members] = row + longest * np.arange(len(members))
+        groups.append((len(members), longest))
+        row, start = row + longest * len(members), start + len(members)
+    return np.concatenate([first + np.arange(length) for first, length in zip(first_row, lengths, strict=True)]), groups
+
+
+class _Spread(torch.autograd.Function):
+    """(N, ...) laid into (rows, ...) of zeros, each at a row of its own."""
+
+    @staticmethod
+    def forward(ctx, states, place, rows):
+        ctx.save_for_backward(place)
+        return states.new_zeros(rows, *states.shape[1:]).index_copy_(0, place, states)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """The other way: of (rows, ...) those at (N,) places that differ."""
+
+    @staticmethod
+    def forward(ctx, states, place):
+        ctx.save_for_backward(place)
+        ctx.rows = len(states)
+        return states.index_select(0, place)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (place,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, place, grad), None
 
 
 def packed(samples: Sequence[np.ndarray]) -> dict[str, Tensor]:
