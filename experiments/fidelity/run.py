@@ -117,8 +117,8 @@ def main() -> None:
     parts = [(SETTINGS, first, [*DRAFTS])]
     parts += [
         (settings, seed, [name])
-        for settings in (SETTINGS, LATER)
         for name in DRAFTS
+        for settings in (SETTINGS, LATER)
         for seed in (others if settings is SETTINGS else SEEDS)
     ]
     for settings, seed, names in parts:
