@@ -131,7 +131,7 @@ def test_an_adapter_trained_on_the_answers_says_them_and_stops(family, tmp_path)
     data = tmp_path / "two.jsonl"
     rows = [{"prompt": "Say so", "response": "so."}, {"prompt": "Say so again", "response": "so."}]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {"epochs": 80, "learning_rate": 3e-2, "batch_size": 2, "dtype": "float32"}
+    settings = {"epochs": 80, "learning_rate": 1e-2, "batch_size": 2, "dtype": "float32"}
     adapter = pipeline.finetune(FinetuneConfig(data=(str(data),), model=str(tmp_path / "target"), output=str(tmp_path / "a"), **settings))
     before = answer(family, data, tmp_path / "before.jsonl", model=str(tmp_path / "target"))
     after = answer(family, data, tmp_path / "after.jsonl", model=str(adapter))

@@ -204,6 +204,8 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig
 
+    # a CPU kernel is kept for each shape of batch, 1024 of them by default: over a large pool that is a gigabyte
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     is_quantised = bool(check_quantised(source, load_in) or load_in)
     extra: dict[str, Any] = {"use_safetensors": True}
     if source.gguf:
