@@ -45,13 +45,14 @@ def short_samples(lengths: Sequence[int] | None = None) -> Iterator[None]:
         rows, ends = torch.as_tensor(place), [size * longest for size, longest in groups]
 
     def choose_for_each(module, query, key, value, attention_mask, **settings):
-        to = rows.to(query.device)
+        nonlocal rows
+        rows = rows.to(query.device)  # copied by the first block alone
         parts = []
         for states in (query, key, value):
-            spread = _Spread.apply(states[0].transpose(0, 1), to, sum(ends)).split(ends)
+            spread = _Spread.apply(states[0].transpose(0, 1), rows, sum(ends)).split(ends)
             parts.append([p.view(*group, *p.shape[1:]).transpose(1, 2) for p, group in zip(spread, groups, strict=True)])
         found = [choose(module, q, k, v, None, **settings)[0].flatten(0, 1) for q, k, v in zip(*parts, strict=True)]
-        return _Collect.apply(torch.cat(found), to)[None], None
+        return _Collect.apply(torch.cat(found), rows)[None], None
 
     ALL_ATTENTION_FUNCTIONS["sdpa"] = choose if lengths is None else choose_for_each
     try:

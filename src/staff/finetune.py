@@ -156,10 +156,10 @@ def finetune(
     """Fine-tune a model with LoRA on some samples of a pool, or finish a fine-tuning that was cut off.
 
     Cosine learning rate after a linear warm-up, AdamW, no weight decay, no dropout; the loss is the mean over a
-    step's response tokens, whose samples are drawn at random; they go through the model behind
-    one another, without padding, where it can tell them apart so (`attention.can_pack`). Checkpoints lie in
-    output/checkpoints while it runs; when it ends, adapter_config.json and adapter_model.safetensors are there, and a
-    seal with their checksums (`store.sealed`).
+    step's response tokens, whose samples are drawn at random; they go through the model behind one another, without
+    padding, where it can tell them apart so (`attention.can_pack`). Checkpoints lie in output/checkpoints while it runs;
+    when it ends, adapter_config.json and adapter_model.safetensors are there, and a seal with their checksums
+    (`store.sealed`).
 
     Args:
         model: as loaded, without an adapter; it is changed.
