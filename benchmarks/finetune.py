@@ -1,6 +1,7 @@
 """What a token of LoRA fine-tuning takes: python benchmarks/finetune.py [ROW ...] --model FOLDER [--data FILE ...] [--output RESULTS.md]
 
-Side by side, each row in a process of its own, LoRA of rank 8 on all linear layers, batches of 8, bfloat16:
+Side by side, each row in a process of its own, LoRA of rank 8 on all linear layers, batches of 8, bfloat16, and STAFF's schedule of the
+learning rate (a rise over a tenth of the steps, then a cosine), so that the losses can be compared:
 
     transformers   its Trainer as its defaults come: random order, logits of every position
     trl            its SFTTrainer as its defaults come: the same, and activations computed twice (checkpointing)
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 
 ROWS = ("transformers", "trl", "bare", "bare, ours", "ours", "floor")
-BATCH, RANK, ALPHA, RATE, LENGTH, HELD_OUT, WARM = 8, 8, 16, 1e-3, 512, 64, 2
+BATCH, RANK, ALPHA, RATE, WARMUP, LENGTH, HELD_OUT, WARM = 8, 8, 16, 1e-3, 0.1, 512, 64, 2
 
 
 def load(model: str):
@@ -68,7 +69,7 @@ def held_out_loss(model, pool) -> float:
 
 
 def run_library(name: str, model, tokenizer, pool, steps: int, seed: int) -> tuple[float, torch.nn.Module]:
-    """transformers' or TRL's trainer with the defaults it comes with."""
+    """transformers' or TRL's trainer with the defaults it comes with, but for the schedule."""
     import transformers
 
     from staff.adapters import add_lora
@@ -95,6 +96,8 @@ def run_library(name: str, model, tokenizer, pool, steps: int, seed: int) -> tup
         "per_device_train_batch_size": BATCH,
         "max_steps": steps,
         "learning_rate": RATE,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": round(WARMUP * steps),
         "seed": seed,
         "report_to": "none",
         "save_strategy": "no",
@@ -143,35 +146,34 @@ def run_bare(as_ours: bool, model, pool, steps: int, seed: int) -> tuple[float, 
     """A loop by hand; the head on response tokens alone."""
     import contextlib
 
+    from transformers import get_cosine_schedule_with_warmup
+
     from staff import attention, scopes
     from staff.adapters import add_lora, joined_products
-    from staff.pool import collate
+    from staff.finetune import GIVEN, step_of
 
     head = model.get_output_embeddings()
     model = add_lora(model, RANK, ALPHA, seed).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(WARMUP * steps), steps)
     clock = Clock()
     epochs = range(-(-steps * BATCH // len(pool)))
     sorted_steps = [step for epoch in epochs for step in of_like_length(pool.lengths, 1000 * seed + epoch)]
     with joined_products(model) if as_ours else contextlib.nullcontext():
         for places in our_steps(len(pool), steps, seed) if as_ours else sorted_steps[:steps]:
-            batch, samples = collate(pool, places), [pool.ids(i) for i in places]
-            lengths = [len(sample) for sample in samples]
-            given = attention.packed(samples) if as_ours else {"input_ids": batch.input_ids}
-            attending = attention.short_samples(lengths) if as_ours else contextlib.nullcontext()
+            step = step_of(pool, places, packs=as_ours)
+            given = {name: step[name] for name in GIVEN if name in step}
+            attending = attention.short_samples(step["lengths"]) if as_ours else contextlib.nullcontext()
             with torch.autocast("cpu", torch.bfloat16), attending:
                 hidden = scopes.decoder(model)(**given, use_cache=False).last_hidden_state
-                starts = torch.as_tensor(np.cumsum([0, *lengths[:-1]]))
-                states = hidden[0, starts[batch.sample_of] + batch.before] if as_ours else hidden[batch.sample_of, batch.before]
-                logits = head(states)
-            torch.nn.functional.cross_entropy(logits.float(), batch.labels).backward()
+                logits = head(hidden[step["row"], step["before"]])
+            torch.nn.functional.cross_entropy(logits.float(), step["response_ids"]).backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            clock.step(sum(lengths))
+            clock.step(int(pool.lengths[places].sum()))
     return clock.rate(), model
 
 
@@ -183,7 +185,7 @@ def run_ours(model, pool, steps: int, seed: int) -> tuple[float, torch.nn.Module
     with tempfile.TemporaryDirectory() as folder:
         model = finetune(
             model, pool, np.arange(len(pool)), Path(folder), epochs=1, max_steps=steps, batch_size=BATCH, lora_rank=RANK, lora_alpha=ALPHA,
-            learning_rate=RATE, seed=seed, on_progress=lambda done, total: clock.step(in_batches[done - 1]),
+            learning_rate=RATE, warmup=WARMUP, seed=seed, on_progress=lambda done, total: clock.step(in_batches[done - 1]),
         )  # fmt: skip
     return clock.rate(), model
 

@@ -1,8 +1,9 @@
-"""How little fine-tuning does a draft need? python experiments/fidelity/run.py [results.csv]
+"""How little fine-tuning does a draft need? python experiments/fidelity/run.py [results.csv [TASK ...]]
 
 Drafts fine-tuned for T epochs on a share f of the pool, against the raw and the fine-tuned target: rank correlation of efforts (also with
 response length taken out), agreement of regions, overlap of coresets. A row a draft, seed, T, f and scope is added to the file as it
-comes, and what is there is not done again. Needs ${STAFF_DATA}, ${STAFF_MODELS} (DATA.md) and `python experiments/prepare.py`.
+comes, and what is there is not done again; with tasks named, only those. Needs ${STAFF_DATA}, ${STAFF_MODELS} (DATA.md) and
+`python experiments/prepare.py`.
 """
 
 import csv
@@ -112,6 +113,7 @@ def main() -> None:
             done = {tuple(row[name] for name in COLUMNS[:6]) for row in csv.DictReader(file)}
     else:
         path.write_text(",".join(COLUMNS) + "\n")
+    tasks = {name: TASKS[name] for name in sys.argv[2:] or TASKS}
     targets: dict = {}
     first, *others = SEEDS
     parts = [(SETTINGS, first, [*DRAFTS])]
@@ -122,7 +124,7 @@ def main() -> None:
         for seed in (others if settings is SETTINGS else SEEDS)
     ]
     for settings, seed, names in parts:
-        for task, file in TASKS.items():
+        for task, file in tasks.items():
             examples = list(islice(formats.read([file]).examples(), ROWS))
             for name, keep in ((name, DRAFTS[name]) for name in names):
                 for epochs, share, rate in settings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from staff.store import SEAL, is_out_of_memory, read_arrays, seal, sealed
 
 CHECKPOINTS = 2  # kept: one that turns out damaged has another before it
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+GIVEN = ("input_ids", "position_ids", "attention_mask")  # to the model, of what a step has
 
 
 def sample_order(samples: int, seed: int, epoch: int) -> np.ndarray:
@@ -84,7 +85,7 @@ class _ResponseTrainer(Trainer):
         self._decoder_output.clear()
         if self._running and self.state.global_step >= self._running_from:
             self._running.begin(inputs["sample_of"], inputs["positions"], inputs["lengths"])
-        given = {name: inputs[name] for name in ("input_ids", "position_ids", "attention_mask") if name in inputs}
+        given = {name: inputs[name] for name in GIVEN if name in inputs}
         # the head runs over one position, for form's sake; by index, since a slice would copy its weight for every sample
         first = torch.zeros(1, dtype=torch.int64, device=given["input_ids"].device)
         with attention.short_samples(inputs["lengths"]):
@@ -215,22 +216,11 @@ def finetune(
     shortest = positions[np.argsort(pool.lengths[positions], kind="stable")[:2]]
     packs = attention.can_pack(model, [pool.ids(i) for i in shortest], int(pool.lengths[positions].max()))
 
-    def to_batch(places):
-        batch = collate(pool, places)
-        named = {"input_ids": batch.input_ids, "row": batch.sample_of, "before": batch.before, "lengths": None}
-        if packs:
-            samples = [pool.ids(i) for i in places]
-            lengths = [len(sample) for sample in samples]
-            starts = torch.as_tensor(np.cumsum([0, *lengths[:-1]]))
-            named = attention.packed(samples) | {"lengths": lengths}
-            named |= {"row": torch.zeros_like(batch.sample_of), "before": starts[batch.sample_of] + batch.before}
-        return named | {"response_ids": batch.labels, "sample_of": batch.sample_of, "positions": torch.as_tensor(places)}
-
     trainer = _ResponseTrainer(
         model=model,
         args=arguments,
         train_dataset=_Positions(positions),
-        data_collator=to_batch,
+        data_collator=lambda places: step_of(pool, places, packs),
         head=head,
         order=_Shuffled(len(positions), seed),
         callbacks=[_Watch(checkpoint_seconds, on_progress, output, snapshots, efforts)],
@@ -259,6 +249,29 @@ def finetune(
     seal(output, [*ADAPTER, *parts], samples=len(positions), epochs=steps / steps_an_epoch if max_steps else epochs)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return model.eval().requires_grad_(False)
+
+
+def step_of(pool: Pool, places: Sequence[int], packs: bool) -> dict:
+    """One step's samples as the model takes them, and where their responses lie.
+
+    Args:
+        places: (B,) pool positions.
+        packs: the samples one behind the other in a single row, not padded (`attention.packed`).
+
+    Returns:
+        what the model is given (those of GIVEN that it needs); lengths, of the samples where they are packed, else None;
+        and for each of R response tokens response_ids (R,), the token, row and before (R,), where in the output it is foretold,
+        and sample_of (R,), whose it is among positions (B,).
+    """
+    batch = collate(pool, places)
+    step = {"input_ids": batch.input_ids, "row": batch.sample_of, "before": batch.before, "lengths": None}
+    if packs:
+        samples = [pool.ids(i) for i in places]
+        lengths = [len(sample) for sample in samples]
+        starts = torch.as_tensor(np.cumsum([0, *lengths[:-1]]))
+        step = attention.packed(samples) | {"lengths": lengths}
+        step |= {"row": torch.zeros_like(batch.sample_of), "before": starts[batch.sample_of] + batch.before}
+    return step | {"response_ids": batch.labels, "sample_of": batch.sample_of, "positions": torch.as_tensor(places)}
 
 
 def _last_finished(checkpoints: Path) -> str | None:
