@@ -96,14 +96,14 @@ def test_less_prefers_samples_like_the_validation_rows(everything, family):
     from staff import models
     from staff.pool import tokenise
     from staff.score import Scorer
-    from staff.similarity import mean_direction, similarities
+    from staff.similarity import Likeness, mean_direction
 
     source = models.resolve(str(family / "draft"))
     tokenizer, model = models.load_tokenizer(source), models.load_model(source, torch.float64, torch.device("cpu"))
     rows = staff.formats.read(make_rows(9))
     pool = tokenise(rows.examples(), tokenizer, 256)
     scorer = Scorer(model, "last-block", batch_tokens=300)
-    found = similarities(scorer, pool, mean_direction(scorer, pool_of(pool, [7, 8])))
+    found = Likeness(scorer, mean_direction(scorer, pool_of(pool, [7, 8]))).scores(pool, np.arange(9))["similarity"]
 
     def gradient(i):
         weights = [site.module.weight.requires_grad_(True) for site in scorer.sites]

@@ -440,6 +440,11 @@ class Short(score.Scorer):
             raise self.error
         return super()._batch(batch, grad_scale, start)
 
+    def measure(self, batch, measure):
+        if batch.input_ids.numel() > self.holds:
+            raise self.error
+        return super().measure(batch, measure)
+
 
 def short(holds, error=Short.error):
     def arm():
@@ -469,6 +474,31 @@ def test_out_of_memory_halves_the_budget_which_is_written_down_said_and_kept_by_
         scores.unlink()
     assert finish(*start(data, tmp_path / "b", family)) is None  # memory is plenty now: the budgets stay as they were written down
     assert results(tmp_path / "a") == results(tmp_path / "b")
+
+
+def test_gradients_against_validation_rows_halve_their_batches_and_go_on_where_they_were_killed(whole, family, tmp_path, monkeypatch):
+    monkeypatch.setattr(score.score_shards, "__defaults__", (None, 16))
+    monkeypatch.setattr(memory, "SHARD", 16)
+    settings = {"method": "less", "validation": str(write_pool(tmp_path / "wanted.jsonl", 4)), "checkpoint_seconds": 60}
+    data, piece = whole[0] / "pool.jsonl", "work/similarity-*/{}"
+    assert finish(*start(data, tmp_path / "a", family, before=short(130), **settings)) is None
+    assert "out of memory: from shard 0 on a batch holds" in (tmp_path / "a" / "work" / "log.txt").read_text()
+    process, receive = start(data, tmp_path / "b", family, pause=0.05, before=short(130), **settings)
+    while not list((tmp_path / "b").glob(piece.format("shard-00001.npz"))):
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    (kept,) = (tmp_path / "b").glob(piece.format("shard-00000.npz"))
+    before = kept.stat().st_mtime_ns
+    process, receive = start(data, tmp_path / "b", family, pause=0.02, **settings)
+    while receive.recv()[0] != "gradients of the draft":
+        pass
+    assert kept.stat().st_mtime_ns == before, "a shard that was there was made again"
+    assert finish(process, receive) is None
+    for name in ("coreset.jsonl", piece.format("similarity.npz")):
+        ((a,), (b,)) = ((tmp_path / run).glob(name) for run in "ab")
+        assert a.read_bytes() == b.read_bytes()
+    assert store.read_arrays(b)["similarity"].std() > 0
 
 
 def test_a_budget_that_was_lowered_counts_from_its_shard_on(tmp_path):

@@ -329,8 +329,6 @@ class Work:
             responses_alone: score the responses without their prompts.
             snapshot: 1 to SNAPSHOTS, score the model as it was after that part of its tuning.
         """
-        from staff.score import score_shards
-
         key = self._scores_key(name)
         if responses_alone:
             key |= {"pool": {**key["pool"], "part": "responses alone"}}
@@ -348,6 +346,26 @@ class Work:
         stage = f"score on the {name.replace('_', ' ')}" + (" without prompts" if responses_alone else "")
         stage += "" if snapshot is None else f" at {snapshot}/{SNAPSHOTS}"
         prefix = "features-shard" if with_features else "shard"
+
+        def make():
+            scorer = self.scorer(name, at)
+            scorer.with_features = with_features
+            return scorer
+
+        return self._by_shards(stage, name, pool, folder / "scores.npz", make, prefix)
+
+    def _by_shards(self, stage: str, name: str, pool, path: Path, make: Callable[[], Any], prefix: str = "shard") -> dict[str, np.ndarray]:
+        """What a pass over a pool gives, (n,) each: shard by shard, in batches that fit, kept in one file at the end.
+
+        Args:
+            stage: what it is called in the progress and the account.
+            name: of the model, a key of `models_of`.
+            path: the file; the shards lie beside it, named by the prefix, until they are all there.
+            make: a `score.Scorer` or what scores like one; called at the first shard that is missing.
+        """
+        from staff.score import score_shards
+
+        folder = path.parent
         budgets = Budgets(folder / f"{prefix}-budgets.json", self.config.batch_tokens)
         done = 0
         began = time.monotonic()
@@ -359,26 +377,26 @@ class Work:
 
         def scorer():
             nonlocal began
-            made = self.scorer(name, at)
-            made.with_features = with_features
+            made = make()
             budgets.settle(made.first_tokens)
             began = time.monotonic()
             return Fitting(made, budgets, self._name_of)
 
-        def path(number: int) -> Path:
+        def shard(number: int) -> Path:
             return folder / f"{prefix}-{number:05d}.npz"
 
         def save(number: int, part: dict[str, np.ndarray]) -> None:
             nonlocal began
             self.unchanged(self.models[name].base)
-            write_arrays(path(number), part)
-            self._spend(stage, name, pool, np.arange(done - len(part["effort"]), done), time.monotonic() - began)
+            write_arrays(shard(number), part)
+            scored = len(next(iter(part.values())))
+            self._spend(stage, name, pool, np.arange(done - scored, done), time.monotonic() - began)
             began = time.monotonic()
 
-        found = score_shards(scorer, pool, lambda number: read_arrays(path(number)), save, advance)
-        write_arrays(folder / "scores.npz", found)
-        for shard in folder.glob(f"{prefix}-*.npz"):
-            shard.unlink()
+        found = score_shards(scorer, pool, lambda number: read_arrays(shard(number)), save, advance)
+        write_arrays(path, found)
+        for left in folder.glob(f"{prefix}-*.npz"):
+            left.unlink()
         return found
 
     def ledger(self, name: str) -> Ledger:
@@ -430,22 +448,21 @@ class Work:
     def _similarity(self, name: str) -> np.ndarray:
         """(n,) how like each sample's gradient is to those of the validation rows (LESS)."""
         from staff.pool import tokenise
-        from staff.similarity import mean_direction, similarities
+        from staff.similarity import Likeness, mean_direction
 
         assert self.config.validation
         key = {**self._scores_key(name), "validation": self.inputs["validation"]}
         path = self.run.piece("similarity", key) / "similarity.npz"
         kept = read_arrays(path)
         if kept is None:
-            pool, stage = self.pool(name), f"gradients of the {name.replace('_', ' ')}"
             rows = formats.read(self.config.validation, **self.config.reading.keywords())
             wanted = tokenise(rows.examples(), self._load_tokenizer(self.models[name].base), self.config.max_length)
-            scorer, began = self.scorer(name), time.monotonic()
-            directions = mean_direction(scorer, wanted)
-            found = similarities(scorer, pool, directions, lambda done: self.tell(stage, done, len(pool)))
-            self._spend(stage, name, pool, np.arange(len(pool)), time.monotonic() - began)
-            kept = {"similarity": found}
-            write_arrays(path, kept)
+
+            def make():
+                scorer = self.scorer(name)
+                return Likeness(scorer, mean_direction(scorer, wanted))
+
+            kept = self._by_shards(f"gradients of the {name.replace('_', ' ')}", name, self.pool(name), path, make)
         return kept["similarity"]
 
     def _spend(self, stage: str, name: str, pool, positions: np.ndarray, seconds: float) -> None:
