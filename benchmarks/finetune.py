@@ -1,12 +1,13 @@
 """What a token of LoRA fine-tuning takes: python benchmarks/finetune.py [ROW ...] --model FOLDER [--data FILE ...] [--output RESULTS.md]
 
-Side by side, each row in a process of its own, LoRA of rank 8 on all linear layers, batches of 8, bfloat16, and STAFF's schedule of the
-learning rate (a rise over a tenth of the steps, then a cosine), so that the losses can be compared:
+Side by side, each row in a process of its own, LoRA of rank 8 on all linear layers, batches of 8, bfloat16. So that losses can be
+compared, all but `bare` take the same samples in the same steps, drawn at random by the seed, and all have STAFF's schedule of the
+learning rate (a rise over a tenth of the steps, then a cosine):
 
-    transformers   its Trainer as its defaults come: random order, logits of every position
-    trl            its SFTTrainer as its defaults come: the same, and activations computed twice (checkpointing)
+    transformers   its Trainer, for the rest as its defaults come: logits of every position
+    trl            its SFTTrainer, for the rest as its defaults come: the same, and activations computed twice (checkpointing)
     bare           a loop by hand: batches of like length, head on response tokens alone, no statistics, peft's own layers
-    bare, ours     a loop by hand over our steps: random order, no padding, our attention and adapter products
+    bare, ours     a loop by hand over our steps: no padding, our attention and adapter products
     ours           `staff.finetune`, through the Trainer
     floor          two forward passes' worth of products and the adapters', at the rate that plain products of these shapes reach
 
@@ -69,15 +70,14 @@ def held_out_loss(model, pool) -> float:
 
 
 def run_library(name: str, model, tokenizer, pool, steps: int, seed: int) -> tuple[float, torch.nn.Module]:
-    """transformers' or TRL's trainer with the defaults it comes with, but for the schedule."""
+    """transformers' or TRL's trainer with the defaults it comes with, but for the schedule and which samples are drawn."""
     import transformers
 
     from staff.adapters import add_lora
 
     clock = Clock()
-    samples = [
-        {"input_ids": pool.ids(i).tolist(), "labels": np.where(pool.response(i), pool.ids(i), -100).tolist()} for i in range(len(pool))
-    ]
+    order = np.concatenate(our_steps(len(pool), steps, seed))
+    samples = [{"input_ids": pool.ids(i).tolist(), "labels": np.where(pool.response(i), pool.ids(i), -100).tolist()} for i in order]
     seen: list[int] = []
 
     class Tell(transformers.TrainerCallback):
@@ -95,6 +95,7 @@ def run_library(name: str, model, tokenizer, pool, steps: int, seed: int) -> tup
         "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": BATCH,
         "max_steps": steps,
+        "train_sampling_strategy": "sequential",
         "learning_rate": RATE,
         "lr_scheduler_type": "cosine",
         "warmup_steps": round(WARMUP * steps),
@@ -232,7 +233,8 @@ def run_row(row: str, arguments, data: str, seed: int) -> dict:
     torch.manual_seed(seed)
     model, tokenizer = load(arguments.model)
     examples = read(data, arguments.rows + HELD_OUT)
-    pool = tokenise(examples[HELD_OUT:], tokenizer, LENGTH)
+    whole_steps = (len(examples) - HELD_OUT) // BATCH * BATCH
+    pool = tokenise(examples[HELD_OUT : HELD_OUT + whole_steps], tokenizer, LENGTH)
     if row == "floor":
         return {"rate": measure_floor(model, pool), "loss": None}
     steps = arguments.steps

@@ -19,7 +19,11 @@ docs/drafts.md says what it means.
 ![rank correlation with the raw target against cost](fidelity.png)"""
 NAMES = ("ρ raw", "ρ raw, length out", "regions", "coreset", "ρ tuned", "ρ tuned, length out", "coreset, tuned")
 RATE = 1e-4  # the tool's own; the other is a row at the end of each draft's
-IN_SHORT = (("last-value", "spearman_raw"), ("last-value", "partial_raw"), ("last-block", "spearman_raw"), ("last-value", "spearman_tuned"))
+IN_SHORT = (  # (scope, column) of each; beside it, in brackets, with length taken out
+    (("last-value", "spearman_raw"), ("last-value", "partial_raw")),
+    (("last-block", "spearman_raw"), ("last-block", "partial_raw")),
+    (("last-value", "spearman_tuned"), ("last-value", "partial_tuned")),
+)
 
 
 def settings(rows: list[dict]) -> list[tuple]:
@@ -47,8 +51,9 @@ def in_short(rows: list[dict], tasks: list[str]) -> list[str]:
             continue
         values = [f"{mean(cells(rows, setting, scope='last-value'), 'passes'):.2f}"]
         for task in tasks:
-            value, out, block, after = (f"{mean(cells(rows, setting, task=task, scope=scope), name):.2f}" for scope, name in IN_SHORT)
-            values += [f"{value} ({out})", block, after]
+            for pair in IN_SHORT:
+                value, without = (f"{mean(cells(rows, setting, task=task, scope=scope), name):.2f}" for scope, name in pair)
+                values.append(f"{value} ({without})")
         lines.append(f"| {draft} | {epochs:g} | {share:g} | {' | '.join(values)} |")
     return lines
 
