@@ -483,7 +483,7 @@ def test_gradients_against_validation_rows_halve_their_batches_and_go_on_where_t
     data, piece = whole[0] / "pool.jsonl", "work/similarity-*/{}"
     assert finish(*start(data, tmp_path / "a", family, before=short(130), **settings)) is None
     assert "out of memory: from shard 0 on a batch holds" in (tmp_path / "a" / "work" / "log.txt").read_text()
-    process, receive = start(data, tmp_path / "b", family, pause=0.05, before=short(130), **settings)
+    process, receive = start(data, tmp_path / "b", family, pause=0.1, before=short(130), **settings)
     while not list((tmp_path / "b").glob(piece.format("shard-00001.npz"))):
         time.sleep(0.01)
     process.kill()

@@ -459,8 +459,10 @@ class Work:
             wanted = tokenise(rows.examples(), self._load_tokenizer(self.models[name].base), self.config.max_length)
 
             def make():
-                scorer = self.scorer(name)
-                return Likeness(scorer, mean_direction(scorer, wanted))
+                scorer, began = self.scorer(name), time.monotonic()
+                directions = mean_direction(scorer, wanted)
+                self._spend("gradients of the validation rows", name, wanted, np.arange(len(wanted)), time.monotonic() - began)
+                return Likeness(scorer, directions)
 
             kept = self._by_shards(f"gradients of the {name.replace('_', ' ')}", name, self.pool(name), path, make)
         return kept["similarity"]
