@@ -333,6 +333,8 @@ def selection_cost(method: Method, config: SelectConfig, run: Run) -> dict[str, 
             shares[f"fine-tune the {model.base}"] = 1.0
         if quantity == "effort_running":
             continue
+        if quantity == "similarity":
+            shares["gradients of the validation rows"] = 1.0
         twin = next((other for other, spec in known.items() if spec == model and other != name), None)  # an untuned draft is the raw one
         for alias in (name, twin):
             stage = f"score on the {str(alias).replace('_', ' ')}"
