@@ -335,10 +335,8 @@ class Work:
         if snapshot is not None:
             key |= {"snapshot": [snapshot, SNAPSHOTS]}
         folder = self.run.piece("scores", key)
-        whole = read_arrays(folder / "scores.npz")
-        if whole is not None and ("features" in whole or not with_features):
-            for shard in folder.glob("*shard-*.npz"):  # of a run that was killed right behind the last one
-                shard.unlink()
+        whole = self._kept(folder / "scores.npz", *(["features"] if with_features else []))
+        if whole is not None:
             return whole
         pool = self.pool(name).responses_alone() if responses_alone else self.pool(name)
         adapter = self.adapter(name) if self.models[name].epochs else None  # first, so that its seconds are not counted as scoring
@@ -353,6 +351,15 @@ class Work:
             return scorer
 
         return self._by_shards(stage, name, pool, folder / "scores.npz", make, prefix)
+
+    def _kept(self, path: Path, *names: str) -> dict[str, np.ndarray] | None:
+        """What `_by_shards` left in a file; None where it is not there whole, or lacks one of the names."""
+        kept = read_arrays(path)
+        if kept is None or not kept.keys() >= set(names):
+            return None
+        for shard in path.parent.glob("*shard-*.npz"):  # of a run that was killed right behind the last one
+            shard.unlink()
+        return kept
 
     def _by_shards(self, stage: str, name: str, pool, path: Path, make: Callable[[], Any], prefix: str = "shard") -> dict[str, np.ndarray]:
         """What a pass over a pool gives, (n,) each: shard by shard, in batches that fit, kept in one file at the end.
@@ -453,7 +460,7 @@ class Work:
         assert self.config.validation
         key = {**self._scores_key(name), "validation": self.inputs["validation"]}
         path = self.run.piece("similarity", key) / "similarity.npz"
-        kept = read_arrays(path)
+        kept = self._kept(path)
         if kept is None:
             rows = formats.read(self.config.validation, **self.config.reading.keywords())
             wanted = tokenise(rows.examples(), self._load_tokenizer(self.models[name].base), self.config.max_length)
