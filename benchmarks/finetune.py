@@ -8,7 +8,7 @@ learning rate (a rise over a tenth of the steps, then a cosine):
     trl            its SFTTrainer, for the rest as its defaults come: the same, and activations computed twice (checkpointing)
     bare           a loop by hand: batches of like length, head on response tokens alone, no statistics, peft's own layers
     bare, ours     a loop by hand over our steps: no padding, our attention and adapter products
-    ours           `staff.finetune`, through the Trainer
+    ours           `staff.models.finetune`, through the Trainer
     floor          two forward passes' worth of products and the adapters', at the rate that plain products of these shapes reach
 
 tokens/s are of the samples' own tokens, padding not counted, over the steps after the first two. `loss` is the mean over the response
@@ -32,14 +32,14 @@ BATCH, RANK, ALPHA, RATE, WARMUP, LENGTH, HELD_OUT, WARM = 8, 8, 16, 1e-3, 0.1, 
 
 
 def load(model: str):
-    from staff import models
+    from staff.models import load as models
 
     source, device = models.resolve(model), torch.device("cpu")
     return models.load_model(source, models.pick_dtype("auto", device), device, False), models.load_tokenizer(source, False)
 
 
 def read(data: str, rows: int):
-    from staff import formats
+    from staff.data import rows as formats
 
     return list(islice(formats.read([data]).examples(), rows))
 
@@ -73,7 +73,7 @@ def run_library(name: str, model, tokenizer, pool, steps: int, seed: int) -> tup
     """transformers' or TRL's trainer with the defaults it comes with, but for the schedule and which samples are drawn."""
     import transformers
 
-    from staff.adapters import add_lora
+    from staff.models.adapters import add_lora
 
     clock = Clock()
     order = np.concatenate(our_steps(len(pool), steps, seed))
@@ -137,7 +137,7 @@ def of_like_length(lengths: np.ndarray, seed: int) -> np.ndarray:
 
 
 def our_steps(samples: int, steps: int, seed: int) -> list[np.ndarray]:
-    from staff.finetune import sample_order
+    from staff.models.finetune import sample_order
 
     epochs = [sample_order(samples, seed, epoch) for epoch in range(-(-steps * BATCH // samples))]
     return [order[start : start + BATCH] for order in epochs for start in range(0, samples, BATCH)][:steps]
@@ -149,9 +149,10 @@ def run_bare(as_ours: bool, model, pool, steps: int, seed: int) -> tuple[float, 
 
     from transformers import get_cosine_schedule_with_warmup
 
-    from staff import attention, scopes
-    from staff.adapters import add_lora, joined_products
-    from staff.finetune import GIVEN, step_of
+    from staff.models import attention
+    from staff.models.adapters import add_lora, joined_products
+    from staff.models.finetune import GIVEN, step_of
+    from staff.scoring import scopes
 
     head = model.get_output_embeddings()
     model = add_lora(model, RANK, ALPHA, seed).train()
@@ -179,7 +180,7 @@ def run_bare(as_ours: bool, model, pool, steps: int, seed: int) -> tuple[float, 
 
 
 def run_ours(model, pool, steps: int, seed: int) -> tuple[float, torch.nn.Module]:
-    from staff.finetune import finetune
+    from staff.models.finetune import finetune
 
     clock = Clock()
     in_batches = [int(pool.lengths[step].sum()) for step in our_steps(len(pool), steps, seed)]
@@ -193,7 +194,7 @@ def run_ours(model, pool, steps: int, seed: int) -> tuple[float, torch.nn.Module
 
 def measure_floor(model, pool) -> float:
     """Tokens/s if only products ran, each as fast as it does alone: forward and back through every linear layer and its adapter."""
-    from staff import scopes
+    from staff.scoring import scopes
 
     dtype = next(model.parameters()).dtype
     tokens, share = int(BATCH * pool.lengths.mean()), pool.response_tokens().sum() / pool.lengths.sum()
@@ -228,7 +229,7 @@ def least_seconds(work, times: int = 12) -> float:
 
 
 def run_row(row: str, arguments, data: str, seed: int) -> dict:
-    from staff.pool import tokenise
+    from staff.data.tokens import tokenise
 
     torch.manual_seed(seed)
     model, tokenizer = load(arguments.model)

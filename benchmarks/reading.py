@@ -46,7 +46,7 @@ def write(folder, n):
 
 
 def measure(path):
-    from staff.formats import read
+    from staff.data.rows import read
 
     def peak():
         status = Path("/proc/self/status").read_text()  # getrusage's figure begins with the parent's

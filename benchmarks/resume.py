@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from staff.store import RunDirectory
+from staff.runs.store import RunDirectory
 
 
 def main() -> None:

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from staff import scopes
-from staff.gradnorm import mean_by_sample
-from staff.pool import batches, collate
-from staff.score import Scorer
+from staff.data.tokens import batches, collate
+from staff.scoring import scopes
+from staff.scoring.gradnorm import mean_by_sample
+from staff.scoring.scorer import Scorer
 
 
 def ours(model, pool, batch_tokens, scope="last-value"):
-    """`staff.score.Scorer`, the way the tool itself scores."""
+    """`staff.scoring.scorer.Scorer`, the way the tool itself scores."""
     scorer = Scorer(model, scope, batch_tokens)
     return lambda positions: scorer.scores(pool, positions)["effort"]
 

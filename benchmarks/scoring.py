@@ -114,9 +114,9 @@ class Children:
 
 def make_pool(data: list[str], model: str, max_length: int, rows: int, path: Path) -> dict:
     """Rows taken in turn from each file, shuffled, from its start again where it ends; as a pool in a file."""
-    from staff import formats
-    from staff.models import load_tokenizer, resolve
-    from staff.pool import tokenise
+    from staff.data import rows as formats
+    from staff.data.tokens import tokenise
+    from staff.models.load import load_tokenizer, resolve
 
     tokenizer = load_tokenizer(resolve(model))
     pools = [tokenise(formats.read(name).examples(), tokenizer, max_length) for name in data]

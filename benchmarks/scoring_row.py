@@ -16,12 +16,12 @@ import numpy as np
 import rivals
 import torch
 
-from staff import scopes
-from staff.gradnorm import CHUNK_BYTES, Site
-from staff.models import load_model, resolve
-from staff.pool import Pool, batches
-from staff.prefix import length_of
-from staff.score import score_shards
+from staff.data.tokens import Pool, batches
+from staff.models.load import load_model, resolve
+from staff.scoring import scopes
+from staff.scoring.gradnorm import CHUNK_BYTES, Site
+from staff.scoring.prefix import length_of
+from staff.scoring.scorer import score_shards
 
 LONG = 2048  # tokens of the sample whose memory is measured
 Q_K_V = ("q_proj", "k_proj", "v_proj")  # what nothing flows back through

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from staff.adapters import add_lora, joined_products
+from staff.models.adapters import add_lora, joined_products
 from tiny import make_model
 
 IDS = torch.tensor([[5, 9, 3, 40, 7, 7], [8, 2, 60, 11, 4, 90]])

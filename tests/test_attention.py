@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from staff import attention
+from staff.models import attention
 from tiny import make_model
 
 IDS = torch.tensor([[5, 9, 3, 40, 7, 7, 12], [8, 2, 60, 11, 4, 90, 1]])

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from staff.formats import read
+from staff.data.rows import read
 
 GOOD = b'{"prompt": "p", "response": "r"}\n'
 

@@ -7,9 +7,9 @@ import pytest
 
 import staff
 from family import make_rows, write_pool
+from staff.data.tokens import Pool
 from staff.methods import METHODS
 from staff.methods.groups import share_by_size
-from staff.pool import Pool
 
 SMALL = {"num_regions": 4, "verification_budget": 2, "draft_epochs": 1, "target_epochs": 1, "learning_rate": 1e-2, "batch_tokens": 512}
 
@@ -75,7 +75,7 @@ def test_the_tables_say_how_alike_and_how_nested_the_coresets_are(everything):
 
 
 def test_a_cell_added_later_reuses_what_is_there_and_a_finished_run_is_taken_as_it_is(everything, family, monkeypatch):
-    from staff import score
+    from staff.scoring import scorer as score
 
     folder, runs = everything
     monkeypatch.setattr(score.Scorer, "__init__", lambda *_, **__: pytest.fail("a model was loaded again"))
@@ -93,14 +93,14 @@ def test_less_prefers_samples_like_the_validation_rows(everything, family):
     """Cosines out of the pass against gradients formed one by one."""
     import torch
 
-    from staff import models
-    from staff.pool import tokenise
-    from staff.score import Scorer
-    from staff.similarity import Likeness, mean_direction
+    from staff.data.tokens import tokenise
+    from staff.models import load as models
+    from staff.scoring.less import Likeness, mean_direction
+    from staff.scoring.scorer import Scorer
 
     source = models.resolve(str(family / "draft"))
     tokenizer, model = models.load_tokenizer(source), models.load_model(source, torch.float64, torch.device("cpu"))
-    rows = staff.formats.read(make_rows(9))
+    rows = staff.data.rows.read(make_rows(9))
     pool = tokenise(rows.examples(), tokenizer, 256)
     scorer = Scorer(model, "last-block", batch_tokens=300)
     found = Likeness(scorer, mean_direction(scorer, pool_of(pool, [7, 8]))).scores(pool, np.arange(9))["similarity"]

@@ -12,14 +12,16 @@ import pytest
 import yaml
 
 from family import comparison_file
-from staff import compare as comparing
-from staff import models, pipeline, results
-from staff.compare import compare
-from staff.grid import FULL, UNTOUCHED, read_comparison
+from staff import pipeline
+from staff.comparison import run as comparing
+from staff.comparison import tables as results
+from staff.comparison.grid import FULL, UNTOUCHED, read_comparison
+from staff.comparison.run import compare
+from staff.comparison.statistics import resample, resampled_means
+from staff.comparison.tables import Difference, Judged, compare_cells, corrected, quality_table, report, tally
 from staff.methods import METHODS
+from staff.models import load as models
 from staff.plan import staff_passes
-from staff.results import Difference, Judged, compare_cells, corrected, quality_table, report, tally
-from staff.statistics import resample, resampled_means
 
 YAML = """
 target: ${STAFF_MODELS}/target

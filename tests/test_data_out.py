@@ -17,7 +17,7 @@ from family import make_rows
 from staff import pipeline
 from staff.cli import _cells_table, summary
 from staff.config import FinetuneConfig, Reading, ScoreConfig, SelectConfig
-from staff.formats import read
+from staff.data.rows import read
 
 ROWS = make_rows(12)
 HALF = {"method": "random", "pruning_rate": 0.5}
@@ -153,7 +153,7 @@ def kept_ids(run):
 
 def test_a_coreset_goes_to_the_hub_for_those_who_ask_and_again_from_a_finished_run(tmp_path, monkeypatch):
     pushed = []
-    monkeypatch.setattr("staff.export.push_to_hub", lambda coreset, name: pushed.append((coreset.read_bytes(), name)))
+    monkeypatch.setattr("staff.data.export.push_to_hub", lambda coreset, name: pushed.append((coreset.read_bytes(), name)))
     run = staff.select(ROWS, output=tmp_path / "x", **HALF)
     assert not pushed
     staff.select(ROWS, output=tmp_path / "x", push_to_hub="me/mine", **HALF)

@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from family import comparison_file
-from staff import compare as comparing
 from staff import graph
-from staff.compare import compare
-from staff.grid import FULL, UNTOUCHED, read_comparison
-from staff.results import diversity_table, report
+from staff.comparison import run as comparing
+from staff.comparison.grid import FULL, UNTOUCHED, read_comparison
+from staff.comparison.run import compare
+from staff.comparison.tables import diversity_table, report
 
 YAML = """
 target: ${STAFF_MODELS}/target

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from staff import draft, models, scopes
-from staff.score import Scorer
+from staff.models import drafts as draft
+from staff.models import load as models
+from staff.scoring import scopes
+from staff.scoring.scorer import Scorer
 from tiny import LAYOUTS, make_model, make_pool
 
 

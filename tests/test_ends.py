@@ -21,10 +21,14 @@ import torch
 
 import staff
 from family import SETTINGS, finish, make_rows, results, start, write_pool
-from staff import cli, memory, models, pipeline, score, store
-from staff import finetune as training
-from staff import pool as tokenising
+from staff import cli, pipeline
 from staff.config import FinetuneConfig
+from staff.data import tokens as tokenising
+from staff.models import finetune as training
+from staff.models import load as models
+from staff.runs import store
+from staff.scoring import scorer as score
+from staff.scoring import shards as memory
 from tiny import make_model, make_pool
 
 SOAK = os.environ.get("STAFF_SOAK") == "1"

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from family import make_rows
-from staff import evaluate as evaluation
-from staff import models, pipeline
+from staff import pipeline
+from staff.comparison import evaluate as evaluation
+from staff.comparison.evaluate import evaluate, read_examples, summary_path
 from staff.config import EvaluateConfig, FinetuneConfig
-from staff.evaluate import evaluate, read_examples, summary_path
+from staff.models import load as models
 
 SMALL = {"max_new_tokens": 12, "dtype": "float32"}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from staff.export import axolotl, factory_entry, llama_factory, push_to_hub, trl, write_factory_entry
-from staff.formats import read
+from staff.data.export import axolotl, factory_entry, llama_factory, push_to_hub, trl, write_factory_entry
+from staff.data.rows import read
 
 DATA = Path(__file__).parent / "data" / "formats"
 FILES = sorted(p.name for p in DATA.iterdir() if p.suffix in (".json", ".jsonl", ".csv", ".tsv", ".parquet") and p.stem != "dataset_info")

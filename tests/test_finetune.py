@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from staff import attention
-from staff import finetune as training
-from staff.adapters import add_lora
-from staff.finetune import finetune, sample_order
-from staff.store import SEAL
+from staff.models import attention
+from staff.models import finetune as training
+from staff.models.adapters import add_lora
+from staff.models.finetune import finetune, sample_order
+from staff.runs.store import SEAL
 from tiny import LAYOUTS, make_model, make_pool
 
 LENGTHS = tuple(np.random.default_rng(3).integers(4, 30, 44).tolist())
@@ -178,7 +178,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from staff.finetune import finetune
+from staff.models.finetune import finetune
 from tiny import make_model, make_pool
 
 pool = make_pool(tuple(np.random.default_rng(3).integers(4, 30, 44).tolist()))

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import staff.scanners
-import staff.tables
-from staff.formats import Turn, read
+import staff.data.scanners
+import staff.data.tables
+from staff.data.rows import Turn, read
 
 DATA = Path(__file__).parent / "data" / "formats"
 ROWS = [{"id": f"r{i}", "prompt": f"Question {i}?\nSay.", "response": f'Answer {i}: “ü”, "q"', "n": i} for i in range(7)]
@@ -458,7 +458,7 @@ def test_the_column_check_of_tables_agrees_with_the_check_of_each_row(tmp_path):
         assert rows.numbers.tolist() == slow.numbers.tolist()
         assert rows.skipped == slow.skipped
         assert list(rows.examples()) == list(slow.examples())
-        fine = staff.tables.plain(table.combine_chunks().to_batches()[0], slow.layout)
+        fine = staff.data.tables.plain(table.combine_chunks().to_batches()[0], slow.layout)
         assert 0 < fine.sum() <= len(rows)
 
 
@@ -484,8 +484,8 @@ def test_a_json_list_is_the_same_however_its_blocks_fall(rows, indent, ascii_onl
     """Oracle: json.loads of the whole; and the bytes of each row are that row's."""
     data = json.dumps(rows, indent=indent, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(staff.scanners, "BLOCK", block)
-        found = list(staff.scanners.scan_json(io.BytesIO(data), "name"))
+        patch.setattr(staff.data.scanners, "BLOCK", block)
+        found = list(staff.data.scanners.scan_json(io.BytesIO(data), "name"))
     assert [f.value for f in found] == rows
     assert [json.loads(data[f.start : f.end]) for f in found] == rows
     assert [f.line for f in found] == [data[: f.start].count(b"\n") + 1 for f in found]
@@ -495,12 +495,12 @@ def test_a_json_list_is_the_same_however_its_blocks_fall(rows, indent, ascii_onl
 @pytest.mark.parametrize("cut", range(0, 75, 4))
 def test_a_cut_json_list_is_seen_to_be_cut_however_its_blocks_fall(block, cut, monkeypatch):
     data = '[\n{"prompt": "ü\\u00fc\\n", "n": -1.5e3},\n{"prompt": true, "m": [null, {}]}]'.encode()
-    monkeypatch.setattr(staff.scanners, "BLOCK", block)
+    monkeypatch.setattr(staff.data.scanners, "BLOCK", block)
     if cut == 0:
-        assert len(list(staff.scanners.scan_json(io.BytesIO(data), "name"))) == 2
+        assert len(list(staff.data.scanners.scan_json(io.BytesIO(data), "name"))) == 2
     else:
         with pytest.raises(ValueError, match=r"cut off|not UTF-8|correct"):
-            list(staff.scanners.scan_json(io.BytesIO(data[:-cut] if cut < len(data) else b"["), "name"))
+            list(staff.data.scanners.scan_json(io.BytesIO(data[:-cut] if cut < len(data) else b"["), "name"))
 
 
 # ---- other libraries' data ----
@@ -557,7 +557,9 @@ def test_a_hub_data_set_is_loaded_through_the_librarys_own_call(monkeypatch):
 
 
 def test_importing_and_reading_text_loads_no_heavy_library():
-    code = "import sys; from staff.formats import read; read(sys.argv[1]); print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
+    code = (
+        "import sys; from staff.data.rows import read; read(sys.argv[1]); print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code, DATA / "prompt_response.jsonl"], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 

@@ -12,12 +12,12 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from family import TEMPLATE, make_rows, make_tokenizer, write_pool
-from staff import evaluate as evaluation
-from staff import models
-from staff.compare import compare
+from staff.comparison import evaluate as evaluation
+from staff.comparison.evaluate import evaluate, read_examples
+from staff.comparison.grid import FULL, UNTOUCHED, read_comparison
+from staff.comparison.run import compare
 from staff.config import EvaluateConfig
-from staff.evaluate import evaluate, read_examples
-from staff.grid import FULL, UNTOUCHED, read_comparison
+from staff.models import load as models
 
 SMALL = {"max_new_tokens": 6, "dtype": "float32"}
 COMPARISON = {

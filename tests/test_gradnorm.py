@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from staff import scopes
-from staff.gradnorm import Head, response_scores, squared_norm_of_products
-from staff.pool import collate
-from staff.score import Scorer
+from staff.data.tokens import collate
+from staff.scoring import scopes
+from staff.scoring.gradnorm import Head, response_scores, squared_norm_of_products
+from staff.scoring.scorer import Scorer
 from tiny import ADAPTED_EXPERTS, EXPERT_LAYOUTS, LAYOUTS, VALUE, make_model, make_pool
 
 POSITIONS = np.arange(7)

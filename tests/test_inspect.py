@@ -7,7 +7,7 @@ import sys
 import pytest
 from rich.text import Text
 
-from staff.formats import read
+from staff.data.rows import read
 from staff.inspect_data import SPELLED, inspect, load_tokenizer, render
 
 
@@ -120,7 +120,7 @@ def tokenizer():
 
 
 def test_tokens_and_what_will_be_truncated_are_counted(tokenizer, tmp_path):
-    pytest.importorskip("staff.pool")
+    pytest.importorskip("staff.data.tokens")
     rows = [("a", "b"), ("a a a a a a a a", "b b"), ("a", "b b b b b b b b"), ("a </s> a", "b")]
     rows = make(tmp_path, [{"prompt": p, "response": r} for p, r in rows])
     report = inspect(rows, tokenizer, max_length=6)
@@ -138,7 +138,7 @@ def test_tokens_and_what_will_be_truncated_are_counted(tokenizer, tmp_path):
 
 
 def test_the_counts_agree_with_what_tokenising_does(tokenizer, tmp_path):
-    pool = pytest.importorskip("staff.pool")
+    pool = pytest.importorskip("staff.data.tokens")
     rows = make(tmp_path, [{"prompt": "a " * (i % 13 + 1), "response": "b " * (i % 11 + 1)} for i in range(143)])
     for max_length in (3, 8, 12, 30):
         tokens = inspect(rows, tokenizer, max_length)["tokens"]
@@ -149,7 +149,7 @@ def test_the_counts_agree_with_what_tokenising_does(tokenizer, tmp_path):
 
 def test_inspecting_without_a_model_loads_no_torch(tmp_path):
     rows = make(tmp_path, [{"prompt": "p", "response": "r"}])
-    code = "import sys; from staff.formats import read; from staff.inspect_data import *; render(inspect(read(sys.argv[1])))"
+    code = "import sys; from staff.data.rows import read; from staff.inspect_data import *; render(inspect(read(sys.argv[1])))"
     code += "; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code, rows.paths[0]], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

@@ -10,8 +10,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from family import make_tokenizer
-from staff import models, scopes
-from staff.score import Scorer
+from staff.models import load as models
+from staff.scoring import scopes
+from staff.scoring.scorer import Scorer
 from tiny import EXPERT_LAYOUTS, make_model, make_pool
 
 POOL = make_pool()
@@ -128,7 +129,7 @@ def test_a_folder_that_is_a_model_and_no_adapter_says_what_it_lacks(tmp_path):
 
 @pytest.fixture
 def no_libraries(monkeypatch):
-    monkeypatch.setattr("staff.model_files.find_spec", lambda name: None)
+    monkeypatch.setattr("staff.models.files.find_spec", lambda name: None)
 
 
 @pytest.mark.parametrize(("method", "package"), [("gptq", "gptqmodel"), ("awq", "gptqmodel"), ("bitsandbytes", "bitsandbytes")])

@@ -50,7 +50,7 @@ def test_the_regions_file_and_the_cost_file_say_what_happened(finished):
 
 
 def test_the_target_saw_the_drawn_positions_and_nothing_else(family, tmp_path, monkeypatch):
-    from staff import score
+    from staff.scoring import scorer as score
 
     seen = {}
     original = score.Scorer.scores

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from family import write_pool
-from staff import cli, models, timing
+from staff import cli, timing
 from staff.config import PlanConfig
 from staff.methods import METHODS
+from staff.models import load as models
 from staff.plan import Job, Speed, advice, staff_passes, stages, table
 
 JOB = Job(tokens=1000, response_share=0.4, draft_epochs=3, draft_share=0.5, target_epochs=2, epochs=2, verified_share=0.1)

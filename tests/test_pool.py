@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from family import TEMPLATE, make_tokenizer
-from staff.pool import batches, collate, tokenise
-from staff.turns import Example, Turn
+from staff.data.tokens import batches, collate, tokenise
+from staff.data.turns import Example, Turn
 
 
 def example(*turns, train=-1):
@@ -90,10 +90,10 @@ def test_parts_of_any_size_give_one_pool(monkeypatch):
     tokenizer = make_tokenizer()
     rows = [example(("user", f"How many {i}?"), ("assistant", "many " * i + "<|im_end|>" * (i == 3))) for i in range(11)]
     whole, seen = tokenise(rows, tokenizer, 40), []
-    monkeypatch.setattr("staff.pool.ROWS_AT_ONCE", 3)
+    monkeypatch.setattr("staff.data.tokens.ROWS_AT_ONCE", 3)
     parts = tokenise(iter(rows), tokenizer, 40, seen.append)
     assert seen == [3, 6, 9, 11]
-    monkeypatch.setattr("staff.pool.LETTERS_AT_ONCE", 1)
+    monkeypatch.setattr("staff.data.tokens.LETTERS_AT_ONCE", 1)
     assert tokenise(rows, tokenizer, 40, seen.append).input_ids.tolist() == whole.input_ids.tolist()
     assert seen[4:] == list(range(1, 12))
     for name in ("input_ids", "is_response", "offsets"):

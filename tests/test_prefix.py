@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from staff import prefix
-from staff.adapters import add_lora
-from staff.pool import Pool
-from staff.score import Scorer
+from staff.data.tokens import Pool
+from staff.models.adapters import add_lora
+from staff.scoring import prefix
+from staff.scoring.scorer import Scorer
 from tiny import LAYOUTS, VOCABULARY, make_model
 
 COMMON = 11

@@ -10,11 +10,11 @@ import torch
 import staff
 from family import SETTINGS, write_pool
 from staff.config import SelectConfig
-from staff.finetune import finetune
 from staff.methods import METHODS, cost
+from staff.models.finetune import finetune
 from staff.pipeline import select
-from staff.score import Scorer
-from staff.store import SEAL, read_arrays
+from staff.runs.store import SEAL, read_arrays
+from staff.scoring.scorer import Scorer
 from test_finetune import LENGTHS, finish
 from tiny import make_model, make_pool
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 import transformers
 
-from staff import scopes
 from staff.config import SelectConfig
-from staff.score import Scorer, level, score_shards
+from staff.scoring import scopes
+from staff.scoring.scorer import Scorer, level, score_shards
 from test_gradnorm import oracle, weights_of, with_lora
 from tiny import EXPERT_LAYOUTS, EXPERTS, SHAPE, VOCABULARY, make_model, make_pool
 
@@ -57,7 +57,7 @@ def test_balancing_one_weight_is_refused():
 
 
 def test_a_fresh_adapter_that_never_gets_a_gradient_is_left_out_of_the_balance():
-    from staff.adapters import add_lora
+    from staff.models.adapters import add_lora
 
     model = add_lora(make_model("llama"), 4, 8, seed=0)  # B = 0: the gradient of A is 0
     kept: dict[int, dict] = {}

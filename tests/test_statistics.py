@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from staff.statistics import Resamples, holm, interval, p_value, resample, resampled_means
+from staff.comparison.statistics import Resamples, holm, interval, p_value, resample, resampled_means
 
 
 def test_a_resampled_mean_weighs_seeds_and_rows_as_often_as_they_were_drawn():

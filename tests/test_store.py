@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from staff import store
+from staff.runs import store
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
@@ -57,7 +57,7 @@ def test_a_files_hash_is_remembered_until_it_changes(tmp_path, monkeypatch):
 
 def test_a_second_run_in_a_folder_is_told_who_holds_it(tmp_path):
     run = store.RunDirectory(tmp_path / "x")
-    code = f"from staff.store import RunDirectory; RunDirectory({str(tmp_path / 'x')!r})"
+    code = f"from staff.runs.store import RunDirectory; RunDirectory({str(tmp_path / 'x')!r})"
     held = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "is in use by process" in held.stderr
     run.close()

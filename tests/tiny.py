@@ -7,7 +7,7 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from staff.pool import Pool
+from staff.data.tokens import Pool
 
 VOCABULARY = 97
 SHAPE = {

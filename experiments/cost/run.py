@@ -15,7 +15,7 @@ from pathlib import Path
 import staff
 from staff import pipeline, plan
 from staff.config import FinetuneConfig, PlanConfig
-from staff.store import read_checked
+from staff.runs.store import read_checked
 from staff.timing import make_plan
 
 TASKS = {"medquad": "runs/data/medquad-300.jsonl", "wiki": "runs/data/wiki-300.jsonl", "dialogue": "runs/data/dialogue-300.jsonl"}

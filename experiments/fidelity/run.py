@@ -19,12 +19,16 @@ import torch
 from scipy.stats import rankdata
 from sklearn.metrics import adjusted_rand_score
 
-from staff import draft, formats, models, plan, scopes
-from staff.finetune import finetune
+from staff import plan
+from staff.data import rows as formats
+from staff.data.tokens import tokenise
 from staff.methods import METHODS
 from staff.methods.strata import set_hardest_aside, split
-from staff.pool import tokenise
-from staff.score import Scorer
+from staff.models import drafts as draft
+from staff.models import load as models
+from staff.models.finetune import finetune
+from staff.scoring import scopes
+from staff.scoring.scorer import Scorer
 
 TASKS = {"medquad": "examples/medquad/train.jsonl", "wiki": "runs/data/wiki-train.jsonl"}
 ROWS = 600

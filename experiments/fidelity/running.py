@@ -15,11 +15,11 @@ import numpy as np
 from run import LEARNING_RATE, ROWS, SEEDS, TASKS, load
 from scipy.stats import spearmanr
 
-from staff import formats
-from staff.finetune import finetune
-from staff.pool import tokenise
-from staff.score import Scorer
-from staff.store import read_arrays
+from staff.data import rows as formats
+from staff.data.tokens import tokenise
+from staff.models.finetune import finetune
+from staff.runs.store import read_arrays
+from staff.scoring.scorer import Scorer
 
 EPOCHS, SCOPE = (1, 3), "last-value"
 NAMES = (

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from staff import finetune as training
-from staff import formats, models
-from staff.pool import tokenise
-from staff.score import Scorer
+from staff.data import rows as formats
+from staff.data.tokens import tokenise
+from staff.models import finetune as training
+from staff.models import load as models
+from staff.scoring.scorer import Scorer
 
 TASKS = ("medquad", "wiki")
 ORDERS = ("random", "like length", "like length, by tokens")

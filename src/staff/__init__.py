@@ -12,8 +12,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from staff.outputs import Run
-    from staff.work import Progress
+    from staff.runs.outputs import Run
+    from staff.runs.pieces import Progress
 
 __version__ = "0.1.0"
 __all__ = ["METHODS", "Run", "Selection", "load_run", "select"]
@@ -60,7 +60,7 @@ def load_run(path: str) -> Run:
     Raises:
         ValueError: the folder holds no finished run.
     """
-    from staff import outputs
+    from staff.runs import outputs
 
     return outputs.load_run(path)
 
@@ -75,7 +75,7 @@ def __getattr__(name: str) -> Any:
 
         return Selection
     if name == "Run":
-        from staff.outputs import Run
+        from staff.runs.outputs import Run
 
         return Run
     raise AttributeError(f"module 'staff' has no attribute {name!r}")

@@ -64,7 +64,7 @@ def score(arguments: Sequence[str]) -> None:
 
 def evaluate(arguments: Sequence[str]) -> None:
     """Answer a test file with a model: ROUGE, BLEU, chrF, exact match, loss, a row an example."""
-    from staff import evaluate as evaluation
+    from staff.comparison import evaluate as evaluation
 
     config, given = _parse(configs.EvaluateConfig, arguments, "staff evaluate", ("quiet", "json"))
     with _Progress(quiet="quiet" in given) as progress:
@@ -94,8 +94,9 @@ def compare(arguments: Sequence[str]) -> None:
     given = parser.parse_args(list(arguments))
     if not given.config:
         raise ValueError("name what to compare with --config FILE.yaml")
-    from staff import compare as comparing
-    from staff import grid, results
+    from staff.comparison import grid
+    from staff.comparison import run as comparing
+    from staff.comparison import tables as results
 
     comparison = grid.read_comparison(given.config, given.output)
     if not given.tables:
@@ -110,7 +111,8 @@ def inspect(arguments: Sequence[str]) -> None:
     """Show how a file is read: format, columns, lengths, duplicates, the first rows as the model sees them."""
     from rich.console import Console
 
-    from staff import formats, inspect_data
+    from staff import inspect_data
+    from staff.data import rows as formats
 
     config, given = _parse(configs.InspectConfig, arguments, "staff inspect", ("json",))
     if not config.data:
@@ -242,7 +244,7 @@ class _Progress:
 
 def summary(run: Any, config: configs.SelectConfig) -> str:
     """What a person wants to know of a finished selection."""
-    from staff.outputs import remarks
+    from staff.runs.outputs import remarks
 
     selection, cost, manifest = run.selection, run.cost, run.manifest
     n, m = manifest["n"], manifest["m"]
@@ -287,7 +289,7 @@ def summary(run: Any, config: configs.SelectConfig) -> str:
 
 def _cells_table(runs: list[Any], config: configs.SelectConfig) -> str:
     """A line a coreset, how alike they are, and what all of it cost."""
-    from staff.outputs import remarks
+    from staff.runs.outputs import remarks
 
     lines = ["", *remarks(runs[0].manifest, config.max_length), f"{'coreset':24}{'pruning rate':>13}{'samples':>9}{'verified':>10}"]
     for run in runs:

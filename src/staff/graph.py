@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from staff.metrics import UnicodeTokenizer
+from staff.comparison.metrics import UnicodeTokenizer
 
 log = logging.getLogger(__name__)
 

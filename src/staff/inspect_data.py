@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from rich.markup import escape
 
-from staff.formats import Rows
-from staff.layouts import shown
-from staff.turns import Example
+from staff.data.layouts import shown
+from staff.data.rows import Rows
+from staff.data.turns import Example
 
 ROWS_FOR_COLUMNS = 1_000  # their kinds are of the first rows
 ROWS_FOR_TOKENS = 50_000  # past that, rows evenly spread stand for all
@@ -49,7 +49,7 @@ def inspect(rows: Rows, tokenizer: Any = None, max_length: int = 1024) -> dict:
     odd: Counter[str] = Counter()
     control = None
     if tokenizer is not None:
-        from staff.pool import control_tokens, spells
+        from staff.data.tokens import control_tokens, spells
 
         control = control_tokens(tokenizer)
     for i, example in enumerate(rows.examples()):
@@ -98,8 +98,9 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
     Raises:
         ValueError: there is none.
     """
-    from staff import model_files, models
-    from staff.sources import read_json
+    from staff.data.locate import read_json
+    from staff.models import files as model_files
+    from staff.models import load as models
 
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
@@ -180,7 +181,7 @@ def _some(rows: Rows, positions: np.ndarray) -> Iterator[Example]:
 
 
 def _tokens(rows: Rows, tokenizer: Any, max_length: int) -> dict:
-    from staff.pool import tokenise
+    from staff.data.tokens import tokenise
 
     positions = _spread(len(rows), ROWS_FOR_TOKENS)
     examples = _some(rows, positions)
@@ -244,7 +245,7 @@ def _first(rows: Rows, tokenizer: Any, max_length: int) -> list[dict]:
         return [
             {"row": n, "pieces": [(f"{t.role}: {t.content}\n", t.train) for t in e.turns]} for n, e in zip(numbers, examples, strict=True)
         ]
-    from staff.pool import tokenise
+    from staff.data.tokens import tokenise
 
     pool = tokenise(examples, tokenizer, max_length)
     first = []

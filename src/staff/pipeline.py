@@ -18,14 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from staff import formats
 from staff.config import FinetuneConfig, ScoreConfig, SelectConfig, check_named, flat, to_yaml, yaml_value
+from staff.data import rows as formats
+from staff.data.locate import locate
 from staff.methods import METHODS, Method
 from staff.methods.groups import select_by_group
-from staff.outputs import Cell, Run, find_finished, pushed, warn, write, write_tables
-from staff.scorefile import read_scores, write_scores
-from staff.sources import locate
-from staff.store import (
+from staff.runs.outputs import Cell, Run, find_finished, pushed, warn, write, write_tables
+from staff.runs.pieces import PACKAGES, TRAINING, Progress, Work, check_running, commit, version_of
+from staff.runs.scorefile import read_scores, write_scores
+from staff.runs.store import (
     RunDirectory,
     changed_files,
     failures_are_said,
@@ -40,7 +41,6 @@ from staff.store import (
     write_text,
 )
 from staff.types import Selection
-from staff.work import PACKAGES, TRAINING, Progress, Work, check_running, commit, version_of
 
 logger = logging.getLogger(__name__)
 
@@ -273,7 +273,7 @@ def _sources(config: SelectConfig, methods: Mapping[str, Method]) -> dict[str, A
         wanted |= {need.split("/")[0].split("@")[0] for need in needs}
     if not wanted:
         return {}
-    from staff import models
+    from staff.models import load as models
 
     if not config.target:
         raise ValueError("name the model that the coreset is for with --target")
@@ -293,7 +293,7 @@ def _sources(config: SelectConfig, methods: Mapping[str, Method]) -> dict[str, A
 
 def _check_models(config: SelectConfig, sources: dict[str, Any]) -> None:
     """A scope or a load that can't be had is known before any work is done."""
-    from staff import models
+    from staff.models import load as models
 
     for source in {id(source): source for source in sources.values()}.values():
         models.check(source, config.scope, config.load_in, config.trust_remote_code)
@@ -318,7 +318,7 @@ def finetune(config: FinetuneConfig, *, update: bool = False, on_progress: Progr
     Raises:
         ValueError: something that the user can mend.
     """
-    from staff import models
+    from staff.models import load as models
 
     check_named(config, "data", "model", "output")
     assert config.output
@@ -335,8 +335,8 @@ def finetune(config: FinetuneConfig, *, update: bool = False, on_progress: Progr
         if manifest and manifest["finished"] == fingerprint(key) and not changed_files(run.path, manifest["files"]):
             logger.info("%s is finished: nothing to do", run.path)
             return run.path
-        from staff import finetune as training  # here, so that a finished one is recognised without torch
-        from staff.pool import tokenise
+        from staff.data.tokens import tokenise
+        from staff.models import finetune as training  # here, so that a finished one is recognised without torch
 
         device = models.pick_device(config.device)
         dtype = models.pick_dtype(config.dtype, device)
@@ -409,7 +409,7 @@ def score(config: ScoreConfig, *, on_progress: Progress | None = None) -> tuple[
     output = Path(str(config.output))
     if output.suffix != ".parquet":
         raise ValueError(f"--output {output}: the scores are written as Parquet; name a file that ends in .parquet")
-    from staff import models
+    from staff.models import load as models
 
     source = models.resolve(config.model, "--model")
     rows = formats.read(list(config.data), **config.reading.keywords())

@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from staff import adapters, formats, models, plan
+from staff import plan
 from staff.config import PlanConfig
-from staff.finetune import finetune, sample_order
-from staff.pool import Pool, tokenise
-from staff.score import Scorer
+from staff.data import rows as formats
+from staff.data.tokens import Pool, tokenise
+from staff.models import adapters
+from staff.models import load as models
+from staff.models.finetune import finetune, sample_order
+from staff.scoring.scorer import Scorer
 
 SAMPLES = 48  # scored, after as many that warm up
 STEPS = 6  # of training, the first of which warms up
@@ -53,7 +56,7 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
     Raises:
         ValueError: something that the user can mend.
     """
-    from staff import draft
+    from staff.models import drafts as draft
 
     if not config.data or not config.target:
         raise ValueError("name the pool with --data FILE and the model that the coreset is for with --target")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from staff.sources import read_json
+from staff.data.locate import read_json
 
 
 @contextlib.contextmanager

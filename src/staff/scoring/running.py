@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from staff import scopes
-from staff.gradnorm import Site, squared_norm_of_products
-from staff.store import write_arrays
+from staff.runs.store import write_arrays
+from staff.scoring import scopes
+from staff.scoring.gradnorm import Site, squared_norm_of_products
 
 FILE = "running.npz"
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from staff import attention, scopes
-from staff.gradnorm import efforts, mean_by_sample, record_sites, response_scores
-from staff.memory import SHARD, Fitting
-from staff.pool import Batch, Pool, batches, collate
+from staff.data.tokens import Batch, Pool, batches, collate
+from staff.models import attention
+from staff.scoring import scopes
+from staff.scoring.gradnorm import efforts, mean_by_sample, record_sites, response_scores
+from staff.scoring.shards import SHARD, Fitting
 
 if TYPE_CHECKING:  # it needs transformers' cache
-    from staff.prefix import Prefix
+    from staff.scoring.prefix import Prefix
 
 logger = logging.getLogger(__name__)
 QUANTITIES = ("effort", "loss", "el2n", "entropy")
@@ -154,7 +155,7 @@ class Scorer:
         """What a pool's samples begin with, once it has been seen that the model scores a sample the same with it."""
         if not self._reuses:
             return None
-        from staff import prefix
+        from staff.scoring import prefix
 
         if self._prefix is None or self._prefix[0]() is not pool:
             start = prefix.find(self.model, self.sites[0], pool)

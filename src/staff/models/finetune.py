@@ -13,13 +13,14 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from staff import attention, scopes
-from staff.adapters import add_lora, joined_products
-from staff.gradnorm import Head, response_scores
-from staff.pool import Pool, collate
-from staff.running import FILE as RUNNING
-from staff.running import Running
-from staff.store import SEAL, is_out_of_memory, read_arrays, seal, sealed
+from staff.data.tokens import Pool, collate
+from staff.models import attention
+from staff.models.adapters import add_lora, joined_products
+from staff.runs.store import SEAL, is_out_of_memory, read_arrays, seal, sealed
+from staff.scoring import scopes
+from staff.scoring.gradnorm import Head, response_scores
+from staff.scoring.running import FILE as RUNNING
+from staff.scoring.running import Running
 
 CHECKPOINTS = 2  # kept: one that turns out damaged has another before it
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")

@@ -16,7 +16,7 @@ def write_scores(path: Path, columns: Mapping[str, Any]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from staff.store import write_aside
+    from staff.runs.store import write_aside
 
     table = pa.table({name: pa.array(values, pa.string()) if name == "id" else values for name, values in columns.items()})
     write_aside(path, lambda aside: pq.write_table(table, aside))

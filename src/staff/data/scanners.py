@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from staff.layouts import BadRow, shown
+from staff.data.layouts import BadRow, shown
 
 BLOCK = 1 << 20  # bytes read at a time
 LONGEST_ROW = 1 << 28  # bytes; past it a file is taken for something else

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from staff import export, formats
+from staff.data import export
+from staff.data import rows as formats
 from staff.config import SelectConfig, flat, from_mapping, read_yaml
 from staff.methods import Method
 from staff.methods.likeness import Likeness, likeness, nestedness
-from staff.scorefile import write_scores
-from staff.store import (
+from staff.runs.scorefile import write_scores
+from staff.runs.store import (
     Ledger,
     changed_files,
     hash_file,
@@ -33,7 +34,7 @@ from staff.store import (
     write_text,
 )
 from staff.types import Region, Selection
-from staff.work import PACKAGES, Work, commit, version_of
+from staff.runs.pieces import PACKAGES, Work, commit, version_of
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from staff.layouts import ROLES, BadRow, Layout, listed, near, shown
+from staff.data.layouts import ROLES, BadRow, Layout, listed, near, shown
 
 
 class Turn(NamedTuple):  # a frozen dataclass takes three times as long to make, and a million rows make three million

@@ -16,8 +16,8 @@ from typing import IO
 
 import numpy as np
 
-from staff.layouts import shown
-from staff.scanners import BLOCK, DELIMITERS, Found, csv_header, csv_reader, decode_json, scan_csv, scan_json, scan_jsonl, suffix_of
+from staff.data.layouts import shown
+from staff.data.scanners import BLOCK, DELIMITERS, Found, csv_header, csv_reader, decode_json, scan_csv, scan_json, scan_jsonl, suffix_of
 
 GZIP_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from staff.gradnorm import Head, Site
+from staff.scoring.gradnorm import Head, Site
 
 SCOPES = {
     "last-value": "the last block's value projection: forward, and back through the last block alone; the default",

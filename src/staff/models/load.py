@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from staff.model_files import Source as Source
-from staff.model_files import check_quantised
-from staff.model_files import resolve as resolve
-from staff.store import remove, seal, sealed
+from staff.models.files import Source as Source
+from staff.models.files import check_quantised
+from staff.models.files import resolve as resolve
+from staff.runs.store import remove, seal, sealed
 
 if TYPE_CHECKING:  # models are found and identified without torch: a finished run is recognised in no time
     import torch
@@ -162,7 +162,7 @@ def check(source: Source, scope: str, load_in: str | None = None, trust_remote_c
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from staff import scopes
+    from staff.scoring import scopes
 
     check_quantised(source, load_in)
 
@@ -308,7 +308,7 @@ class Size:
 
 def measure(model: torch.nn.Module) -> Size:
     """Count a loaded model's weights, adapters left out; of experts those that a token meets."""
-    from staff import scopes
+    from staff.scoring import scopes
 
     share = scopes.share_of_experts(model)
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from staff import scopes
+from staff.scoring import scopes
 
 SHORT = 256  # tokens; above, (T, T) matrices no longer stay in cache and the library's tiled kernel wins
 CHANGES = ("position_bias", "cache", "softcap")  # arguments that make it another function

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from staff.layouts import LAYOUTS, BadRow, Layout, find, from_columns, near, shown
-from staff.readers import TextFile, TextRows, kind_of, peek, stamp
-from staff.scanners import find_delimiter, suffix_of
-from staff.sources import Input, load_hub, locate
-from staff.turns import Example, Turn, build
-from staff.writers import aside, dumps, write_table
+from staff.data.layouts import LAYOUTS, BadRow, Layout, find, from_columns, near, shown
+from staff.data.locate import Input, load_hub, locate
+from staff.data.scanners import find_delimiter, suffix_of
+from staff.data.text import TextFile, TextRows, kind_of, peek, stamp
+from staff.data.turns import Example, Turn, build
+from staff.data.writers import aside, dumps, write_table
 
 __all__ = ["Example", "Rows", "Turn", "read"]
 
@@ -218,7 +218,7 @@ def read(
     layout = found.layout if layout is None else layout
     if found.hub is None:
         return _read_files(found, layout, train_on, skip)
-    from staff.tables import open_dataset
+    from staff.data.tables import open_dataset
 
     name = f"hub data set {found.hub}"
     loaded = _split_of(load_hub(found), found.split, name)
@@ -234,7 +234,7 @@ def _read_files(found: Input, layout: Layout | None, train_on: str, skip: bool) 
         raise ValueError(f"{names[0]} is {kinds[0]} and {names[other]} is {kinds[other]}; files read together must be of one format")
     kind = kinds[0]
     if kind in ("Parquet", "Arrow"):
-        from staff.tables import open_tables
+        from staff.data.tables import open_tables
 
         gzipped = next((n for n, (_, g) in zip(names, heads, strict=True) if g), None)
         if gzipped is not None:
@@ -309,7 +309,7 @@ def _check_named(layout: Layout, seen: set[str], name: str, columns: Sequence[st
 
 
 def _read_table(source: Any, layout: Layout | None, train_on: str, skip: bool, paths: tuple[Path, ...], notes: Sequence[str]) -> Rows:
-    from staff.tables import check_types, plain
+    from staff.data.tables import check_types, plain
 
     name = source.names[0]
     columns = source.schema.names
@@ -385,7 +385,7 @@ def _read_object(data: Any, layout: Layout | None, train_on: str, skip: bool, sp
         raise ValueError(f"{MEMORY} is an IterableDataset, which can be read only once; make it a Dataset, or write it to a file")
     if not (hasattr(data, "with_format") and hasattr(data, "features")):
         raise ValueError(f"data is {shown(data)}; it can be a path, several, a list of dicts, a datasets.Dataset or a pandas DataFrame")
-    from staff.tables import open_dataset
+    from staff.data.tables import open_dataset
 
     return _read_table(open_dataset(data, MEMORY), layout, train_on, skip, (), [])
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from staff.gradnorm import gradient_matrix, inner_products
-from staff.pool import Pool, batches, collate
-from staff.score import Scorer
+from staff.data.tokens import Pool, batches, collate
+from staff.scoring.gradnorm import gradient_matrix, inner_products
+from staff.scoring.scorer import Scorer
 
 
 def mean_direction(scorer: Scorer, validation: Pool) -> list[torch.Tensor]:

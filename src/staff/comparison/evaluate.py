@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from staff import formats, metrics
+from staff.comparison import metrics
 from staff.config import EvaluateConfig, check_named, flat
-from staff.store import RunDirectory, fingerprint, hash_file, read_checked, remove, write_aside, write_checked, write_json
+from staff.data import rows as formats
+from staff.runs.store import RunDirectory, fingerprint, hash_file, read_checked, remove, write_aside, write_checked, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +46,8 @@ def evaluate(config: EvaluateConfig, *, on_progress: Callable[[str, int, int], N
     output = Path(str(config.output))
     if output.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"--output {output}: the scores are written a row an example; name a file that ends in .jsonl or .parquet")
-    from staff import models
-    from staff.pool import tokenise
+    from staff.data.tokens import tokenise
+    from staff.models import load as models
 
     metrics.measure(["a word"], ["a word"])  # a package that is missing is known before the work
     tell = on_progress or (lambda stage, done, total: None)
@@ -211,7 +212,7 @@ class _Answerer:
     def __init__(self, model, tokenizer, end: int, max_new_tokens: int, batch_tokens: int):
         from transformers import GenerationConfig
 
-        from staff import scopes
+        from staff.scoring import scopes
 
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.batch_tokens = max_new_tokens, batch_tokens
@@ -230,7 +231,7 @@ class _Answerer:
 
     def answer(self, prompts: list[np.ndarray]) -> dict[str, list]:
         """Greedy answers in the prompts' order: prediction, answer_tokens, cut."""
-        from staff.pool import batches
+        from staff.data.tokens import batches
 
         lengths = np.array([len(prompt) for prompt in prompts]) + self.max_new_tokens
         found: dict[str, list] = {"prediction": [""] * len(prompts), "answer_tokens": [0] * len(prompts), "cut": [False] * len(prompts)}
@@ -265,9 +266,9 @@ class _Answerer:
         """(k,) mean cross-entropy of each reference's tokens, float64 of what the model computes in."""
         import torch
 
-        from staff import scopes
-        from staff.gradnorm import mean_by_sample, response_scores
-        from staff.pool import batches, collate
+        from staff.data.tokens import batches, collate
+        from staff.scoring import scopes
+        from staff.scoring.gradnorm import mean_by_sample, response_scores
 
         decoder, head = scopes.decoder(self.model), scopes.head_of(self.model)
         found = np.zeros(len(positions))
@@ -284,7 +285,7 @@ class _Answerer:
 
     def _within_memory(self, cut: Callable[[int], list[np.ndarray]], run: Callable[[np.ndarray], None]) -> None:
         """Run batch by batch; where memory runs out, all batches again of half the tokens, and no larger ones from there on."""
-        from staff.memory import is_out_of_memory
+        from staff.scoring.shards import is_out_of_memory
 
         while True:
             parts = cut(self.batch_tokens)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from staff import scopes
-from staff.gradnorm import Site
-from staff.pool import Pool
+from staff.data.tokens import Pool
+from staff.scoring import scopes
+from staff.scoring.gradnorm import Site
 
 LEAST = 8  # tokens from which it pays
 FIXED_ROPE = ("default", "linear", "llama3", "yarn", None)  # positions turn by the same angle however long a sample is

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from staff.layouts import ROLES, Layout, shown
+from staff.data.layouts import ROLES, Layout, shown
 
 ROWS_A_BATCH = 4096
 ARROW_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError, IndexError, KeyError, TypeError)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import nn
 
-from staff import scopes
+from staff.scoring import scopes
 
 CHOICES = ("even", "first", "last", "ends")
 

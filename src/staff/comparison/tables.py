@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from staff.evaluate import read_examples
-from staff.grid import FULL, UNTOUCHED
-from staff.statistics import Resamples, holm, interval, p_value, resample, resampled_means
-from staff.store import write_aside, write_text
+from staff.comparison.evaluate import read_examples
+from staff.comparison.grid import FULL, UNTOUCHED
+from staff.comparison.statistics import Resamples, holm, interval, p_value, resample, resampled_means
+from staff.runs.store import write_aside, write_text
 
 BASELINE = "random"
 LOWER = ("loss",)  # metrics of which less is better

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from staff.layouts import Layout, from_factory, near, shown
-from staff.scanners import suffix_of
+from staff.data.layouts import Layout, from_factory, near, shown
+from staff.data.scanners import suffix_of
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
 NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "package.json", "config.json")

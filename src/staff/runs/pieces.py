@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from staff import formats, plan
+from staff import plan
+from staff.data import rows as formats
 from staff.config import SelectConfig
-from staff.memory import Budgets, Fitting, score_within
+from staff.scoring.shards import Budgets, Fitting, score_within
 from staff.methods import Method
-from staff.store import SEAL, Ledger, RunDirectory, fingerprint, read_arrays, read_checked, sealed, write_arrays, write_checked
+from staff.runs.store import SEAL, Ledger, RunDirectory, fingerprint, read_arrays, read_checked, sealed, write_arrays, write_checked
 from staff.types import Selection
 
 Progress = Callable[[str, int, int], None]  # stage, done, in all
@@ -101,7 +102,7 @@ class Work:
         self._pools: dict[str, Any] = {}
         self._scorer: tuple[tuple[str, Path | None], Any] | None = None
         if sources:
-            from staff import models
+            from staff.models import load as models
 
             self.device = models.pick_device(config.device)
             self.dtype = models.pick_dtype(config.dtype, self.device)
@@ -175,7 +176,7 @@ class Work:
 
     def pool(self, name: str):
         """The pool in a model's tokens."""
-        from staff.pool import Pool, tokenise
+        from staff.data.tokens import Pool, tokenise
 
         base = self.models[name].base
         key = self._pool_key(base)
@@ -198,7 +199,7 @@ class Work:
 
     def _source(self, base: str):
         """A model's source; a .gguf file is unpacked once."""
-        from staff import models
+        from staff.models import load as models
 
         source = self.sources[base]
         if source.gguf and base not in self._unpacked:
@@ -209,13 +210,14 @@ class Work:
         return self._unpacked.get(base, source)
 
     def _load_tokenizer(self, base: str):
-        from staff import models
+        from staff.models import load as models
 
         return models.load_tokenizer(self._source(base), self.config.trust_remote_code)
 
     def _load(self, base: str, merge: bool = True):
         """A base model, cut to its blocks where the draft is the target's own; an adapter that it came with is folded in."""
-        from staff import draft, models
+        from staff.models import drafts as draft
+        from staff.models import load as models
 
         config = self.config
         model = models.load_model(self._source(base), self.dtype, self.device, config.trust_remote_code, config.load_in, merge)
@@ -225,8 +227,8 @@ class Work:
 
     def adapter(self, name: str) -> Path:
         """The folder of a tuned model's adapter, tuned if it is not there."""
-        from staff import models
-        from staff.finetune import finetune
+        from staff.models import load as models
+        from staff.models.finetune import finetune
 
         config, model, pool = self.config, self.models[name], self.pool(name)
         folder = self.run.piece(model.base, self._model_key(name))
@@ -260,8 +262,9 @@ class Work:
 
     def scorer(self, name: str, snapshot: Path | None = None):
         """A model ready to score, perhaps as it was halfway through its tuning; the one loaded before it is freed."""
-        from staff import adapters, models
-        from staff.score import Scorer
+        from staff.models import adapters
+        from staff.models import load as models
+        from staff.scoring.scorer import Scorer
 
         if self._scorer and self._scorer[0] == (name, snapshot):
             return self._scorer[1]
@@ -306,7 +309,7 @@ class Work:
         if model == "draft@checkpoints":
             return self._trajectories(base)
         if quantity == "effort_running":
-            from staff.running import FILE
+            from staff.scoring.running import FILE
 
             kept = read_arrays(self.adapter(model) / FILE)
             assert kept is not None, "the adapter's seal said that it was whole"
@@ -370,7 +373,7 @@ class Work:
             path: the file; the shards lie beside it, named by the prefix, until they are all there.
             make: a `score.Scorer` or what scores like one; called at the first shard that is missing.
         """
-        from staff.score import score_shards
+        from staff.scoring.scorer import score_shards
 
         folder = path.parent
         budgets = Budgets(folder / f"{prefix}-budgets.json", self.config.batch_tokens)
@@ -431,7 +434,7 @@ class Work:
 
     def _calibrate(self, scorer, name: str, folder: Path) -> None:
         """The mean norm of each weight, over samples drawn for it alone: in verification the model never sees the pool."""
-        from staff.score import CALIBRATION
+        from staff.scoring.scorer import CALIBRATION
 
         kept = read_arrays(folder / "site_means.npz")
         if kept is not None:
@@ -454,8 +457,8 @@ class Work:
 
     def _similarity(self, name: str) -> np.ndarray:
         """(n,) how like each sample's gradient is to those of the validation rows (LESS)."""
-        from staff.pool import tokenise
-        from staff.similarity import Likeness, mean_direction
+        from staff.data.tokens import tokenise
+        from staff.scoring.less import Likeness, mean_direction
 
         assert self.config.validation
         key = {**self._scores_key(name), "validation": self.inputs["validation"]}
@@ -475,7 +478,7 @@ class Work:
         return kept["similarity"]
 
     def _spend(self, stage: str, name: str, pool, positions: np.ndarray, seconds: float) -> None:
-        from staff import models
+        from staff.models import load as models
 
         tokens, response = int(pool.lengths[positions].sum()), int(pool.response_tokens()[positions].sum())
         flops = self.size(name, models.Size).scoring_flops(tokens, response, self.config.scope)
@@ -499,7 +502,7 @@ class Work:
         on_target = next((stages[name] for name in ("verify on the target", "score on the target") if name in stages), None)
         if on_target is None or not on_target.get("flops") or "target" not in self.sources:
             return cost  # the target was never loaded (or by an earlier command alone), and what a pass of it takes is not known
-        from staff import models
+        from staff.models import load as models
 
         def one_pass(name: str) -> float:
             pool = self.pool(name)
@@ -525,8 +528,8 @@ class Work:
 
 def commit() -> str | None:
     """The git commit of the checkout that this package is run from, "+changed" where files differ from it; None elsewhere."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists() or Path(__file__).parents[1].name != "src":
+    root = Path(__file__).parents[3]
+    if not (root / ".git").exists() or Path(__file__).parents[2].name != "src":
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changed"]
     try:

@@ -15,14 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from staff import evaluate as evaluation
-from staff import formats, graph, metrics, models, pipeline
+from staff import graph, pipeline
+from staff.comparison import evaluate as evaluation
+from staff.comparison import metrics
+from staff.comparison.grid import FULL, UNTOUCHED, Cell, Comparison, Task, evaluate_config, finetune_config, select_config
 from staff.config import SelectConfig
-from staff.grid import FULL, UNTOUCHED, Cell, Comparison, Task, evaluate_config, finetune_config, select_config
+from staff.data import rows as formats
 from staff.methods import Method
-from staff.outputs import Run
-from staff.store import differences, fingerprint, hash_file, read_arrays, read_checked, write_arrays, write_checked, write_text
-from staff.work import models_of
+from staff.models import load as models
+from staff.runs.outputs import Run
+from staff.runs.pieces import models_of
+from staff.runs.store import differences, fingerprint, hash_file, read_arrays, read_checked, write_arrays, write_checked, write_text
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
@@ -300,7 +303,7 @@ class _Grid:
     def lengths(self, task: Task) -> dict[str, np.ndarray]:
         """(n,) tokens of each sample of a task's pool in the target's tokens, and of its response alone; taken once."""
         if task.name not in self._lengths:
-            from staff.pool import tokenise
+            from staff.data.tokens import tokenise
 
             config = finetune_config(self.comparison, task, task.train, 0, "x")
             key = fingerprint([self.inputs["target"], [self.inputs[name] for name in task.train], config.max_length])

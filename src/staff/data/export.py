@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from staff.formats import Rows
-from staff.layouts import ROLES, Layout
-from staff.sources import read_json
-from staff.store import remove, write_aside, write_text
-from staff.writers import aside
+from staff.data.layouts import ROLES, Layout
+from staff.data.locate import read_json
+from staff.data.rows import Rows
+from staff.data.writers import aside
+from staff.runs.store import remove, write_aside, write_text
 
 ROWS_LOOKED_AT = 1_000
 
