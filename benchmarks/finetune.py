@@ -35,7 +35,9 @@ def load(model: str):
     from staff.models import load as models
 
     source, device = models.resolve(model), torch.device("cpu")
-    return models.load_model(source, models.pick_dtype("auto", device), device, False), models.load_tokenizer(source, False)
+    return models.load_model(source, models.pick_dtype("auto", device), device, False), models.load_tokenizer(
+        source, False
+    )
 
 
 def read(data: str, rows: int):
@@ -64,7 +66,10 @@ def held_out_loss(model, pool) -> float:
     model.eval()
     total = 0.0
     for i in range(len(pool)):
-        ids, response = torch.tensor(pool.ids(i), dtype=torch.int64)[None], torch.tensor(pool.response(i))[None]
+        ids, response = (
+            torch.tensor(pool.ids(i), dtype=torch.int64)[None],
+            torch.tensor(pool.response(i))[None],
+        )
         total += model(input_ids=ids, labels=ids.where(response, -100)).loss.item() * int(response.sum())
     return total / float(pool.response_tokens().sum())
 
@@ -77,7 +82,10 @@ def run_library(name: str, model, tokenizer, pool, steps: int, seed: int) -> tup
 
     clock = Clock()
     order = np.concatenate(our_steps(len(pool), steps, seed))
-    samples = [{"input_ids": pool.ids(i).tolist(), "labels": np.where(pool.response(i), pool.ids(i), -100).tolist()} for i in order]
+    samples = [
+        {"input_ids": pool.ids(i).tolist(), "labels": np.where(pool.response(i), pool.ids(i), -100).tolist()}
+        for i in order
+    ]
     seen: list[int] = []
 
     class Tell(transformers.TrainerCallback):
@@ -111,7 +119,11 @@ def run_library(name: str, model, tokenizer, pool, steps: int, seed: int) -> tup
     if name == "transformers":
         model = add_lora(model, RANK, ALPHA, seed)
         trainer = transformers.Trainer(
-            model, transformers.TrainingArguments(**shared), train_dataset=samples, data_collator=counted, callbacks=callbacks
+            model,
+            transformers.TrainingArguments(**shared),
+            train_dataset=samples,
+            data_collator=counted,
+            callbacks=callbacks,
         )
     else:
         import datasets
@@ -208,11 +220,20 @@ def measure_floor(model, pool) -> float:
     shapes[int(tokens * share), hidden, vocabulary, False] = 1
     seconds = 0.0
     for (rows, inputs, outputs, adapted), count in shapes.items():
-        x, weight, grad = (torch.randn(shape, dtype=dtype) for shape in ((rows, inputs), (outputs, inputs), (rows, outputs)))
-        a, b, inner = (torch.randn(shape, dtype=dtype) for shape in ((RANK, inputs), (outputs, RANK), (rows, RANK)))
+        x, weight, grad = (
+            torch.randn(shape, dtype=dtype) for shape in ((rows, inputs), (outputs, inputs), (rows, outputs))
+        )
+        a, b, inner = (
+            torch.randn(shape, dtype=dtype) for shape in ((RANK, inputs), (outputs, RANK), (rows, RANK))
+        )
         products = [lambda x=x, w=weight: x @ w.mT, lambda g=grad, w=weight: g @ w]
         if adapted:
-            products += [lambda x=x, a=a: x @ a.mT, lambda i=inner, b=b: i @ b.mT, lambda g=grad, b=b: g @ b, lambda i=inner, a=a: i @ a]
+            products += [
+                lambda x=x, a=a: x @ a.mT,
+                lambda i=inner, b=b: i @ b.mT,
+                lambda g=grad, b=b: g @ b,
+                lambda i=inner, a=a: i @ a,
+            ]
             products += [lambda x=x, i=inner: i.mT @ x, lambda g=grad, i=inner: i.mT @ g]
         seconds += count * sum(least_seconds(product) for product in products)
     return tokens / seconds
@@ -252,8 +273,15 @@ def table(found: dict, arguments) -> str:
     lines = []
     for data in arguments.data:
         lines += ["", f"`{Path(data).parent.name}/{Path(data).name}`", ""]
-        lines += ["| row | tokens/s | of the bare loop | of the floor | loss after |", "| --- | --- | --- | --- | --- |"]
-        rates = {row: float(np.median([one["rate"] for one in found[data, row]])) for row in ROWS if (data, row) in found}
+        lines += [
+            "| row | tokens/s | of the bare loop | of the floor | loss after |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        rates = {
+            row: float(np.median([one["rate"] for one in found[data, row]]))
+            for row in ROWS
+            if (data, row) in found
+        }
         for row in rates:
             losses = [one["loss"] for one in found[data, row] if one["loss"] is not None]
             loss = f"{np.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})" if losses else ""
@@ -264,8 +292,12 @@ def table(found: dict, arguments) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"rows to run, of {', '.join(ROWS)}; all where none is named")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names", nargs="*", help=f"rows to run, of {', '.join(ROWS)}; all where none is named"
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", nargs="+", default=["examples/medquad/train.jsonl"])
     parser.add_argument("--rows", type=int, default=400)
@@ -284,14 +316,22 @@ def main() -> None:
             for row in arguments.names or ROWS:
                 if row == "floor" and seed != arguments.seeds[0]:
                     continue
-                command = [sys.executable, *sys.argv, "--one", json.dumps({"row": row, "data": data, "seed": seed})]
+                command = [
+                    sys.executable,
+                    *sys.argv,
+                    "--one",
+                    json.dumps({"row": row, "data": data, "seed": seed}),
+                ]
                 done = subprocess.run(command, capture_output=True, text=True)
                 line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
                 if line is None:
                     raise SystemExit(f"{row} failed:\n{done.stderr[-3000:]}")
                 result = json.loads(line[len("RESULT ") :])
                 found.setdefault((data, row), []).append(result)
-                print(f"{Path(data).parent.name}, seed {seed}: {row}: {result['rate']:.0f} tokens/s, loss {result['loss']}", flush=True)
+                print(
+                    f"{Path(data).parent.name}, seed {seed}: {row}: {result['rate']:.0f} tokens/s, loss {result['loss']}",
+                    flush=True,
+                )
     text = table(found, arguments)
     print(text)
     if arguments.output:

@@ -24,7 +24,16 @@ from pathlib import Path
 
 import numpy as np
 
-LINEAR = ["random", "direct", "el2n", "perplexity", "ifd", "ccs", "s2l", "staff"]  # el2n: also grand, loss, entropy, length, less
+LINEAR = [
+    "random",
+    "direct",
+    "el2n",
+    "perplexity",
+    "ifd",
+    "ccs",
+    "s2l",
+    "staff",
+]  # el2n: also grand, loss, entropy, length, less
 RELEASED_SECONDS = 80e-6  # a sample, the authors' released selection script on a machine of this kind
 OUT = Path(__file__).parent / "out" / "methods.json"
 
@@ -45,11 +54,16 @@ def make_features(kind: str, n: int, rng: np.random.Generator) -> np.ndarray:
     """(n, 576) float32 features, or (n, 20) falling losses for "trajectories"."""
     if kind == "trajectories":
         start, end, rate = rng.lognormal(size=(3, n, 1)).astype(np.float32)
-        return end + start * np.exp(-rate * np.linspace(0, 3, 20, dtype=np.float32)) + 0.05 * rng.normal(size=(n, 20)).astype(np.float32)
+        return (
+            end
+            + start * np.exp(-rate * np.linspace(0, 3, 20, dtype=np.float32))
+            + 0.05 * rng.normal(size=(n, 20)).astype(np.float32)
+        )
     if kind == "noise":
         return rng.standard_normal((n, 576), dtype=np.float32)
     latent = (
-        rng.standard_normal((n, 24), dtype=np.float32) + 4 * rng.standard_normal((200, 24), dtype=np.float32)[rng.integers(200, size=n)]
+        rng.standard_normal((n, 24), dtype=np.float32)
+        + 4 * rng.standard_normal((200, 24), dtype=np.float32)[rng.integers(200, size=n)]
     )
     blur = 0.3 * rng.standard_normal((n, 576), dtype=np.float32)
     return latent @ rng.standard_normal((24, 576), dtype=np.float32) / 5 + blur
@@ -95,18 +109,28 @@ def run(case: dict) -> dict:
         method.select(scores, budget=round((1 - case["p"]) * n), rng=np.random.default_rng(0), **arguments)
         seconds.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {**case, "select_seconds": min(seconds), "graph_seconds": graph_seconds, "peak_bytes": peak, "notes": notes}
+    return {
+        **case,
+        "select_seconds": min(seconds),
+        "graph_seconds": graph_seconds,
+        "peak_bytes": peak,
+        "notes": notes,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("methods", nargs="*", help="methods to run; all where none is named")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
         print(json.dumps(run(json.loads(arguments.case))))
         return
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}"
     print(f"commit {commit}; {machine}; load before the start {os.getloadavg()[0]:.1f}\n")
     print("| method | n | p | features | graph s | select s | µs a sample | peak GB | notes |")
@@ -115,16 +139,34 @@ def main() -> None:
     for case in CASES:
         if arguments.methods and case["method"] not in arguments.methods:
             continue
-        child = subprocess.run([sys.executable, __file__, "--case", json.dumps(case)], capture_output=True, text=True, check=False)
+        child = subprocess.run(
+            [sys.executable, __file__, "--case", json.dumps(case)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if child.returncode:
             sys.exit(child.stderr)
         row = json.loads(child.stdout)
         results.append(row)
         if row["method"] == "staff":
-            row["notes"].append(f"{RELEASED_SECONDS * row['n'] / row['select_seconds']:.0f} times the released script's speed")
+            row["notes"].append(
+                f"{RELEASED_SECONDS * row['n'] / row['select_seconds']:.0f} times the released script's speed"
+            )
         per_sample = 1e6 * (row["select_seconds"] + row["graph_seconds"]) / row["n"]
-        cells = [row["method"], f"{row['n']:,}", f"{row['p']}", row.get("features", ""), f"{row['graph_seconds']:.1f}"]
-        cells += [f"{row['select_seconds']:.3f}", f"{per_sample:.3f}", f"{row['peak_bytes'] / 1e9:.2f}", "; ".join(row["notes"])]
+        cells = [
+            row["method"],
+            f"{row['n']:,}",
+            f"{row['p']}",
+            row.get("features", ""),
+            f"{row['graph_seconds']:.1f}",
+        ]
+        cells += [
+            f"{row['select_seconds']:.3f}",
+            f"{per_sample:.3f}",
+            f"{row['peak_bytes'] / 1e9:.2f}",
+            "; ".join(row["notes"]),
+        ]
         print("| " + " | ".join(cells) + " |", flush=True)
     OUT.parent.mkdir(exist_ok=True)
     OUT.write_text(json.dumps({"commit": commit, "machine": machine, "results": results}, indent=1) + "\n")

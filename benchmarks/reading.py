@@ -16,21 +16,49 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-WORDS = ["select", "draft", "target", "effort", "regions", "sampled", "budget", "learn", "gradient", "naïve", "scores", "pruned", "kept"]
+WORDS = [
+    "select",
+    "draft",
+    "target",
+    "effort",
+    "regions",
+    "sampled",
+    "budget",
+    "learn",
+    "gradient",
+    "naïve",
+    "scores",
+    "pruned",
+    "kept",
+]
 
 
 def rows(n):
     rng = random.Random(0)
     for i in range(n):
         text = " ".join(rng.choices(WORDS, k=60))
-        yield {"id": f"row-{i}", "prompt": f"Rewrite sentence {i}.\n{text[:300]}", "response": text[300:], "source": "made up"}
+        yield {
+            "id": f"row-{i}",
+            "prompt": f"Rewrite sentence {i}.\n{text[:300]}",
+            "response": text[300:],
+            "source": "made up",
+        }
 
 
 def write(folder, n):
     def chat(row):
-        return {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]}
+        return {
+            "messages": [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["response"]},
+            ]
+        }
 
-    with open(folder / "pairs.jsonl", "w") as pairs, open(folder / "chat.jsonl", "w") as chats, open(folder / "pairs.json", "w") as whole:
+    with (
+        open(folder / "pairs.jsonl", "w") as pairs,
+        open(folder / "chat.jsonl", "w") as chats,
+        open(folder / "pairs.json", "w") as whole,
+    ):
         for i, row in enumerate(rows(n)):
             pairs.write(json.dumps(row, ensure_ascii=False) + "\n")
             chats.write(json.dumps(chat(row), ensure_ascii=False) + "\n")
@@ -52,7 +80,11 @@ def measure(path):
         status = Path("/proc/self/status").read_text()  # getrusage's figure begins with the parent's
         return int(status.partition("VmHWM:")[2].split()[0]) // 1024
 
-    figures = {"file": Path(path).name, "file_mib": Path(path).stat().st_size >> 20, "memory_at_start_mib": peak()}
+    figures = {
+        "file": Path(path).name,
+        "file_mib": Path(path).stat().st_size >> 20,
+        "memory_at_start_mib": peak(),
+    }
     for what in ("read", "examples"):
         wall, used = time.perf_counter(), time.process_time()
         if what == "read":
@@ -60,7 +92,10 @@ def measure(path):
         else:
             assert sum(1 for _ in opened.examples()) == len(opened)
         wall, used = time.perf_counter() - wall, time.process_time() - used
-        figures |= {f"{what}_rows_per_second": round(len(opened) / wall), f"{what}_rows_per_cpu_second": round(len(opened) / used)}
+        figures |= {
+            f"{what}_rows_per_second": round(len(opened) / wall),
+            f"{what}_rows_per_cpu_second": round(len(opened) / used),
+        }
     print(json.dumps(figures | {"rows": len(opened), "peak_memory_mib": peak()}), flush=True)
 
 

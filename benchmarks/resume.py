@@ -25,13 +25,28 @@ def main() -> None:
         for i in range(n):
             file.write(
                 json.dumps(
-                    {"id": f"r{i}", "prompt": f"What is {i} times {i % 7}? " + "Explain. " * 20, "response": f"It is {i * (i % 7)}."}
+                    {
+                        "id": f"r{i}",
+                        "prompt": f"What is {i} times {i % 7}? " + "Explain. " * 20,
+                        "response": f"It is {i * (i % 7)}.",
+                    }
                 )
                 + "\n"
             )
     np.save(folder / "scores.npy", np.random.default_rng(0).lognormal(size=n).astype(np.float32))
     code = "import sys; from staff import cli\ntry: cli.main()\nfinally: print(len({'torch', 'transformers'} & {*sys.modules}))"
-    command = [sys.executable, "-c", code, "select", "--data", data, "--scores", folder / "scores.npy", "--method", "staff"]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "select",
+        "--data",
+        data,
+        "--scores",
+        folder / "scores.npy",
+        "--method",
+        "staff",
+    ]
     command = [*map(str, command), "--pruning-rate", "0.8", "--output", str(folder / "run"), "--quiet"]
 
     def timed() -> float:

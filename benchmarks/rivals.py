@@ -39,7 +39,14 @@ def released(model, pool, batch_tokens, freeze=True):
 
     rank, alpha = scopes.RELEASED_RANK, scopes.RELEASED_ALPHA
     torch.manual_seed(0)
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0, target_modules=["q_proj", "v_proj"], bias="none", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0,
+        target_modules=["q_proj", "v_proj"],
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
     name = _value_projection(model)
     wrapped = get_peft_model(model, config).train()
     layer = model.get_submodule(name)
@@ -53,7 +60,9 @@ def released(model, pool, batch_tokens, freeze=True):
         for i in positions:
             ids, labels = _left_padded(pool, i)
             loss = wrapped(
-                input_ids=ids, labels=labels, attention_mask=(torch.arange(ids.shape[1]) >= ids.shape[1] - len(pool.ids(i)))[None]
+                input_ids=ids,
+                labels=labels,
+                attention_mask=(torch.arange(ids.shape[1]) >= ids.shape[1] - len(pool.ids(i)))[None],
             ).loss
             loss.mean().backward(retain_graph=True)
             loss.mean().backward()
@@ -79,7 +88,9 @@ def vmapped(model, pool, batch_tokens):
     weight = model.requires_grad_(False).get_parameter(name)
 
     def loss(weight, ids, labels):
-        logits = torch.func.functional_call(model, {name: weight}, (ids[None],), {"use_cache": False}).logits[0, :-1]
+        logits = torch.func.functional_call(model, {name: weight}, (ids[None],), {"use_cache": False}).logits[
+            0, :-1
+        ]
         return F.cross_entropy(logits.float(), labels[1:])
 
     gradients = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))
@@ -122,7 +133,9 @@ def dattri(model, pool, batch_tokens):
     hooks.set_compressors(compressors)
 
     def of_batch(positions):
-        _mean_losses(model, collate(pool, positions)).mean().backward()  # it multiplies by the size of the batch
+        _mean_losses(
+            model, collate(pool, positions)
+        ).mean().backward()  # it multiplies by the size of the batch
         return hooks.get_compressed_grads()[0].float().norm(dim=1)
 
     return _in_batches(of_batch, pool, batch_tokens)
@@ -134,7 +147,9 @@ def bergson(model, pool, batch_tokens):
     from bergson.collector.gradient_collectors import TraceCollector
     from datasets import Dataset
 
-    _value_weight_alone(model)  # bergson itself has the embeddings require gradients, and so goes back through every block
+    _value_weight_alone(
+        model
+    )  # bergson itself has the embeddings require gradients, and so goes back through every block
 
     class Norms(TraceCollector):
         def backward_hook(self, module, g):
@@ -146,9 +161,13 @@ def bergson(model, pool, batch_tokens):
         data = Dataset.from_dict({"input_ids": [pool.ids(i).tolist() for i in positions], "labels": labels})
         with tempfile.TemporaryDirectory(suffix=".part") as folder:
             config = IndexConfig(run_path=folder.removesuffix(".part"), loss_reduction="mean")
-            collector = Norms(model=model, target_modules={_value_projection(model)}, device="cpu", dtype=torch.float32)
+            collector = Norms(
+                model=model, target_modules={_value_projection(model)}, device="cpu", dtype=torch.float32
+            )
             cut = [part.tolist() for part in parts]
-            CollectorComputer(model, data, collector=collector, batches=cut, cfg=config).run_with_collector_hooks()
+            CollectorComputer(
+                model, data, collector=collector, batches=cut, cfg=config
+            ).run_with_collector_hooks()
         return _in_order(parts, collector.mod_grads["norms"])
 
     return score
@@ -161,7 +180,11 @@ def forward_all_logits(model, pool, batch_tokens):
 
 def forward_no_logits(model, pool, batch_tokens):
     """No score: the forward pass without the head."""
-    return _forward(lambda ids: scopes.decoder(model)(input_ids=ids, use_cache=False).last_hidden_state, pool, batch_tokens)
+    return _forward(
+        lambda ids: scopes.decoder(model)(input_ids=ids, use_cache=False).last_hidden_state,
+        pool,
+        batch_tokens,
+    )
 
 
 def oracle(model, pool, batch_tokens):
@@ -194,7 +217,9 @@ def _mean_losses(model, batch):
     """(B,) each sample's mean loss, through a head over response tokens alone."""
     hidden = scopes.decoder(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     logits = model.get_output_embeddings()(hidden[batch.sample_of, batch.before])
-    return mean_by_sample(F.cross_entropy(logits.float(), batch.labels, reduction="none"), batch.sample_of, batch.counts)
+    return mean_by_sample(
+        F.cross_entropy(logits.float(), batch.labels, reduction="none"), batch.sample_of, batch.counts
+    )
 
 
 def _padded(pool, positions):

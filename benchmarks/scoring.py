@@ -99,7 +99,12 @@ class Children:
             return {"failed": f"not installed: {last}"}
         answer = self.folder / "answer.json"
         answer.unlink(missing_ok=True)
-        command = [str(python), str(HERE / "scoring_row.py"), json.dumps(self._common | case), str(self.folder)]
+        command = [
+            str(python),
+            str(HERE / "scoring_row.py"),
+            json.dumps(self._common | case),
+            str(self.folder),
+        ]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         child = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if child.returncode or not answer.exists():
@@ -124,7 +129,9 @@ def make_pool(data: list[str], model: str, max_length: int, rows: int, path: Pat
     taken = [(pools[k % len(pools)], orders[k % len(pools)]) for k in range(rows)]
     samples = [(pool, int(order[k // len(pools) % len(order)])) for k, (pool, order) in enumerate(taken)]
     ids = np.concatenate([pool.ids(i) for pool, i in samples])
-    response = np.concatenate([pool.is_response[pool.offsets[i] : pool.offsets[i + 1]] for pool, i in samples])
+    response = np.concatenate(
+        [pool.is_response[pool.offsets[i] : pool.offsets[i + 1]] for pool, i in samples]
+    )
     lengths = [len(pool.ids(i)) for pool, i in samples]
     np.savez(path, input_ids=ids, is_response=response, offsets=np.cumsum([0, *lengths]))
     responses = sum(int(pool.response(i).sum()) for pool, i in samples)
@@ -146,15 +153,24 @@ def measure(children: Children, wanted: list[str], dtypes: list[str], size: dict
                 continue
             row = ROWS.get(case["row"])
             more = (
-                {"kind": "rival", "function": row.function, "options": row.options, "scores": row.scores} if row else {"kind": case["row"]}
+                {"kind": "rival", "function": row.function, "options": row.options, "scores": row.scores}
+                if row
+                else {"kind": case["row"]}
             )
             answer = children.run(name=name, compare=repeat == 0, **more, **case)
-            seconds = [*found.get(name, {}).get("all_seconds", []), *([answer["seconds"]] if "seconds" in answer else [])]
+            seconds = [
+                *found.get(name, {}).get("all_seconds", []),
+                *([answer["seconds"]] if "seconds" in answer else []),
+            ]
             found[name] = case | {"name": name} | answer | {"all_seconds": seconds}
             if seconds:
                 found[name]["seconds"] = float(np.median(seconds))
                 found[name]["tokens_per_second"] = size["tokens"] / found[name]["seconds"]
-            print(f"{name}: {answer.get('failed') or format(answer['seconds'], '.1f') + ' s'}", file=sys.stderr, flush=True)
+            print(
+                f"{name}: {answer.get('failed') or format(answer['seconds'], '.1f') + ' s'}",
+                file=sys.stderr,
+                flush=True,
+            )
     reference = children.scores("ours-float32")
     for name, row in found.items():
         own = found.get("-".join(filter(None, ["ours", row["dtype"], row["library"]])))
@@ -173,7 +189,9 @@ def measure(children: Children, wanted: list[str], dtypes: list[str], size: dict
 
 
 def table(rows: list[dict]) -> list[str]:
-    lines = ["| row | environment | dtype | seconds | tokens/s | times ours | peak GB | largest error | Spearman |"]
+    lines = [
+        "| row | environment | dtype | seconds | tokens/s | times ours | peak GB | largest error | Spearman |"
+    ]
     lines.append("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for row in rows:
         label = ROWS[row["row"]].label if row["row"] in ROWS else "5. the floor"
@@ -209,7 +227,12 @@ def targets(rows: list[dict], memory: list[dict]) -> list[str]:
     for dtype, wanted in (("float32", 8), ("bfloat16", 3.5)):
         theirs = value(f"released-{dtype}", "seconds")
         found.append(
-            line(f"the authors' loop in {dtype} over ours in bfloat16", theirs / ours if theirs and ours else None, wanted, " times")
+            line(
+                f"the authors' loop in {dtype} over ours in bfloat16",
+                theirs / ours if theirs and ours else None,
+                wanted,
+                " times",
+            )
         )
     found.append(line("Spearman of bfloat16 with float32 scores", value("ours-bfloat16", "spearman"), 0.999))
     for dtype in DTYPES:
@@ -224,26 +247,43 @@ def targets(rows: list[dict], memory: list[dict]) -> list[str]:
         found.append(line(f"share of the floor, {dtype}", share and 100 * share, 65, " %"))
     for row in memory:
         what = f"memory at {LONG:,} tokens, {row['scope']}, {row['dtype']}"
-        found.append(line(what, row["peak_bytes"] / 1e9 if "peak_bytes" in row else None, 1, " GB above the weights", least=False))
+        found.append(
+            line(
+                what,
+                row["peak_bytes"] / 1e9 if "peak_bytes" in row else None,
+                1,
+                " GB above the weights",
+                least=False,
+            )
+        )
     return found
 
 
 def scaling(children: Children, arguments: argparse.Namespace) -> tuple[list[str], list[dict]]:
     """Seconds against n, and how straight the line is."""
     rows = []
-    lines = ["| n | dtype | seconds | samples/s | tokens/s | peak GB | off the line |", "| ---: | --- | ---: | ---: | ---: | ---: | ---: |"]
+    lines = [
+        "| n | dtype | seconds | samples/s | tokens/s | peak GB | off the line |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
     fits = []
     for dtype in arguments.dtypes or ["bfloat16"]:
         of_dtype = []
         for n in (n for n in SIZES if n <= arguments.limit):
-            size = make_pool(arguments.data, arguments.model, arguments.max_length, n, children.folder / "pool.npz")
+            size = make_pool(
+                arguments.data, arguments.model, arguments.max_length, n, children.folder / "pool.npz"
+            )
             seconds = []
             for _ in range(arguments.repeats):
                 answer = children.run(kind="scaling", dtype=dtype)
                 if "failed" in answer:
                     sys.exit("\n".join(answer["traceback"]))
                 seconds.append(answer["seconds"])
-            of_dtype.append(size | answer | {"n": n, "dtype": dtype, "seconds": float(np.median(seconds)), "all_seconds": seconds})
+            of_dtype.append(
+                size
+                | answer
+                | {"n": n, "dtype": dtype, "seconds": float(np.median(seconds)), "all_seconds": seconds}
+            )
             print(f"{n} {dtype}: {seconds[-1]:.1f} s", file=sys.stderr, flush=True)
         n, seconds = (np.array([row[name] for row in of_dtype]) for name in ("n", "seconds"))
         slope, start = np.polyfit(n, seconds, 1) if len(n) > 1 else (seconds[0] / n[0], 0.0)
@@ -257,7 +297,13 @@ def scaling(children: Children, arguments: argparse.Namespace) -> tuple[list[str
                 f"{row['n'] / row['seconds']:.1f}",
                 f"{row['tokens'] / row['seconds']:,.0f}",
             ]
-            lines.append("| " + " | ".join([*cells, f"{row['peak_bytes'] / 1e9:.2f}", f"{100 * residual / row['seconds']:+.1f} %"]) + " |")
+            lines.append(
+                "| "
+                + " | ".join(
+                    [*cells, f"{row['peak_bytes'] / 1e9:.2f}", f"{100 * residual / row['seconds']:+.1f} %"]
+                )
+                + " |"
+            )
         worst = int(np.argmax(np.abs(off)))
         share = 100 * abs(off[worst]) / seconds[worst]
         line = f"{dtype}: {1000 * slope:.3g} ms a sample and {start:.2g} s"
@@ -267,10 +313,18 @@ def scaling(children: Children, arguments: argparse.Namespace) -> tuple[list[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"rows to run, of {', '.join([*ROWS, *OTHERS])}; all where none is named")
-    parser.add_argument("--model", help="a folder of safetensors; staff.models.unpack_gguf makes one of the demo's .gguf file")
-    parser.add_argument("--data", nargs="+", default=[str(HERE.parent / "examples" / "medquad" / "train.jsonl")])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names", nargs="*", help=f"rows to run, of {', '.join([*ROWS, *OTHERS])}; all where none is named"
+    )
+    parser.add_argument(
+        "--model", help="a folder of safetensors; staff.models.unpack_gguf makes one of the demo's .gguf file"
+    )
+    parser.add_argument(
+        "--data", nargs="+", default=[str(HERE.parent / "examples" / "medquad" / "train.jsonl")]
+    )
     parser.add_argument("--rows", type=int, default=500)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--batch-tokens", type=int, default=2048)
@@ -284,10 +338,10 @@ def main() -> None:
     dtypes = arguments.dtypes or [*DTYPES]
     if not arguments.model or not {*wanted} <= {*ROWS, *OTHERS}:
         parser.error(f"--model is needed, and rows are of {', '.join([*ROWS, *OTHERS])}")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False).stdout.strip()
-    machine = (
-        f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, load before the start {os.getloadavg()[0]:.1f}"
-    )
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, load before the start {os.getloadavg()[0]:.1f}"
     kind = "scaling" if arguments.scaling else "scoring"
     with tempfile.TemporaryDirectory() as folder:
         children = Children(Path(folder), arguments)
@@ -296,19 +350,42 @@ def main() -> None:
             size = {}
             body, rows = scaling(children, arguments)
         else:
-            size = make_pool(arguments.data, arguments.model, arguments.max_length, arguments.rows, Path(folder) / "pool.npz")
+            size = make_pool(
+                arguments.data,
+                arguments.model,
+                arguments.max_length,
+                arguments.rows,
+                Path(folder) / "pool.npz",
+            )
             rows = measure(children, wanted, dtypes, size, arguments.repeats)
-            pairs = [(scope, dtype) for scope in ("last-value", "last-block") for dtype in dtypes] if "memory" in wanted else []
-            memory = [{"scope": scope, "dtype": dtype} | children.run(kind="memory", scope=scope, dtype=dtype) for scope, dtype in pairs]
+            pairs = (
+                [(scope, dtype) for scope in ("last-value", "last-block") for dtype in dtypes]
+                if "memory" in wanted
+                else []
+            )
+            memory = [
+                {"scope": scope, "dtype": dtype} | children.run(kind="memory", scope=scope, dtype=dtype)
+                for scope, dtype in pairs
+            ]
             body = [*table(rows), "", *targets(rows, memory)]
     about = f"Commit {commit}; {machine}; {Path(arguments.model).name}, batches of {arguments.batch_tokens:,} tokens, "
     about += f"samples of {arguments.max_length:,} at most"
-    about += f"; {size['rows']:,} rows, {size['tokens']:,} tokens, {size['response_tokens']:,} of them responses." if size else "."
+    about += (
+        f"; {size['rows']:,} rows, {size['tokens']:,} tokens, {size['response_tokens']:,} of them responses."
+        if size
+        else "."
+    )
     text = "\n".join([about, "", *body])
     print(text)
     out = HERE / "out" / f"{kind}.json"
     out.parent.mkdir(exist_ok=True)
-    settings = {"commit": commit, "machine": machine, "size": size, "batch_tokens": arguments.batch_tokens, "repeats": arguments.repeats}
+    settings = {
+        "commit": commit,
+        "machine": machine,
+        "size": size,
+        "batch_tokens": arguments.batch_tokens,
+        "repeats": arguments.repeats,
+    }
     out.write_text(json.dumps(settings | {"rows": rows, "memory": memory}, indent=1) + "\n")
     if arguments.output:
         arguments.output.write_text(

@@ -60,7 +60,11 @@ def run_rival(case: dict, folder: Path) -> dict:
     start, used = time.perf_counter(), time.process_time()
     scores = score(positions)
     found = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - used}
-    found |= {"peak_bytes": resident("VmHWM") - before, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    found |= {
+        "peak_bytes": resident("VmHWM") - before,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     if case["scores"]:
         np.save(folder / f"{case['name']}.npy", scores)
     if hasattr(score, "sketch") and case["compare"]:
@@ -73,7 +77,10 @@ def run_rival(case: dict, folder: Path) -> dict:
 
 def run_oracle(case: dict, folder: Path) -> dict:
     model, _ = load(case["model"], "float64")
-    np.save(folder / "oracle.npy", rivals.oracle(model, load_pool(folder / "pool.npz"), 0)(np.arange(case["rows"])))
+    np.save(
+        folder / "oracle.npy",
+        rivals.oracle(model, load_pool(folder / "pool.npz"), 0)(np.arange(case["rows"])),
+    )
     return {}
 
 
@@ -94,9 +101,14 @@ def run_floor(case: dict, folder: Path) -> dict:
     dtype = model.dtype
     cut = batches(pool.lengths, case["batch_tokens"])
     batch = int(np.median([len(part) * pool.lengths[part].max() for part in cut]))
-    tokens = int(pool.lengths.sum()) - (len(pool) - 1) * length_of(pool)  # what all samples begin with needs to be read once
+    tokens = int(pool.lengths.sum()) - (len(pool) - 1) * length_of(
+        pool
+    )  # what all samples begin with needs to be read once
     responses = int(pool.response_tokens().sum())
-    every = [[(name, scopes.weight_shape(m)) for name, m in block.named_modules() if scopes.is_linear(m)] for block in scopes.blocks(model)]
+    every = [
+        [(name, scopes.weight_shape(m)) for name, m in block.named_modules() if scopes.is_linear(m)]
+        for block in scopes.blocks(model)
+    ]
     head = model.get_output_embeddings().weight
     products = [(shape, batch, False, tokens) for block in every for _, shape in block]
     products += [(shape, batch, True, tokens) for name, shape in every[-1] if not name.endswith(Q_K_V)]
@@ -117,8 +129,13 @@ def run_floor(case: dict, folder: Path) -> dict:
     with torch.no_grad():
         rates = {product: rate(*product) for product in dict.fromkeys(product[:3] for product in products)}
     operations = sum(2 * count * shape[0] * shape[1] for shape, _, _, count in products)
-    seconds = sum(2 * count * shape[0] * shape[1] / rates[shape, rows, back] for shape, rows, back, count in products)
-    listed = [{"shape": list(s), "rows": rows, "back": back, "gflops": rates[s, rows, back] / 1e9} for s, rows, back in rates]
+    seconds = sum(
+        2 * count * shape[0] * shape[1] / rates[shape, rows, back] for shape, rows, back, count in products
+    )
+    listed = [
+        {"shape": list(s), "rows": rows, "back": back, "gflops": rates[s, rows, back] / 1e9}
+        for s, rows, back in rates
+    ]
     return {"seconds": seconds, "operations": operations, "rates": listed}
 
 
@@ -133,7 +150,13 @@ def run_scaling(case: dict, folder: Path) -> dict:
     return {"seconds": time.perf_counter() - start, "peak_bytes": resident("VmHWM") - before}
 
 
-RUNS = {"rival": run_rival, "oracle": run_oracle, "memory": run_memory, "floor": run_floor, "scaling": run_scaling}
+RUNS = {
+    "rival": run_rival,
+    "oracle": run_oracle,
+    "memory": run_memory,
+    "floor": run_floor,
+    "scaling": run_scaling,
+}
 
 
 if __name__ == "__main__":

@@ -45,7 +45,9 @@ def main() -> None:
         with open(path, encoding="utf-8") as lines:
             kept = list(islice((line for line in lines if wanted(json.loads(line))), most))
         text = "".join(kept)
-        if not (output / name).exists() or (output / name).read_text(encoding="utf-8") != text:  # a run that reads it would stop
+        if (
+            not (output / name).exists() or (output / name).read_text(encoding="utf-8") != text
+        ):  # a run that reads it would stop
             (output / name).write_text(text, encoding="utf-8")
         print(f"{output / name}: {len(kept)} rows")
 

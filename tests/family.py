@@ -31,7 +31,9 @@ SPECIAL = ["<pad>", "<|im_start|>", "<|im_end|>"]
 
 def make_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     """Bytes as tokens: every text can be said, and a token is a character of plain English."""
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    vocabulary = {
+        token: i for i, token in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -66,7 +68,11 @@ def make_family(folder: Path) -> Path:
 
 def make_rows(n: int) -> list[dict]:
     return [
-        {"id": f"r{i}", "prompt": f"What is {i} times {i % 7}?", "response": f"It is {i * (i % 7)}, " + "you see " * (i % 5) + "and so on."}
+        {
+            "id": f"r{i}",
+            "prompt": f"What is {i} times {i % 7}?",
+            "response": f"It is {i * (i % 7)}, " + "you see " * (i % 5) + "and so on.",
+        }
         for i in range(n)
     ]
 
@@ -76,7 +82,14 @@ def write_pool(path: Path, n: int = 60) -> Path:
     return path
 
 
-def start(data: Path, output: Path, family: Path, pause: float = 0.0, before: Callable[[], object] | None = None, **settings):
+def start(
+    data: Path,
+    output: Path,
+    family: Path,
+    pause: float = 0.0,
+    before: Callable[[], object] | None = None,
+    **settings,
+):
     """A selection in a process of its own, forked so that nothing is imported again, and a pipe that tells its progress.
 
     Args:
@@ -130,14 +143,19 @@ def results(folder: Path) -> dict:
     found: dict = {name: (folder / name).read_bytes() for name in RESULTS}
     (adapter,) = (folder / "work").glob("draft-*/adapter_model.safetensors")
     pieces = (folder / "work").glob("[ps]*-*/*.npz")
-    return found | {"adapter": adapter.read_bytes(), "pieces": {path.relative_to(folder): path.read_bytes() for path in pieces}}
+    return found | {
+        "adapter": adapter.read_bytes(),
+        "pieces": {path.relative_to(folder): path.read_bytes() for path in pieces},
+    }
 
 
 @contextlib.contextmanager
 def comparison_file(family: Path, folder: Path, text: str, test_rows: int):
     """A comparison's YAML beside a pool of 40 rows and the test rows that follow them, with the variables that it names set."""
     write_pool(folder / "pool.jsonl", 40)
-    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(40 + test_rows)[40:]))
+    (folder / "test.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in make_rows(40 + test_rows)[40:])
+    )
     (folder / "c.yaml").write_text(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STAFF_MODELS", str(family))

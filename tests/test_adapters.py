@@ -23,7 +23,9 @@ def run(model, autocast=False):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         logits = model(input_ids=IDS).logits
     torch.linalg.vector_norm(logits.float() if autocast else logits).backward()
-    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return logits.detach(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("layout", ["llama", "qwen2", "gemma3", "phi3", "gpt-neox", "gpt2"])
@@ -50,7 +52,9 @@ def test_in_bfloat16_adapters_keep_float32_gradients_near_those_in_float64():
         _, ours = run(model, autocast=True)
 
     def error(grads):
-        return sum(((grads[name].double() - grad).norm() / grad.norm()).item() for name, grad in expected.items()) / len(expected)
+        return sum(
+            ((grads[name].double() - grad).norm() / grad.norm()).item() for name, grad in expected.items()
+        ) / len(expected)
 
     assert all(grad.dtype == torch.float32 for grad in ours.values())
     assert error(ours) < max(0.05, 1.2 * error(theirs))
@@ -74,6 +78,8 @@ def test_a_layer_that_is_more_than_a_sum_keeps_its_own_forward(change):
     if change == "disabled":
         layer.enable_adapters(False)
     if change == "second":
-        layer.update_layer("other", 2, lora_alpha=4, init_lora_weights=True, config=model.peft_config["default"])
+        layer.update_layer(
+            "other", 2, lora_alpha=4, init_lora_weights=True, config=model.peft_config["default"]
+        )
     with joined_products(model):
         assert "forward" not in layer.__dict__

@@ -20,10 +20,14 @@ def test_attend_is_causal_softmax_attention_with_its_gradients(heads, groups, wi
     )
     repeated = (part.repeat_interleave(heads // groups, 1) for part in (key, value))
     expected = scaled_dot_product_attention(query, *repeated, is_causal=True, scale=0.3)
-    found = attention.attend(query, key, value, 0.3, torch.full((9, 9), -torch.inf, dtype=torch.float64).triu_(1))
+    found = attention.attend(
+        query, key, value, 0.3, torch.full((9, 9), -torch.inf, dtype=torch.float64).triu_(1)
+    )
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
     direction = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
-    for ours, theirs in zip(*(torch.autograd.grad(out, (query, key, value), direction) for out in (found, expected)), strict=True):
+    for ours, theirs in zip(
+        *(torch.autograd.grad(out, (query, key, value), direction) for out in (found, expected)), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
@@ -81,7 +85,9 @@ def test_samples_behind_one_another_do_not_see_each_other(dtype):
     with attention.short_samples([5, 3, 7]), torch.no_grad():
         together = model(**attention.packed(SAMPLES), use_cache=False).logits[0]
     with torch.no_grad():
-        alone = torch.cat([model(input_ids=torch.tensor(sample)[None], use_cache=False).logits[0] for sample in SAMPLES])
+        alone = torch.cat(
+            [model(input_ids=torch.tensor(sample)[None], use_cache=False).logits[0] for sample in SAMPLES]
+        )
     close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
     torch.testing.assert_close(together, alone, **close)
 
@@ -90,7 +96,9 @@ def test_a_model_whose_tokens_meet_outside_of_attention_is_found_out():
     """One token's state added to the next: behind one another, a sample's first would get that of the sample before it."""
     model = make_model("qwen3", torch.float32)
     assert attention.can_pack(model, SAMPLES[:2], 7)
-    model.model.layers[1].mlp.register_forward_hook(lambda module, args, out: out + torch.nn.functional.pad(out[:, :-1], (0, 0, 1, 0)))
+    model.model.layers[1].mlp.register_forward_hook(
+        lambda module, args, out: out + torch.nn.functional.pad(out[:, :-1], (0, 0, 1, 0))
+    )
     assert not attention.can_pack(model, SAMPLES[:2], 7)
 
 

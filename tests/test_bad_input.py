@@ -54,11 +54,27 @@ BAD = {
         b"[" + GOOD + b",",
         ": row 1 (line 2) is missing: the list is not closed, the file seems cut off; ~",
     ),
-    "cut gzip": ("a.jsonl.gz", gzip.compress(GOOD * 9)[:-12], ": the gzip data is cut or damaged (~); fetch or pack the file again~"),
-    "damaged gzip": ("a.jsonl", gzip.compress(GOOD * 9)[:-8] + b"12345678", ": the gzip data is cut or damaged (CRC check failed~"),
+    "cut gzip": (
+        "a.jsonl.gz",
+        gzip.compress(GOOD * 9)[:-12],
+        ": the gzip data is cut or damaged (~); fetch or pack the file again~",
+    ),
+    "damaged gzip": (
+        "a.jsonl",
+        gzip.compress(GOOD * 9)[:-8] + b"12345678",
+        ": the gzip data is cut or damaged (CRC check failed~",
+    ),
     "gzip of nothing": ("a.jsonl.gz", gzip.compress(b""), " is empty; ~"),
-    "gzip twice": ("a.jsonl.gz", gzip.compress(gzip.compress(GOOD)), " is gzipped twice; unpack it once with gunzip"),
-    "zip": ("a.csv", b"PK\x03\x04rest", " is a zip archive or an Excel workbook; unpack it, or save the sheet as CSV (UTF-8)"),
+    "gzip twice": (
+        "a.jsonl.gz",
+        gzip.compress(gzip.compress(GOOD)),
+        " is gzipped twice; unpack it once with gunzip",
+    ),
+    "zip": (
+        "a.csv",
+        b"PK\x03\x04rest",
+        " is a zip archive or an Excel workbook; unpack it, or save the sheet as CSV (UTF-8)",
+    ),
     "zstd": ("a.jsonl.zst", b"\x28\xb5\x2f\xfdrest", " is compressed with zstd; unpack it with unzstd"),
     "pickle": ("a.jsonl", b"\x80\x04rest", " is a Python pickle; write the rows as JSON Lines"),
     "HTML": ("a.jsonl", b"<!DOCTYPE html>\n<html>", " is an HTML page; download the data file itself"),
@@ -67,7 +83,11 @@ BAD = {
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
         " is a Git LFS pointer, not the data; fetch it with git lfs pull",
     ),
-    "UTF-16": ("a.csv", "prompt,response\n".encode("utf-16"), " is UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW"),
+    "UTF-16": (
+        "a.csv",
+        "prompt,response\n".encode("utf-16"),
+        " is UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW",
+    ),
     "CSV named JSONL": (
         "a.jsonl",
         b"prompt,response\na,b\n",
@@ -78,17 +98,37 @@ BAD = {
         GOOD,
         " is no Parquet file: it begins with ~, not with b'PAR1'; name it after what it is, or fetch it again",
     ),
-    "text named Arrow": ("a.arrow", GOOD, " is no Arrow file: it begins with ~; name it after what it is, or fetch it again"),
+    "text named Arrow": (
+        "a.arrow",
+        GOOD,
+        " is no Arrow file: it begins with ~; name it after what it is, or fetch it again",
+    ),
     # encodings
     "Latin-1": (
         "a.jsonl",
         '{"prompt": "ä", "response": "r"}'.encode("latin-1"),
         ": row 0 (line 1) is not UTF-8 (byte 0xe4 at byte 12); convert it, as with iconv~",
     ),
-    "mixed encodings": ("a.jsonl", GOOD + b"\n" + GOOD + b'{"prompt": "\xe4"}', ": row 2 (line 4) is not UTF-8 (byte 0xe4 at byte 12)~"),
-    "mixed encodings, JSON": ("a.json", b"[" + GOOD + b"," + GOOD + b',{"prompt": "\xe4"}]', ": row 2 (line 3) is not UTF-8 (byte 0xe4~"),
-    "mixed encodings, CSV": ("a.csv", b"prompt,response\na,b\n\xe4,b\n", ": row 1 (line 3) is not UTF-8 (byte 0xe4 at byte 0)~"),
-    "header's encoding": ("a.csv", b"prompt,response,f\xfcr\na,b,c\n", ": line 1: the header is not UTF-8 (byte 0xfc at byte 17)~"),
+    "mixed encodings": (
+        "a.jsonl",
+        GOOD + b"\n" + GOOD + b'{"prompt": "\xe4"}',
+        ": row 2 (line 4) is not UTF-8 (byte 0xe4 at byte 12)~",
+    ),
+    "mixed encodings, JSON": (
+        "a.json",
+        b"[" + GOOD + b"," + GOOD + b',{"prompt": "\xe4"}]',
+        ": row 2 (line 3) is not UTF-8 (byte 0xe4~",
+    ),
+    "mixed encodings, CSV": (
+        "a.csv",
+        b"prompt,response\na,b\n\xe4,b\n",
+        ": row 1 (line 3) is not UTF-8 (byte 0xe4 at byte 0)~",
+    ),
+    "header's encoding": (
+        "a.csv",
+        b"prompt,response,f\xfcr\na,b,c\n",
+        ": line 1: the header is not UTF-8 (byte 0xfc at byte 17)~",
+    ),
     "half a surrogate pair": (
         "a.jsonl",
         b'{"prompt": "a", "response": "x \\ud83d"}',
@@ -106,8 +146,16 @@ BAD = {
         ": row 0 (line 1) looks like a wrapper: its key 'data' holds a list of rows; take it out first~jq '.data'~",
     ),
     "an empty list": ("a.json", b" [ ] ", " has no rows; it should hold at least one"),
-    "a list of texts": ("a.json", b'["a"]', ": row 0 (line 1) is a text, 'a', not an object; a row looks like~"),
-    "rows that are lists": ("a.jsonl", b'["a", "b"]\n["c", "d"]\n', ": row 0 (line 1) is a list, ['a', 'b'], not an object~"),
+    "a list of texts": (
+        "a.json",
+        b'["a"]',
+        ": row 0 (line 1) is a text, 'a', not an object; a row looks like~",
+    ),
+    "rows that are lists": (
+        "a.jsonl",
+        b'["a", "b"]\n["c", "d"]\n',
+        ": row 0 (line 1) is a list, ['a', 'b'], not an object~",
+    ),
     "a row that is a number": ("a.jsonl", GOOD + b"17\n", ": row 1 (line 2) is a number, 17, not an object~"),
     "a row that is null": ("a.jsonl", b"null\n", ": row 0 (line 1) is null, None, not an object~"),
     "a row over several lines": (
@@ -135,13 +183,21 @@ BAD = {
         GOOD.replace(b"\n", b"\r") * 2,
         ": row 0 (line 1) is not valid JSON (Extra data ~line ends are carriage returns alone~",
     ),
-    "a comma too many": ("a.json", b"[" + GOOD + b",\n]", ": line 3: a comma before the closing bracket is no JSON; take it away"),
+    "a comma too many": (
+        "a.json",
+        b"[" + GOOD + b",\n]",
+        ": line 3: a comma before the closing bracket is no JSON; take it away",
+    ),
     "no comma": (
         "a.json",
         b"[" + GOOD + GOOD + b"]",
         ': after row 0 (line 2) there must be a comma or a closing bracket, found \'{"prompt"~',
     ),
-    "after the list": ("a.json", b"[" + GOOD + b"]\n[]", ": line 3: '[]' after the closing bracket; one file holds one list"),
+    "after the list": (
+        "a.json",
+        b"[" + GOOD + b"]\n[]",
+        ": line 3: '[]' after the closing bracket; one file holds one list",
+    ),
     "broken inside a list": (
         "a.json",
         b"[" + GOOD + b', {"prompt" "p"}, ' + GOOD * 9 + b"]",
@@ -183,7 +239,11 @@ BAD = {
         b'{"Prompt ": "a", "bar": "b"}',
         ": row 0 (line 1) has neither ~; found 'Prompt ', 'bar'. 'Prompt ' looks like 'prompt'. ~",
     ),
-    "an empty object": ("a.jsonl", b"{}\n", ": row 0 (line 1) is an empty object; it needs for instance 'prompt' and 'response'~"),
+    "an empty object": (
+        "a.jsonl",
+        b"{}\n",
+        ": row 0 (line 1) is an empty object; it needs for instance 'prompt' and 'response'~",
+    ),
     "two readings": (
         "a.jsonl",
         b'{"prompt": "p", "response": "r", "messages": []}',
@@ -209,20 +269,36 @@ BAD = {
         b'{"prompt": "p", "response": ""}',
         ": row 0 (line 1) 'response' is empty; fill it in, or leave such rows out with --on-bad-row skip",
     ),
-    "blank": ("a.jsonl", b'{"prompt": " \\n\\u3000", "response": "r"}', ": row 0 (line 1) 'prompt' is empty; fill it in, ~"),
-    "NaN": ("a.jsonl", b'{"prompt": "p", "response": NaN}', ": row 0 (line 1) 'response' is NaN; it must be text: fill it in~"),
+    "blank": (
+        "a.jsonl",
+        b'{"prompt": " \\n\\u3000", "response": "r"}',
+        ": row 0 (line 1) 'prompt' is empty; fill it in, ~",
+    ),
+    "NaN": (
+        "a.jsonl",
+        b'{"prompt": "p", "response": NaN}',
+        ": row 0 (line 1) 'response' is NaN; it must be text: fill it in~",
+    ),
     "a number": (
         "a.jsonl",
         b'{"prompt": "p", "response": 4}',
         ": row 0 (line 1) 'response' is the number 4; it must be text: put it in quotation marks~",
     ),
-    "true": ("a.jsonl", b'{"prompt": "p", "response": true}', ": row 0 (line 1) 'response' is true; it must be text~"),
+    "true": (
+        "a.jsonl",
+        b'{"prompt": "p", "response": true}',
+        ": row 0 (line 1) 'response' is true; it must be text~",
+    ),
     "nested": (
         "a.jsonl",
         b'{"prompt": "p", "response": {"text": "r"}}',
         ": row 0 (line 1) 'response' is an object, {'text': 'r'}; it must be text~",
     ),
-    "a list": ("a.jsonl", b'{"prompt": "p", "response": ["r"]}', ": row 0 (line 1) 'response' is a list, ['r']; it must be text~"),
+    "a list": (
+        "a.jsonl",
+        b'{"prompt": "p", "response": ["r"]}',
+        ": row 0 (line 1) 'response' is a list, ['r']; it must be text~",
+    ),
     "a system that is no text": (
         "a.jsonl",
         b'{"prompt": "p", "response": "r", "system": 3}',
@@ -233,12 +309,28 @@ BAD = {
         b'[{"instruction": "i", "output": "o", "history": ["a"]}]',
         ": row 0 (line 1) 'history': entry 0 is 'a'; it must be a pair of texts~",
     ),
-    "tools that are no JSON": ("a.json", b'[{"messages": [], "tools": "f("}]', ": row 0 (line 1) 'messages' is an empty list; fill it in~"),
+    "tools that are no JSON": (
+        "a.json",
+        b'[{"messages": [], "tools": "f("}]',
+        ": row 0 (line 1) 'messages' is an empty list; fill it in~",
+    ),
     # chats
     "no turns": ("a.jsonl", chat(), ": row 0 (line 1) 'messages' is an empty list; fill it in~"),
-    "messages of text": ("a.jsonl", b'{"messages": "hello"}', ": row 0 (line 1) 'messages' is text, 'hello'; it must be a list of turns~"),
-    "a turn of text": ("a.jsonl", chat("hello"), ": row 0 (line 1) 'messages': turn 0 is a str, 'hello'; it must be an object~"),
-    "no role": ("a.jsonl", chat({"content": "a"}), ": row 0 (line 1) 'messages': turn 0 has no 'role'; found 'content'~"),
+    "messages of text": (
+        "a.jsonl",
+        b'{"messages": "hello"}',
+        ": row 0 (line 1) 'messages' is text, 'hello'; it must be a list of turns~",
+    ),
+    "a turn of text": (
+        "a.jsonl",
+        chat("hello"),
+        ": row 0 (line 1) 'messages': turn 0 is a str, 'hello'; it must be an object~",
+    ),
+    "no role": (
+        "a.jsonl",
+        chat({"content": "a"}),
+        ": row 0 (line 1) 'messages': turn 0 has no 'role'; found 'content'~",
+    ),
     "a role that is no text": (
         "a.jsonl",
         chat({"role": 1, "content": "a"}),
@@ -274,7 +366,11 @@ BAD = {
         chat(USER, ANSWER, USER),
         ": row 0 (line 1) ends with a user turn; take the turns after the last assistant turn away~",
     ),
-    "no answer": ("a.jsonl", chat(USER), ": row 0 (line 1) has no assistant turn, so there is nothing to learn; add the answer~"),
+    "no answer": (
+        "a.jsonl",
+        chat(USER),
+        ": row 0 (line 1) has no assistant turn, so there is nothing to learn; add the answer~",
+    ),
     "no loss": (
         "a.jsonl",
         chat(USER, {**ANSWER, "weight": 0}),
@@ -292,7 +388,11 @@ BAD = {
     ),
     # CSV
     "header alone": ("a.csv", b"prompt,response\n", " has no rows; it should hold at least one"),
-    "a column twice": ("a.csv", b"prompt,response,prompt\na,b,c\n", ": line 1: the header has the column 'prompt' twice; rename one"),
+    "a column twice": (
+        "a.csv",
+        b"prompt,response,prompt\na,b,c\n",
+        ": line 1: the header has the column 'prompt' twice; rename one",
+    ),
     "too many fields": (
         "a.csv",
         b"prompt,response\na,b\na,b,c\n",
@@ -309,13 +409,21 @@ BAD = {
         b'prompt,response\n"a "b" c",d\n',
         ": row 0 (line 2) is not valid CSV (',' expected after '\"'); quotation marks inside~",
     ),
-    "an empty field": ("a.tsv", b"question\tanswer\na\t\n", ": row 0 (line 2) 'answer' is empty; fill it in~"),
+    "an empty field": (
+        "a.tsv",
+        b"question\tanswer\na\t\n",
+        ": row 0 (line 2) 'answer' is empty; fill it in~",
+    ),
     "CSV without a header": (
         "a.csv",
         b"What is it?,A thing\nWho?,Me\n",
         ": row 0 (line 2) has neither ~; found 'What is it?', 'A thing'. Name the columns~",
     ),
-    "old Mac line ends": ("a.csv", b"prompt,response\ra,b\rc,d\r", ": line 1: the header can't be read (new-line character~"),
+    "old Mac line ends": (
+        "a.csv",
+        b"prompt,response\ra,b\rc,d\r",
+        ": line 1: the header can't be read (new-line character~",
+    ),
 }
 
 
@@ -348,7 +456,9 @@ def test_bad_files_are_refused_with_place_and_cure(name, tmp_path):
 
 
 # the row's own faults are its own; a fault that hides where the next row begins ends the reading all the same
-SKIPPABLE = [n for n in BAD if BAD[n][0] == "a.jsonl" and BAD[n][2].startswith(": row") and "two readings" not in n]
+SKIPPABLE = [
+    n for n in BAD if BAD[n][0] == "a.jsonl" and BAD[n][2].startswith(": row") and "two readings" not in n
+]
 
 
 @pytest.mark.parametrize("name", SKIPPABLE)
@@ -365,7 +475,9 @@ def test_with_skip_a_bad_row_is_left_out_and_its_reason_kept(name, tmp_path):
 def test_a_file_without_a_single_good_row_is_refused_even_with_skip(name, tmp_path):
     _, data, _ = BAD[name]
     if GOOD.strip() not in data:
-        assert "rows can be used; the first one, row 0, " in said(write(tmp_path, "a.jsonl", data), on_bad_row="skip")
+        assert "rows can be used; the first one, row 0, " in said(
+            write(tmp_path, "a.jsonl", data), on_bad_row="skip"
+        )
 
 
 def test_unusable_tools_are_named(tmp_path):
@@ -380,7 +492,8 @@ def test_unusable_tools_are_named(tmp_path):
 def test_a_missing_file_suggests_the_nearest(tmp_path):
     write(tmp_path, "train.jsonl", GOOD)
     assert (
-        said(tmp_path / "trian.jsonl") == f"there is no file or folder {tmp_path / 'trian.jsonl'}; did you mean {tmp_path / 'train.jsonl'}?"
+        said(tmp_path / "trian.jsonl")
+        == f"there is no file or folder {tmp_path / 'trian.jsonl'}; did you mean {tmp_path / 'train.jsonl'}?"
     )
     assert said(tmp_path / "train.csv").endswith(f"did you mean {tmp_path / 'train.jsonl'}?")
     assert "data files there: train.jsonl" in said(tmp_path / "zzz")
@@ -484,19 +597,26 @@ def table_of(tmp_path, **columns):
 
 def test_mistyped_parquet_columns_are_named_before_any_row_is_read(tmp_path):
     path = table_of(tmp_path, prompt=["p"], response=[4])
-    assert said(path) == f"{path}: column 'response' is of type int64, not text; cast it to string, or name another with --columns"
+    assert (
+        said(path)
+        == f"{path}: column 'response' is of type int64, not text; cast it to string, or name another with --columns"
+    )
     path = table_of(tmp_path, messages=["hello"])
     assert "column 'messages' is of type string, not a list of turns" in said(path)
     assert "has neither 'messages'" in said(table_of(tmp_path, foo=["a"], bar=["b"]))
     assert "has no column 'promt' (did you mean 'prompt'?)" in said(
         table_of(tmp_path, prompt=["p"], x=["r"]), columns="prompt=promt,response=x"
     )
-    assert "has no rows" in said(table_of(tmp_path, prompt=pa.array([], pa.string()), response=pa.array([], pa.string())))
+    assert "has no rows" in said(
+        table_of(tmp_path, prompt=pa.array([], pa.string()), response=pa.array([], pa.string()))
+    )
 
 
 def test_bad_parquet_rows_are_numbered_through_row_groups(tmp_path):
     path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"prompt": ["a"] * 9, "response": ["x"] * 7 + [None, "y"]}), path, row_group_size=2)
+    pq.write_table(
+        pa.table({"prompt": ["a"] * 9, "response": ["x"] * 7 + [None, "y"]}), path, row_group_size=2
+    )
     assert said(path).startswith(f"{path}: row 7 'response' is null; it must be text: fill it in")
     other = tmp_path / "b.parquet"
     pq.write_table(pa.table({"prompt": ["a"], "response": ["x"]}), other)
@@ -514,12 +634,17 @@ def test_parquet_files_of_two_schemas_are_refused(tmp_path):
     a, b = tmp_path / "a.parquet", tmp_path / "b.parquet"
     pq.write_table(pa.table({"prompt": ["a"], "response": ["x"]}), a)
     pq.write_table(pa.table({"prompt": ["a"], "response": [b"x"]}), b)
-    assert said([a, b]) == f"{b} has other columns than {a} (response: binary); make them alike, or select from each alone"
+    assert (
+        said([a, b])
+        == f"{b} has other columns than {a} (response: binary); make them alike, or select from each alone"
+    )
 
 
 def test_texts_in_parquet_that_are_not_utf8_are_found(tmp_path):
     path = tmp_path / "a.parquet"
-    bad = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")])
+    bad = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")]
+    )
     pq.write_table(pa.table({"prompt": ["p"], "response": bad}), path)
     assert re.search(r"a\.parquet, rows 0 to 0: the data is cut or damaged \(.*Invalid UTF8", said(path))
 
@@ -537,7 +662,9 @@ def test_damaged_parquet_is_refused(damage, tmp_path):
         "gzip": gzip.compress(data),
     }
     path.write_bytes(damaged[damage])
-    assert ("Parquet inside gzip; unpack it" if damage == "gzip" else "the data is cut or damaged (") in said(path)
+    assert ("Parquet inside gzip; unpack it" if damage == "gzip" else "the data is cut or damaged (") in said(
+        path
+    )
 
 
 # ---- descriptions ----
@@ -552,11 +679,26 @@ def test_damaged_parquet_is_refused(damage, tmp_path):
         ({"file_name": 3}, "'file_name' is 3; it must be text"),
         ({}, "has no 'file_name' (nor 'hf_hub_url'); found nothing"),
         ("a.jsonl", "is 'a.jsonl'; it must be an object with 'file_name'"),
-        ({"file_name": "a.jsonl", "formatting": "chatml"}, "formatting is 'chatml'; it can be alpaca, sharegpt, openai"),
-        ({"file_name": "a.jsonl", "ranking": True}, "'ranking' is set: preference pairs have no single response"),
-        ({"file_name": "a.jsonl", "columns": {"prompt": "p", "response": "r", "images": "i"}}, "it has 'images'; only text"),
-        ({"file_name": "a.jsonl", "columns": {"promt": "p"}}, "unknown column key 'promt' (did you mean 'prompt'?)"),
-        ({"file_name": "a.jsonl", "columns": {"prompt": "p"}}, "'columns' must name 'prompt' and 'response'; found 'prompt'"),
+        (
+            {"file_name": "a.jsonl", "formatting": "chatml"},
+            "formatting is 'chatml'; it can be alpaca, sharegpt, openai",
+        ),
+        (
+            {"file_name": "a.jsonl", "ranking": True},
+            "'ranking' is set: preference pairs have no single response",
+        ),
+        (
+            {"file_name": "a.jsonl", "columns": {"prompt": "p", "response": "r", "images": "i"}},
+            "it has 'images'; only text",
+        ),
+        (
+            {"file_name": "a.jsonl", "columns": {"promt": "p"}},
+            "unknown column key 'promt' (did you mean 'prompt'?)",
+        ),
+        (
+            {"file_name": "a.jsonl", "columns": {"prompt": "p"}},
+            "'columns' must name 'prompt' and 'response'; found 'prompt'",
+        ),
         ({"file_name": "a.jsonl", "columns": ["p"]}, "'columns' is ['p']; it must be an object of names"),
         ({"file_name": "a.jsonl"}, "row 0 (line 1) has no 'instruction'"),
     ],
@@ -573,7 +715,10 @@ def test_descriptions_that_are_no_descriptions_are_refused(tmp_path):
     info.write_bytes(b"[]")
     assert "holds []; it must be one object" in said("mine", dataset_info=info)
     info.write_bytes(b'{"main": {"file_name": "a.jsonl"}}')
-    assert said("mine", dataset_info=info) == f"{info} has no entry 'mine' (did you mean 'main'?); its entries: main"
+    assert (
+        said("mine", dataset_info=info)
+        == f"{info} has no entry 'mine' (did you mean 'main'?); its entries: main"
+    )
     assert "there is no file or folder" in said("mine", dataset_info=tmp_path / "dataset_inf.json")
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "state.json").write_text('{"_data_files": [{"filename": "../../x.arrow"}]}')
@@ -603,9 +748,12 @@ def test_standard_input_that_is_empty_says_so(monkeypatch):
 SEEDS = {
     "a.jsonl": GOOD * 4 + chat(USER, ANSWER).replace(b"messages", b"other"),
     "chat.jsonl": chat(USER, ANSWER) * 3 + chat(USER, {**ANSWER, "loss_weight": 1}),
-    "a.json": json.dumps([{"instruction": "i", "input": "ü", "output": "o\n", "history": [["a", "b"]]}] * 4).encode(),
+    "a.json": json.dumps(
+        [{"instruction": "i", "input": "ü", "output": "o\n", "history": [["a", "b"]]}] * 4
+    ).encode(),
     "share.json": json.dumps(
-        [{"conversations": [{"from": "human", "value": "h"}, {"from": "gpt", "value": "g"}], "tools": "[]"}] * 3
+        [{"conversations": [{"from": "human", "value": "h"}, {"from": "gpt", "value": "g"}], "tools": "[]"}]
+        * 3
     ).encode(),
     "a.csv": b'prompt,response\r\n"a, ""b""\nc",d\r\ne,f\r\n',
     "a.tsv": "question\tanswer\nü\tx\n".encode(),
@@ -623,7 +771,11 @@ def seed_tables():
     file = pa.BufferOutputStream()
     with pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
-    return {"a.parquet": sink.getvalue().to_pybytes(), "s.arrow": stream.getvalue().to_pybytes(), "f.arrow": file.getvalue().to_pybytes()}
+    return {
+        "a.parquet": sink.getvalue().to_pybytes(),
+        "s.arrow": stream.getvalue().to_pybytes(),
+        "f.arrow": file.getvalue().to_pybytes(),
+    }
 
 
 SEEDS |= seed_tables()

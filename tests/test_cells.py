@@ -11,11 +11,22 @@ from staff.data.tokens import Pool
 from staff.methods import METHODS
 from staff.methods.groups import share_by_size
 
-SMALL = {"num_regions": 4, "verification_budget": 2, "draft_epochs": 1, "target_epochs": 1, "learning_rate": 1e-2, "batch_tokens": 512}
+SMALL = {
+    "num_regions": 4,
+    "verification_budget": 2,
+    "draft_epochs": 1,
+    "target_epochs": 1,
+    "learning_rate": 1e-2,
+    "batch_tokens": 512,
+}
 
 
 def choose(family, data, output, **settings):
-    return staff.select(data, output=output, **{"target": str(family / "target"), "draft": str(family / "draft"), **SMALL, **settings})
+    return staff.select(
+        data,
+        output=output,
+        **{"target": str(family / "target"), "draft": str(family / "draft"), **SMALL, **settings},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +34,14 @@ def everything(family, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cells")
     data = write_pool(folder / "pool.jsonl", 48)
     validation = write_pool(folder / "validation.jsonl", 4)
-    runs = choose(family, str(data), folder / "x", method=list(METHODS), pruning_rate=[0.5, 0.75], validation=str(validation))
+    runs = choose(
+        family,
+        str(data),
+        folder / "x",
+        method=list(METHODS),
+        pruning_rate=[0.5, 0.75],
+        validation=str(validation),
+    )
     return folder / "x", runs
 
 
@@ -34,13 +52,21 @@ def test_every_method_of_the_table_makes_its_coreset_at_every_rate(everything):
     ]
     for run in runs:
         assert len((run.path / "coreset.jsonl").read_text().splitlines()) == len(run.indices)
-    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"work", *(run.path.name for run in runs)}
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {
+        "work",
+        *(run.path.name for run in runs),
+    }
 
 
 def test_one_pass_over_a_model_serves_every_method_and_rate(everything):
     _, runs = everything
     stages = runs[-1].cost["stages"]
-    for stage in ("score on the draft", "score on the target", "score on the tuned target", "score on the raw draft"):
+    for stage in (
+        "score on the draft",
+        "score on the target",
+        "score on the tuned target",
+        "score on the raw draft",
+    ):
         assert stages[stage]["samples"] == 48, stage
     for number in (1, 2, 3, 4):
         assert stages[f"score on the draft at {number}/4"]["samples"] == 48
@@ -50,7 +76,11 @@ def test_one_pass_over_a_model_serves_every_method_and_rate(everything):
 def test_methods_choose_by_their_own_number_and_not_by_effort(everything):
     folder, runs = everything
     chosen = {run.path.name: set(run.selection.indices.tolist()) for run in runs}
-    (scores,) = (path for path in folder.glob("work/scores-*/scores.npz") if "features" in np.load(path).files and _is_draft(path))
+    (scores,) = (
+        path
+        for path in folder.glob("work/scores-*/scores.npz")
+        if "features" in np.load(path).files and _is_draft(path)
+    )
     loss, entropy = np.load(scores)["loss"], np.load(scores)["entropy"]
     assert chosen["loss-0.75"] == set(np.argsort(-loss, kind="stable")[:12].tolist())
     assert chosen["entropy-0.75"] == set(np.argsort(-entropy, kind="stable")[:12].tolist())
@@ -68,22 +98,36 @@ def test_the_tables_say_how_alike_and_how_nested_the_coresets_are(everything):
     folder, runs = everything
     with open(folder / "likeness.csv") as file:
         pairs = {(row["first"], row["second"]): row for row in csv.DictReader(file)}
-    assert float(pairs["loss-0.75", "loss-0.5"]["overlap"]) == 1.0  # the highest twelve lie within the highest 24
+    assert (
+        float(pairs["loss-0.75", "loss-0.5"]["overlap"]) == 1.0
+    )  # the highest twelve lie within the highest 24
     assert len(pairs) == len(METHODS) + len(METHODS) * (len(METHODS) - 1)
     with open(folder / "cells.csv") as file:
         assert [row["folder"] for row in csv.DictReader(file)] == [run.path.name for run in runs]
 
 
-def test_a_cell_added_later_reuses_what_is_there_and_a_finished_run_is_taken_as_it_is(everything, family, monkeypatch):
+def test_a_cell_added_later_reuses_what_is_there_and_a_finished_run_is_taken_as_it_is(
+    everything, family, monkeypatch
+):
     from staff.scoring import scorer as score
 
     folder, runs = everything
     monkeypatch.setattr(score.Scorer, "__init__", lambda *_, **__: pytest.fail("a model was loaded again"))
     validation = str(folder.parent / "validation.jsonl")
     data = str(folder.parent / "pool.jsonl")
-    again = choose(family, data, folder, method=list(METHODS), pruning_rate=[0.5, 0.75], validation=validation)
+    again = choose(
+        family, data, folder, method=list(METHODS), pruning_rate=[0.5, 0.75], validation=validation
+    )
     assert [run.indices.tolist() for run in again] == [run.indices.tolist() for run in runs]
-    more = choose(family, data, folder, method=["loss", "el2n", "random"], pruning_rate=[0.25], validation=validation, update=True)
+    more = choose(
+        family,
+        data,
+        folder,
+        method=["loss", "el2n", "random"],
+        pruning_rate=[0.25],
+        validation=validation,
+        update=True,
+    )
     assert [len(run.indices) for run in more] == [36, 36, 36]
     one = staff.load_run(str(folder / "loss-0.25"))
     assert one.indices.tolist() == more[0].indices.tolist()
@@ -99,17 +143,24 @@ def test_less_prefers_samples_like_the_validation_rows(everything, family):
     from staff.scoring.scorer import Scorer
 
     source = models.resolve(str(family / "draft"))
-    tokenizer, model = models.load_tokenizer(source), models.load_model(source, torch.float64, torch.device("cpu"))
+    tokenizer, model = (
+        models.load_tokenizer(source),
+        models.load_model(source, torch.float64, torch.device("cpu")),
+    )
     rows = staff.data.rows.read(make_rows(9))
     pool = tokenise(rows.examples(), tokenizer, 256)
     scorer = Scorer(model, "last-block", batch_tokens=300)
-    found = Likeness(scorer, mean_direction(scorer, pool_of(pool, [7, 8]))).scores(pool, np.arange(9))["similarity"]
+    found = Likeness(scorer, mean_direction(scorer, pool_of(pool, [7, 8]))).scores(pool, np.arange(9))[
+        "similarity"
+    ]
 
     def gradient(i):
         weights = [site.module.weight.requires_grad_(True) for site in scorer.sites]
         ids = torch.tensor(pool.ids(i), dtype=torch.int64)[None]
         labels = torch.where(torch.tensor(pool.response(i)), ids[0], -100)
-        loss = torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1], labels[1:], ignore_index=-100)
+        loss = torch.nn.functional.cross_entropy(
+            model(input_ids=ids).logits[0, :-1], labels[1:], ignore_index=-100
+        )
         flat = torch.cat([grad.ravel() for grad in torch.autograd.grad(loss, weights)])
         model.requires_grad_(False)
         return flat / flat.norm()
@@ -121,11 +172,17 @@ def test_less_prefers_samples_like_the_validation_rows(everything, family):
 def pool_of(pool, positions):
     ids = [pool.ids(i) for i in positions]
     masks = [pool.response(i) for i in positions]
-    return Pool(np.concatenate(ids), np.concatenate(masks), np.concatenate([[0], np.cumsum([len(sample) for sample in ids])]))
+    return Pool(
+        np.concatenate(ids),
+        np.concatenate(masks),
+        np.concatenate([[0], np.cumsum([len(sample) for sample in ids])]),
+    )
 
 
 def test_responses_alone_keep_one_token_to_predict_the_first_from():
-    pool = Pool(np.arange(9, dtype=np.int32), np.array([0, 0, 1, 1, 0, 1, 1, 0, 1], bool), np.array([0, 4, 7, 9]))
+    pool = Pool(
+        np.arange(9, dtype=np.int32), np.array([0, 0, 1, 1, 0, 1, 1, 0, 1], bool), np.array([0, 4, 7, 9])
+    )
     alone = pool.responses_alone()
     assert [alone.ids(i).tolist() for i in range(3)] == [[1, 2, 3], [4, 5, 6], [7, 8]]
     assert alone.response_tokens().tolist() == pool.response_tokens().tolist() == [2, 2, 1]
@@ -155,11 +212,22 @@ def test_what_a_method_lacks_is_named(settings, message, family, tmp_path):
 
 
 def test_options_without_a_flag_reach_their_method(family, tmp_path):
-    high = choose(family, make_rows(20), tmp_path / "x", method="loss", pruning_rate=0.5, option=["part=bottom"])
+    high = choose(
+        family, make_rows(20), tmp_path / "x", method="loss", pruning_rate=0.5, option=["part=bottom"]
+    )
     low = choose(family, make_rows(20), tmp_path / "y", method="loss", pruning_rate=0.5)
     assert not set(high.indices) & set(low.indices)
 
 
 def test_a_method_that_follows_a_tuning_asks_for_one_before_any_model_loads(tmp_path):
-    with pytest.raises(ValueError, match=r"--method s2l follows the draft through its tuning.*--draft-epochs"):
-        staff.select("nowhere.jsonl", output=tmp_path / "x", target="nowhere", draft="nowhere", method="s2l", pruning_rate=0.5)
+    with pytest.raises(
+        ValueError, match=r"--method s2l follows the draft through its tuning.*--draft-epochs"
+    ):
+        staff.select(
+            "nowhere.jsonl",
+            output=tmp_path / "x",
+            target="nowhere",
+            draft="nowhere",
+            method="s2l",
+            pruning_rate=0.5,
+        )

@@ -13,11 +13,24 @@ import pytest
 from family import write_pool
 
 STAFF = [sys.executable, "-m", "staff.cli"]
-SMALL = ["--pruning-rate", "0.7", "--num-regions", "5", "--verification-budget", "3", "--draft-epochs", "1", "--batch-tokens", "512"]
+SMALL = [
+    "--pruning-rate",
+    "0.7",
+    "--num-regions",
+    "5",
+    "--verification-budget",
+    "3",
+    "--draft-epochs",
+    "1",
+    "--batch-tokens",
+    "512",
+]
 
 
 def run(*arguments, **kwargs):
-    return subprocess.run([*STAFF, *map(str, arguments)], capture_output=True, text=True, timeout=120, **kwargs)
+    return subprocess.run(
+        [*STAFF, *map(str, arguments)], capture_output=True, text=True, timeout=120, **kwargs
+    )
 
 
 def models(family):
@@ -28,7 +41,9 @@ def models(family):
 def done(family, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     write_pool(folder / "pool.jsonl")
-    return folder, run("select", "--data", folder / "pool.jsonl", *models(family), *SMALL, "--output", folder / "x")
+    return folder, run(
+        "select", "--data", folder / "pool.jsonl", *models(family), *SMALL, "--output", folder / "x"
+    )
 
 
 def test_the_summary_says_what_was_kept_what_it_cost_and_how_to_go_on(done, family):
@@ -67,11 +82,29 @@ def test_the_same_config_in_another_folder_gives_the_same_bytes(done):
 
 def test_scores_can_be_written_alone_and_taken_up_again(done, family):
     folder, _ = done
-    result = run("score", "--data", folder / "pool.jsonl", "--model", family / "draft", "--output", folder / "s.parquet", "--quiet")
+    result = run(
+        "score",
+        "--data",
+        folder / "pool.jsonl",
+        "--model",
+        family / "draft",
+        "--output",
+        folder / "s.parquet",
+        "--quiet",
+    )
     assert result.returncode == 0, result.stderr
     assert not (folder / "s.unfinished").exists()
     result = run(
-        "select", "--data", folder / "pool.jsonl", "--scores", folder / "s.parquet", "--budget", 7, "--output", folder / "z", "--json"
+        "select",
+        "--data",
+        folder / "pool.jsonl",
+        "--scores",
+        folder / "s.parquet",
+        "--budget",
+        7,
+        "--output",
+        folder / "z",
+        "--json",
     )
     assert json.loads(result.stdout)["m"] == 7
     assert "warning: none verified" not in result.stdout
@@ -84,21 +117,52 @@ def test_scores_can_be_written_alone_and_taken_up_again(done, family):
         (["select", "--pruning-rte", "0.5"], "Unrecognized options"),
         (["select", "--data", "POOL", "--pruning-rate", "1.2", "--output", "o"], "in [0, 1); found 1.2"),
         (["select", "--data", "POOL", "--output", "o"], "say how much to keep"),
-        (["select", "--data", "nothing.jsonl", "--method", "random", "--pruning-rate", "0.5", "--output", "o"], "nothing.jsonl"),
+        (
+            [
+                "select",
+                "--data",
+                "nothing.jsonl",
+                "--method",
+                "random",
+                "--pruning-rate",
+                "0.5",
+                "--output",
+                "o",
+            ],
+            "nothing.jsonl",
+        ),
         (["select", "--data", "POOL", "--pruning-rate", "0.5", "--output", "o"], "--target"),
         (
             ["select", "--data", "POOL", "--target", "TARGET", "--pruning-rate", "0.5", "--output", "o"],
             "self:8 keeps 8 of the target's own blocks",
         ),
         (
-            ["select", "--data", "POOL", "--target", "some/model", "--draft", "self:2", "--budget", "3", "--output", "o"],
+            [
+                "select",
+                "--data",
+                "POOL",
+                "--target",
+                "some/model",
+                "--draft",
+                "self:2",
+                "--budget",
+                "3",
+                "--output",
+                "o",
+            ],
             "the hub did not give it",
         ),
         (["select", "--data", "POOL", "--method", "random", "--pruning-rate", "0.5"], "--output"),
         (["select", "--config", "none.yaml"], "none.yaml: can't be read"),
-        (["select", "--data", "POOL", "--scores", "none.npy", "--budget", "3", "--output", "o"], "none.npy: there is no such file"),
+        (
+            ["select", "--data", "POOL", "--scores", "none.npy", "--budget", "3", "--output", "o"],
+            "none.npy: there is no such file",
+        ),
         (["finetune", "--model", "TARGET", "--output", "o"], "--data"),
-        (["finetune", "--data", "POOL", "--model", "TARGET", "--output", "o", "--max-steps", "0"], "--max-steps must lie in [1, inf)"),
+        (
+            ["finetune", "--data", "POOL", "--model", "TARGET", "--output", "o", "--max-steps", "0"],
+            "--max-steps must lie in [1, inf)",
+        ),
         (["score", "--data", "POOL", "--model", "TARGET", "--output", "o.csv"], "ends in .parquet"),
     ],
 )
@@ -123,9 +187,22 @@ def test_help_and_version_are_quick_and_name_every_command():
 
 def test_ctrl_c_gives_the_terminal_back_at_once_and_the_same_command_goes_on(family, tmp_path):
     write_pool(tmp_path / "pool.jsonl", 400)
-    command = [*STAFF, "select", "--data", "pool.jsonl", *map(str, models(family)), *SMALL, "--output", "x", "--draft-epochs", "200"]
+    command = [
+        *STAFF,
+        "select",
+        "--data",
+        "pool.jsonl",
+        *map(str, models(family)),
+        *SMALL,
+        "--output",
+        "x",
+        "--draft-epochs",
+        "200",
+    ]
     terminal, side = pty.openpty()
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=side, stderr=side, env={**os.environ, "TERM": "xterm"})
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=side, stderr=side, env={**os.environ, "TERM": "xterm"}
+    )
     os.close(side)
     seen = b""
     while b"fine-tune the draft" not in seen:
@@ -139,7 +216,10 @@ def test_ctrl_c_gives_the_terminal_back_at_once_and_the_same_command_goes_on(fam
     assert b"\x1b[?25h" in seen.split(b"fine-tune the draft")[-1]  # the cursor is shown again
     os.close(terminal)
     assert (
-        run("select", *command[4:], "--draft-epochs", "200", "--max-length", "64", cwd=tmp_path).stderr.count("max_length: 1024 -> 64") == 1
+        run("select", *command[4:], "--draft-epochs", "200", "--max-length", "64", cwd=tmp_path).stderr.count(
+            "max_length: 1024 -> 64"
+        )
+        == 1
     )
 
 
@@ -149,5 +229,7 @@ def test_a_preset_on_the_command_line_stands_below_flags_and_a_file(given, tmp_p
     from staff.config import SelectConfig
 
     (tmp_path / "c.yaml").write_text("num_regions: 9\n")
-    config, _ = cli._parse(SelectConfig, ["--config", str(tmp_path / "c.yaml"), *given, "--verification-budget", "4"], "x", ())
+    config, _ = cli._parse(
+        SelectConfig, ["--config", str(tmp_path / "c.yaml"), *given, "--verification-budget", "4"], "x", ()
+    )
     assert (config.draft_epochs, config.num_regions, config.verification_budget) == (3.0, 9, 4)

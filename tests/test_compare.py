@@ -57,7 +57,9 @@ def finished(file, tmp_path_factory):
 
 def of(rows, method, rate=None, seed=None):
     wanted = ("" if rate is None else str(rate), "" if seed is None else str(seed))
-    (found,) = [row for row in rows if row["method"] == method and (row["pruning_rate"], row["seed"]) == wanted]
+    (found,) = [
+        row for row in rows if row["method"] == method and (row["pruning_rate"], row["seed"]) == wanted
+    ]
     return found
 
 
@@ -67,7 +69,9 @@ def test_every_cell_has_a_row_and_every_figure_its_cost(finished):
     assert [int(of(rows, name, 0.75, 1)["m"]) for name in comparison.variants] == [10] * 4
     row = of(rows, "staff", 0.5, 2)
     assert all(row[name] != "" for name in comparing.COLUMNS)
-    assert float(row["total_passes"]) == pytest.approx(float(row["select_passes"]) + float(row["finetune_passes"]))
+    assert float(row["total_passes"]) == pytest.approx(
+        float(row["select_passes"]) + float(row["finetune_passes"])
+    )
     assert of(rows, FULL, None, 1)["finetune_steps"] == "5"  # 40 samples, 8 a step
     assert row["finetune_steps"] == "3"
     assert of(rows, "random", 0.5, 1)["select_passes"] == "0.0"
@@ -76,11 +80,15 @@ def test_every_cell_has_a_row_and_every_figure_its_cost(finished):
 
 def test_what_a_method_costs_is_the_designs_sum_and_its_own_part_alone(finished):
     comparison, rows = finished
-    run = json.loads((comparison.output / "selections" / "sums" / "seed1" / "staff-0.5" / "cost.json").read_text())
+    run = json.loads(
+        (comparison.output / "selections" / "sums" / "seed1" / "staff-0.5" / "cost.json").read_text()
+    )
     terms = run["sum"]
     row = of(rows, "staff", 0.5, 1)
     # samples differ in length: verified tokens are not exactly their share, and training spares the last block's second way back
-    assert float(row["select_passes"]) == pytest.approx(staff_passes(**{k: v for k, v in terms.items() if k != "passes"}), rel=0.25)
+    assert float(row["select_passes"]) == pytest.approx(
+        staff_passes(**{k: v for k, v in terms.items() if k != "passes"}), rel=0.25
+    )
     without = of(rows, "staff-paper", 0.5, 1)
     assert without["verified"] == "0"
     verified = run["stages"]["verify on the target"]
@@ -94,11 +102,16 @@ def test_cells_share_one_run_folder_and_variants_choose_otherwise(finished):
     assert sorted(path.name for path in selections.iterdir() if path.is_dir()) == ["seed1", "seed2"]
     stages = json.loads((selections / "seed1" / "staff-0.5" / "cost.json").read_text())["stages"]
     assert stages["fine-tune the draft"]["samples"] == stages["score on the draft"]["samples"] == 40
-    chosen = {name: np.load(selections / "seed1" / f"{name}-0.75" / "indices.npy").tolist() for name in comparison.variants}
+    chosen = {
+        name: np.load(selections / "seed1" / f"{name}-0.75" / "indices.npy").tolist()
+        for name in comparison.variants
+    }
     assert len({tuple(indices) for indices in chosen.values()}) == 4
 
 
-def test_a_finished_comparison_is_taken_as_it_is_and_a_new_rate_adds_its_cells(finished, file, monkeypatch, tmp_path):
+def test_a_finished_comparison_is_taken_as_it_is_and_a_new_rate_adds_its_cells(
+    finished, file, monkeypatch, tmp_path
+):
     comparison, _ = finished
     with monkeypatch.context() as patch:
         patch.setattr(models, "load_model", lambda *_, **__: pytest.fail("a model was loaded again"))
@@ -108,9 +121,16 @@ def test_a_finished_comparison_is_taken_as_it_is_and_a_new_rate_adds_its_cells(f
     (tmp_path / "more.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     tuned = []
     original = pipeline.finetune
-    monkeypatch.setattr(pipeline, "finetune", lambda config, **kwargs: tuned.append(config.output) or original(config, **kwargs))
+    monkeypatch.setattr(
+        pipeline,
+        "finetune",
+        lambda config, **kwargs: tuned.append(config.output) or original(config, **kwargs),
+    )
     compare(read_comparison(tmp_path / "more.yaml"))
-    assert [path.split("cells/")[1] for path in tuned] == ["sums/random-0.9/seed1/adapter", "sums/random-0.9/seed2/adapter"]
+    assert [path.split("cells/")[1] for path in tuned] == [
+        "sums/random-0.9/seed1/adapter",
+        "sums/random-0.9/seed2/adapter",
+    ]
     values["finetune"]["epochs"] = 2
     (tmp_path / "more.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     with pytest.raises(ValueError, match="sums: finetune"):
@@ -121,17 +141,26 @@ def test_a_finished_comparison_is_taken_as_it_is_and_a_new_rate_adds_its_cells(f
 def figures(path):
     """What does not depend on the clock."""
     with open(path / "results.csv") as table:
-        return [{name: value for name, value in row.items() if not name.endswith("seconds")} for row in csv.DictReader(table)]
+        return [
+            {name: value for name, value in row.items() if not name.endswith("seconds")}
+            for row in csv.DictReader(table)
+        ]
 
 
 def start(file, output):
-    process = multiprocessing.get_context("fork").Process(target=lambda: compare(read_comparison(file, str(output))))
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: compare(read_comparison(file, str(output)))
+    )
     process.start()
     return process
 
 
 def test_a_killed_comparison_goes_on_and_two_processes_share_it(finished, file, tmp_path):
-    values = yaml.safe_load(file.read_text()) | {"methods": {"random": {}, "staff": {}}, "pruning_rates": [0.75], "untouched": False}
+    values = yaml.safe_load(file.read_text()) | {
+        "methods": {"random": {}, "staff": {}},
+        "pruning_rates": [0.75],
+        "untouched": False,
+    }
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     process = start(tmp_path / "c.yaml", tmp_path / "y")
     while not list(tmp_path.glob("y/cells/*/random-0.75/*/cell.json")):
@@ -163,7 +192,10 @@ def test_the_report_has_both_tables_and_the_plots(finished):
     with open(comparison.output / "differences.csv") as table:
         pairs = list(csv.DictReader(table))
     assert len(pairs) == 2 * 2 * 4 * 3
-    one, other = (next(p for p in pairs if (p["first"], p["second"]) == names) for names in [("staff", "random"), ("random", "staff")])
+    one, other = (
+        next(p for p in pairs if (p["first"], p["second"]) == names)
+        for names in [("staff", "random"), ("random", "staff")]
+    )
     assert float(one["difference"]) == pytest.approx(-float(other["difference"]))
 
 
@@ -174,7 +206,12 @@ def cell(mean, noise=1.0, seed=0, drawn=resample(3, 100, np.random.default_rng(0
 
 
 def test_bold_and_arrows_stand_only_where_the_paired_interval_allows_them():
-    judged = {("random", 0.5): cell(30), ("far", 0.5): cell(32, seed=1), ("near", 0.5): cell(30.01, seed=2), ("low", 0.5): cell(25, seed=3)}
+    judged = {
+        ("random", 0.5): cell(30),
+        ("far", 0.5): cell(32, seed=1),
+        ("near", 0.5): cell(30.01, seed=2),
+        ("low", 0.5): cell(25, seed=3),
+    }
     differences = corrected(compare_cells(judged, "t", "rougeL"))
     lines = quality_table(judged, differences, "t", "rougeL").splitlines()
     assert lines[3].startswith("| far | **32.00** [")
@@ -187,7 +224,9 @@ def test_bold_and_arrows_stand_only_where_the_paired_interval_allows_them():
     assert "| near | 0 | 1 | 0 | none |" in said
     assert "| low | 0 | 0 | 1 | t 50% |" in said
     two_best = {**judged, ("also", 0.5): cell(32, seed=4)}
-    assert "**" not in quality_table(two_best, corrected(compare_cells(two_best, "t", "rougeL")), "t", "rougeL")
+    assert "**" not in quality_table(
+        two_best, corrected(compare_cells(two_best, "t", "rougeL")), "t", "rougeL"
+    )
 
 
 def test_of_a_loss_less_is_better_and_the_correction_counts_every_test():
@@ -195,13 +234,20 @@ def test_of_a_loss_less_is_better_and_the_correction_counts_every_test():
     found = {(d.first, d.second): d for d in compare_cells(judged, "t", "loss")}
     assert found["less", "random"].outcome == "win"
     assert found["less", "random"].difference == pytest.approx(1)
-    tests = [Difference("t", "rougeL", rate, "a", "random", -1, -2, 0, p) for rate, p in [(0.5, 0.01), (0.8, 0.03), (0.9, 0.02)]]
+    tests = [
+        Difference("t", "rougeL", rate, "a", "random", -1, -2, 0, p)
+        for rate, p in [(0.5, 0.01), (0.8, 0.03), (0.9, 0.02)]
+    ]
     assert [d.corrected for d in corrected(tests)] == pytest.approx([0.03, 0.04, 0.04])
 
 
 def test_a_cell_without_every_seed_is_left_out(finished):
     comparison, rows = finished
-    fewer = [row for row in rows if not (row["method"] == "staff" and row["pruning_rate"] == "0.5" and row["seed"] == "2")]
+    fewer = [
+        row
+        for row in rows
+        if not (row["method"] == "staff" and row["pruning_rate"] == "0.5" and row["seed"] == "2")
+    ]
     judged = results.judge(comparison.output, fewer, "sums", "rougeL")
     assert ("staff", 0.5) not in judged
     assert judged["staff", 0.75].values.shape == (2, 8)
@@ -250,7 +296,16 @@ def test_what_is_wrong_in_the_yaml_is_named_before_any_work(change, message, fil
 
 def test_the_command_goes_from_the_yaml_to_the_tables(finished, file):
     comparison, _ = finished
-    command = [sys.executable, "-m", "staff.cli", "compare", "--config", str(file), "--output", str(comparison.output)]
+    command = [
+        sys.executable,
+        "-m",
+        "staff.cli",
+        "compare",
+        "--config",
+        str(file),
+        "--output",
+        str(comparison.output),
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "# Cost of selection" in result.stdout

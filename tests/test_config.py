@@ -8,7 +8,12 @@ from staff.config import FinetuneConfig, SelectConfig, from_mapping
 
 def test_a_config_comes_back_from_its_yaml(tmp_path):
     made = SelectConfig(
-        data=("a.jsonl", "b.jsonl"), target="T", draft="self:8", pruning_rate=(0.2, 0.8), method=("staff", "ccs"), learning_rate=1e-4
+        data=("a.jsonl", "b.jsonl"),
+        target="T",
+        draft="self:8",
+        pruning_rate=(0.2, 0.8),
+        method=("staff", "ccs"),
+        learning_rate=1e-4,
     )
     (tmp_path / "c.yaml").write_text(config.to_yaml(made))
     assert from_mapping(SelectConfig, config.read_yaml(tmp_path / "c.yaml"), "c.yaml") == made
@@ -54,8 +59,17 @@ def test_wrong_settings_in_a_file_are_named_with_the_file(settings, message):
 
 def test_yaml_forms_are_understood(monkeypatch):
     monkeypatch.setenv("MODELS", "/m")
-    made = from_mapping(SelectConfig, {"data": "one.jsonl", "target": "${MODELS}/t", "learning-rate": "1e-4", "draft_epochs": 2}, "x")
-    assert (made.data, made.target, made.learning_rate, made.draft_epochs) == (("one.jsonl",), "/m/t", 1e-4, 2)
+    made = from_mapping(
+        SelectConfig,
+        {"data": "one.jsonl", "target": "${MODELS}/t", "learning-rate": "1e-4", "draft_epochs": 2},
+        "x",
+    )
+    assert (made.data, made.target, made.learning_rate, made.draft_epochs) == (
+        ("one.jsonl",),
+        "/m/t",
+        1e-4,
+        2,
+    )
 
 
 def test_unreadable_yaml_is_one_line(tmp_path):
@@ -75,7 +89,9 @@ def test_every_field_has_a_line_of_help():
     for kind in (SelectConfig, FinetuneConfig):
         body = ast.parse(inspect.getsource(kind)).body[0].body
         fields = [i for i, node in enumerate(body) if isinstance(node, ast.AnnAssign)]
-        assert all(isinstance(body[i + 1], ast.Expr) and isinstance(body[i + 1].value.value, str) for i in fields)
+        assert all(
+            isinstance(body[i + 1], ast.Expr) and isinstance(body[i + 1].value.value, str) for i in fields
+        )
 
 
 def test_a_preset_is_overridden_by_what_else_is_given_and_takes_only_what_the_command_has():
@@ -83,7 +99,9 @@ def test_a_preset_is_overridden_by_what_else_is_given_and_takes_only_what_the_co
     made = from_mapping(SelectConfig, {"num-regions": 7, "preset": "paper"}, "x")
     assert (made.num_regions, made.verification_budget, made.draft_epochs) == (7, 10, 3.0)
     assert from_mapping(config.PlanConfig, {"preset": "paper"}, "x").draft_epochs == 3.0
-    assert config.from_mapping(SelectConfig, config.flat(made), "x") == made  # a run's own config.yaml names no preset
+    assert (
+        config.from_mapping(SelectConfig, config.flat(made), "x") == made
+    )  # a run's own config.yaml names no preset
 
 
 def test_an_unknown_preset_is_named():

@@ -21,7 +21,13 @@ from staff.data.rows import read
 
 ROWS = make_rows(12)
 HALF = {"method": "random", "pruning_rate": 0.5}
-SMALL = {"pruning_rate": 0.5, "num_regions": 4, "verification_budget": 2, "draft_epochs": 0, "batch_tokens": 512}
+SMALL = {
+    "pruning_rate": 0.5,
+    "num_regions": 4,
+    "verification_budget": 2,
+    "draft_epochs": 0,
+    "batch_tokens": 512,
+}
 
 
 def lines(rows):
@@ -29,7 +35,10 @@ def lines(rows):
 
 
 def write_csv(path):
-    path.write_bytes(b"id;prompt;response\r\n" + b"".join(f'{r["id"]};"{r["prompt"]}";{r["response"]}\r\n'.encode() for r in ROWS))
+    path.write_bytes(
+        b"id;prompt;response\r\n"
+        + b"".join(f'{r["id"]};"{r["prompt"]}";{r["response"]}\r\n'.encode() for r in ROWS)
+    )
 
 
 def write_json(path):
@@ -103,7 +112,9 @@ def test_a_damaged_result_of_a_finished_run_is_written_again(tmp_path):
         (tmp_path / "x" / name).write_bytes(whole[:-5])
         staff.select(**settings)
         assert (tmp_path / "x" / name).read_bytes() == whole
-    (tmp_path / "x" / "train" / "trl.py").write_text("mine")  # what is the user's to change makes no run unfinished
+    (tmp_path / "x" / "train" / "trl.py").write_text(
+        "mine"
+    )  # what is the user's to change makes no run unfinished
     staff.select(**settings)
     assert (tmp_path / "x" / "train" / "trl.py").read_text() == "mine"
 
@@ -119,8 +130,12 @@ def test_scores_of_all_rows_lie_beside_the_coreset_and_go_in_again(family, tmp_p
     assert np.flatnonzero(table["selected"]).tolist() == run.indices.tolist()
     assert table["region"] == run.selection.region_of.tolist()
     assert min(table["loss"]) > 0
-    assert table["tokens"] == [len(row["response"]) + 1 for row in ROWS]  # a token a letter, and the end of turn
-    again = staff.select(ROWS, output=tmp_path / "y", scores=str(run.path / "scores.parquet"), target=models["target"], **SMALL)
+    assert table["tokens"] == [
+        len(row["response"]) + 1 for row in ROWS
+    ]  # a token a letter, and the end of turn
+    again = staff.select(
+        ROWS, output=tmp_path / "y", scores=str(run.path / "scores.parquet"), target=models["target"], **SMALL
+    )
     assert again.indices.tolist() == run.indices.tolist()
     assert "score" in pq.read_schema(tmp_path / "y" / "scores.parquet").names
 
@@ -139,8 +154,13 @@ def test_llama_factorys_entry_and_the_snippets_name_the_coreset(family, tmp_path
         e.turns for e in read(ROWS).examples() if e.id in kept_ids(run)
     ]
     settings = yaml.safe_load((run.path / "train" / "llama_factory.yaml").read_text())
-    assert (settings["dataset_dir"], settings["model_name_or_path"]) == (str(run.path), str(family / "target"))
-    assert yaml.safe_load((run.path / "train" / "axolotl.yaml").read_text())["datasets"][0]["path"] == str(run.path / "coreset.jsonl")
+    assert (settings["dataset_dir"], settings["model_name_or_path"]) == (
+        str(run.path),
+        str(family / "target"),
+    )
+    assert yaml.safe_load((run.path / "train" / "axolotl.yaml").read_text())["datasets"][0]["path"] == str(
+        run.path / "coreset.jsonl"
+    )
     compile((run.path / "train" / "trl.py").read_text(), "trl.py", "exec")
     none = staff.select(ROWS, output=tmp_path / "none", method="random", budget=0)
     assert not (none.path / "train").exists()
@@ -153,13 +173,19 @@ def kept_ids(run):
 
 def test_a_coreset_goes_to_the_hub_for_those_who_ask_and_again_from_a_finished_run(tmp_path, monkeypatch):
     pushed = []
-    monkeypatch.setattr("staff.data.export.push_to_hub", lambda coreset, name: pushed.append((coreset.read_bytes(), name)))
+    monkeypatch.setattr(
+        "staff.data.export.push_to_hub", lambda coreset, name: pushed.append((coreset.read_bytes(), name))
+    )
     run = staff.select(ROWS, output=tmp_path / "x", **HALF)
     assert not pushed
     staff.select(ROWS, output=tmp_path / "x", push_to_hub="me/mine", **HALF)
     assert pushed == [((run.path / "coreset.jsonl").read_bytes(), "me/mine")]
-    assert "it is on the hub as the data set me/mine" in summary(run, SelectConfig(pruning_rate=0.5, push_to_hub="me/mine"))
-    staff.select(ROWS, output=tmp_path / "y", push_to_hub="me/mine", method="random", pruning_rate=[0.5, 0.75])
+    assert "it is on the hub as the data set me/mine" in summary(
+        run, SelectConfig(pruning_rate=0.5, push_to_hub="me/mine")
+    )
+    staff.select(
+        ROWS, output=tmp_path / "y", push_to_hub="me/mine", method="random", pruning_rate=[0.5, 0.75]
+    )
     assert [name for _, name in pushed[1:]] == ["me/mine-random-0.5", "me/mine-random-0.75"]
 
 
@@ -167,7 +193,11 @@ def test_data_in_memory_gives_what_the_same_rows_in_a_file_give(tmp_path):
     datasets, pandas = pytest.importorskip("datasets"), pytest.importorskip("pandas")
     (tmp_path / "pool.jsonl").write_bytes(lines(ROWS))
     from_file = staff.select(tmp_path / "pool.jsonl", output=tmp_path / "file", **HALF)
-    for name, data in {"list": ROWS, "frame": pandas.DataFrame(ROWS), "dataset": datasets.Dataset.from_list(ROWS)}.items():
+    for name, data in {
+        "list": ROWS,
+        "frame": pandas.DataFrame(ROWS),
+        "dataset": datasets.Dataset.from_list(ROWS),
+    }.items():
         run = staff.select(data, output=tmp_path / name, format="same", **HALF)
         assert (run.path / "coreset.jsonl").read_bytes() == (from_file.path / "coreset.jsonl").read_bytes()
         assert (run.path / "coreset.parquet").exists() == (name == "dataset")
@@ -183,14 +213,36 @@ def test_a_hub_data_set_is_asked_for_by_name_config_split_and_revision(tmp_path,
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    run = staff.select("some/data", output=tmp_path / "x", split="train", dataset_config="en", revision="v1", format="same", **HALF)
+    run = staff.select(
+        "some/data",
+        output=tmp_path / "x",
+        split="train",
+        dataset_config="en",
+        revision="v1",
+        format="same",
+        **HALF,
+    )
     assert asked == [("some/data", "en", {"revision": "v1", "split": "train"})]
     assert run.manifest["format"] == "hub data set some/data, prompt/response"
     assert list(read(run.path / "coreset.parquet").raw(range(6))) == [ROWS[i] for i in run.indices]
 
 
 def test_standard_input_is_a_pool_like_any_other(tmp_path):
-    command = [sys.executable, "-m", "staff.cli", "select", "--data", "-", "--method", "random", "--budget", "5", "--output", "x", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "staff.cli",
+        "select",
+        "--data",
+        "-",
+        "--method",
+        "random",
+        "--budget",
+        "5",
+        "--output",
+        "x",
+        "--json",
+    ]
 
     def pipe(rows):
         return subprocess.run(command, input=lines(rows), capture_output=True, cwd=tmp_path)
@@ -199,7 +251,9 @@ def test_standard_input_is_a_pool_like_any_other(tmp_path):
     assert first.returncode == 0, first.stderr
     assert json.loads(first.stdout)["m"] == 5
     kept = (tmp_path / "x" / "coreset.jsonl").read_bytes()
-    assert [json.loads(line) for line in kept.splitlines()] == [ROWS[i] for i in np.load(tmp_path / "x" / "indices.npy")]
+    assert [json.loads(line) for line in kept.splitlines()] == [
+        ROWS[i] for i in np.load(tmp_path / "x" / "indices.npy")
+    ]
     assert json.loads(pipe(ROWS).stdout) == json.loads(first.stdout)  # finished, and known again by its rows
     other = pipe(ROWS[:-1])
     assert other.returncode == 2
@@ -230,20 +284,33 @@ def odd(tmp_path):
 
 
 def test_the_summary_says_what_became_of_odd_rows(odd, family, tmp_path):
-    settings = {"output": str(tmp_path / "x"), "max_length": 100, "on_bad_row": "skip", "method": "direct", "pruning_rate": 0.5}
+    settings = {
+        "output": str(tmp_path / "x"),
+        "max_length": 100,
+        "on_bad_row": "skip",
+        "method": "direct",
+        "pruning_rate": 0.5,
+    }
     for _ in range(2):  # a finished run says it again
         run = staff.select(odd, target=str(family / "target"), num_regions=3, **settings)
         said = summary(run, SelectConfig(data=(odd,), max_length=100, pruning_rate=0.5))
         for remark in REMARKS:
             assert remark in said
-    several = staff.select(odd, **{**settings, "output": str(tmp_path / "y"), "method": "random", "pruning_rate": [0.5, 0.75]})
+    several = staff.select(
+        odd, **{**settings, "output": str(tmp_path / "y"), "method": "random", "pruning_rate": [0.5, 0.75]}
+    )
     assert REMARKS[1] in _cells_table(several, SelectConfig(data=(odd,)))
     skipped = json.loads((tmp_path / "x" / "skipped.jsonl").read_text())
     assert skipped == {"row": 15, "reason": "'response' is empty; fill it in"}
 
 
 def test_scoring_and_fine_tuning_warn_of_odd_rows_and_list_those_left_out(odd, family, tmp_path, caplog):
-    shared = {"data": (odd,), "model": str(family / "draft"), "max_length": 100, "reading": Reading(on_bad_row="skip")}
+    shared = {
+        "data": (odd,),
+        "model": str(family / "draft"),
+        "max_length": 100,
+        "reading": Reading(on_bad_row="skip"),
+    }
     with caplog.at_level(logging.WARNING, "staff"):
         pipeline.score(ScoreConfig(**shared, output=str(tmp_path / "s.parquet")))
         scored = caplog.text

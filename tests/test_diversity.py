@@ -92,7 +92,9 @@ def test_the_same_texts_make_the_same_space_to_the_byte():
     assert all(one[name].tobytes() == other[name].tobytes() for name in one)
 
 
-@pytest.mark.parametrize("pool", [["one"], ["?!", "..."], ["same"] * 25, ["", "a"], ["水は川を流れる", "車は道を走る"]])
+@pytest.mark.parametrize(
+    "pool", [["one"], ["?!", "..."], ["same"] * 25, ["", "a"], ["水は川を流れる", "車は道を走る"]]
+)
 def test_odd_pools_have_a_space_too(pool):
     space = graph.text_space(pool)
     found = graph.spread(space, np.arange(len(pool)))
@@ -123,7 +125,10 @@ def test_every_coreset_has_its_figures_and_the_report_a_table(finished):
 def test_a_folder_from_before_gets_its_columns_and_no_cell_is_done_again(finished, monkeypatch):
     before = (finished.output / "results.csv").read_text()
     cells = {path: path.stat().st_mtime_ns for path in finished.output.glob("cells/**/cell.json")}
-    for path in (*finished.output.glob("cells/**/diversity.json"), *finished.output.glob("selections/*/space-*.npz")):
+    for path in (
+        *finished.output.glob("cells/**/diversity.json"),
+        *finished.output.glob("selections/*/space-*.npz"),
+    ):
         path.unlink()
     monkeypatch.setattr(comparing._Grid, "work", lambda *_: pytest.fail("a cell was done again"))
     compare(finished)
@@ -145,7 +150,9 @@ def test_a_space_that_was_damaged_is_made_again(finished):
     assert (finished.output / "results.csv").read_text() == before
 
 
-def test_rows_that_were_skipped_leave_gaps_and_one_coreset_alone_lies_in_the_run_folder(file, family, tmp_path):
+def test_rows_that_were_skipped_leave_gaps_and_one_coreset_alone_lies_in_the_run_folder(
+    file, family, tmp_path
+):
     lines = (file.parent / "pool.jsonl").read_text().splitlines()
     lines[3] = lines[20] = json.dumps({"prompt": "no answer", "response": ""})
     (tmp_path / "pool.jsonl").write_text("\n".join(lines) + "\n")
@@ -160,21 +167,28 @@ def test_rows_that_were_skipped_leave_gaps_and_one_coreset_alone_lies_in_the_run
     kept = [json.loads(line) for i, line in enumerate(lines) if i not in (3, 20)]
     space = graph.text_space(f"{row['prompt']}\n{row['response']}" for row in kept)
     chosen = [i for i, given in enumerate(kept) if int(given["id"][1:]) in indices]
-    assert {name: float(row[name]) for name in ("nearest", "clusters")} == graph.spread(space, np.array(chosen))
+    assert {name: float(row[name]) for name in ("nearest", "clusters")} == graph.spread(
+        space, np.array(chosen)
+    )
 
 
 def test_without_the_library_the_columns_stay_empty_and_it_is_said_once(finished, monkeypatch, caplog):
     def missing(_):
         raise ImportError("clusters need scikit-learn: pip install 'staff-coreset[graph]'")
 
-    for path in (*finished.output.glob("cells/**/diversity.json"), *finished.output.glob("selections/*/space-*.npz")):
+    for path in (
+        *finished.output.glob("cells/**/diversity.json"),
+        *finished.output.glob("selections/*/space-*.npz"),
+    ):
         path.unlink()
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
         patch.setattr(graph, "text_space", missing)
         compare(finished)
     assert caplog.text.count("pip install 'staff-coreset[graph]'") == 1
     assert {row["nearest"] for row in rows_of(finished)} == {""}
-    assert "| random | 0." in report(finished.output, {"sums": ("rougeL",)}, plots=False).split("# Diversity")[1]
+    assert (
+        "| random | 0." in report(finished.output, {"sums": ("rougeL",)}, plots=False).split("# Diversity")[1]
+    )
     compare(finished)
     assert {row["nearest"] for row in rows_of(finished) if row["method"] != UNTOUCHED} != {""}
 

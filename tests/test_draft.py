@@ -11,7 +11,8 @@ from tiny import LAYOUTS, make_model, make_pool
 
 
 @pytest.mark.parametrize(
-    ("which", "expected"), [("even", [0, 3, 6, 9]), ("first", [0, 1, 2, 3]), ("last", [6, 7, 8, 9]), ("ends", [0, 1, 8, 9])]
+    ("which", "expected"),
+    [("even", [0, 3, 6, 9]), ("first", [0, 1, 2, 3]), ("last", [6, 7, 8, 9]), ("ends", [0, 1, 8, 9])],
 )
 def test_the_choices_of_blocks(which, expected):
     assert draft.chosen_blocks(10, 4, which) == expected
@@ -24,14 +25,18 @@ def test_more_blocks_than_there_are_is_an_error():
         draft.chosen_blocks(3, 4, "even")
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "gemma3n-shared"])  # blocks that share can't be cut apart
+@pytest.mark.parametrize(
+    "layout", [layout for layout in LAYOUTS if layout != "gemma3n-shared"]
+)  # blocks that share can't be cut apart
 def test_a_cut_model_computes_as_one_with_only_those_blocks(layout):
     whole, pool = make_model(layout), make_pool()
     ids = torch.tensor(pool.ids(3), dtype=torch.int64)[None]
     kept = draft.cut(make_model(layout), 2, "ends")
     blocks = scopes.blocks(whole)
     in_tuple = layout in ("falcon", "bloom")
-    blocks[1].forward = lambda hidden, *args, **kwargs: (hidden, None) if in_tuple else hidden  # what a missing block does
+    blocks[1].forward = lambda hidden, *args, **kwargs: (
+        (hidden, None) if in_tuple else hidden
+    )  # what a missing block does
     expected = whole(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(kept(input_ids=ids, use_cache=False).logits, expected, rtol=1e-10, atol=1e-10)
     assert Scorer(kept).scores(pool, range(7))["effort"].min() > 0

@@ -58,7 +58,10 @@ def again(whole, family):
     folder, _ = whole
 
     def finish_it(output, **settings):
-        assert finish(*start(folder / "pool.jsonl", output, family, **{"checkpoint_seconds": 60, **settings})) is None
+        assert (
+            finish(*start(folder / "pool.jsonl", output, family, **{"checkpoint_seconds": 60, **settings}))
+            is None
+        )
         assert results(output) == results(folder / "x")
         left = [path for path in output.rglob(".*") if path.is_file()]
         assert not left, "half-written files were left"
@@ -94,7 +97,9 @@ def flip(path):
 
 
 @pytest.mark.parametrize("round", range(20 if SOAK else 3))
-def test_a_run_killed_at_a_random_moment_of_any_stage_ends_with_the_same_bytes(round, whole, again, family, tmp_path):
+def test_a_run_killed_at_a_random_moment_of_any_stage_ends_with_the_same_bytes(
+    round, whole, again, family, tmp_path
+):
     folder, seconds = whole
     seed = random.randrange(10**6)
     chance = random.Random(seed)
@@ -113,7 +118,9 @@ def test_a_run_killed_at_a_random_moment_of_any_stage_ends_with_the_same_bytes(r
     again(tmp_path / "x")
 
 
-def test_the_lock_of_a_killed_run_holds_nobody_up_and_a_living_one_names_its_process(whole, again, family, tmp_path):
+def test_the_lock_of_a_killed_run_holds_nobody_up_and_a_living_one_names_its_process(
+    whole, again, family, tmp_path
+):
     folder, _ = whole
     process, receive = start(folder / "pool.jsonl", tmp_path / "x", family, pause=0.5)
     receive.recv()
@@ -125,9 +132,16 @@ def test_the_lock_of_a_killed_run_holds_nobody_up_and_a_living_one_names_its_pro
     again(tmp_path / "x")
 
 
-def test_a_fine_tuning_of_ones_own_is_finished_after_a_kill_and_known_by_checksums(family, tmp_path, caplog, monkeypatch):
+def test_a_fine_tuning_of_ones_own_is_finished_after_a_kill_and_known_by_checksums(
+    family, tmp_path, caplog, monkeypatch
+):
     write_pool(tmp_path / "pool.jsonl", 30)
-    settings = {"data": (str(tmp_path / "pool.jsonl"),), "model": str(family / "draft"), "epochs": 1, "checkpoint_seconds": 0}
+    settings = {
+        "data": (str(tmp_path / "pool.jsonl"),),
+        "model": str(family / "draft"),
+        "epochs": 1,
+        "checkpoint_seconds": 0,
+    }
     ran_through = pipeline.finetune(FinetuneConfig(output=str(tmp_path / "a"), **settings))
     assert not list(ran_through.glob("work/*-*"))
 
@@ -143,11 +157,15 @@ def test_a_fine_tuning_of_ones_own_is_finished_after_a_kill_and_known_by_checksu
         pipeline.finetune(killed, on_progress=kill)
     assert list((tmp_path / "b").glob("work/adapter-*/checkpoints/checkpoint-2"))
     pipeline.finetune(killed)
-    assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == (tmp_path / "b" / "adapter_model.safetensors").read_bytes()
+    assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "b" / "adapter_model.safetensors"
+    ).read_bytes()
     flip(tmp_path / "b" / "adapter_model.safetensors")
     pipeline.finetune(killed)
     assert f"{tmp_path / 'b' / 'adapter_model.safetensors'} is damaged; it is made again" in caplog.messages
-    assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == (tmp_path / "b" / "adapter_model.safetensors").read_bytes()
+    assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "b" / "adapter_model.safetensors"
+    ).read_bytes()
     with pytest.raises(ValueError, match="epochs: 1 -> 2"):
         pipeline.finetune(FinetuneConfig(output=str(tmp_path / "b"), **{**settings, "epochs": 2}))
     monkeypatch.setattr(training, "finetune", lambda *_, **__: pytest.fail("trained again"))
@@ -172,7 +190,11 @@ def fails_at_opening(number, error, folder):
             nonlocal opened
             if event == "open" and str(arguments[0]).startswith(str(folder)):
                 writes = "wax+" if isinstance(arguments[1], str) else ""
-                if any(letter in arguments[1] for letter in writes) if writes else (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+                if (
+                    any(letter in arguments[1] for letter in writes)
+                    if writes
+                    else (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+                ):
                     opened += 1
                     if opened == number:
                         raise OSError(error, os.strerror(error), str(arguments[0]))
@@ -183,7 +205,9 @@ def fails_at_opening(number, error, folder):
 
 
 @pytest.mark.parametrize("size", [6000] if not SOAK else [*range(200, 8000, 600), 12_000, 18_000, 24_000])
-def test_a_disk_that_is_full_halfway_through_a_file_is_one_message_and_the_run_goes_on(size, whole, again, family, tmp_path):
+def test_a_disk_that_is_full_halfway_through_a_file_is_one_message_and_the_run_goes_on(
+    size, whole, again, family, tmp_path
+):
     said = finish(*start(whole[0] / "pool.jsonl", tmp_path / "x", family, before=no_file_above(size)))
     if said is not None:  # every file is smaller
         assert "the disk is full. Free some space" in said
@@ -193,7 +217,9 @@ def test_a_disk_that_is_full_halfway_through_a_file_is_one_message_and_the_run_g
 
 
 @pytest.mark.parametrize("number", [40] if not SOAK else range(2, 140, 4))
-def test_a_disk_that_is_full_at_any_file_is_one_message_and_the_run_goes_on(number, whole, again, family, tmp_path):
+def test_a_disk_that_is_full_at_any_file_is_one_message_and_the_run_goes_on(
+    number, whole, again, family, tmp_path
+):
     before = fails_at_opening(number, 28, tmp_path)
     said = finish(*start(whole[0] / "pool.jsonl", tmp_path / "x", family, before=before))
     assert said is None or "the disk is full" in said
@@ -205,14 +231,18 @@ def small_disk(tmp_path):
     """A file system of its own, where this user may mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", folder], capture_output=True)
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", folder], capture_output=True
+    )
     if not mounted or mounted.returncode:
         pytest.skip("no file system can be mounted here")
     yield folder
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_real_full_disk_that_is_cleared_bit_by_bit_ends_with_the_same_bytes(small_disk, whole, again, family):
+def test_a_real_full_disk_that_is_cleared_bit_by_bit_ends_with_the_same_bytes(
+    small_disk, whole, again, family
+):
     failures = 0
     for size in range(48, 2000, 60 if SOAK else 250):
         said = finish(*start(whole[0] / "pool.jsonl", small_disk / "x", family, checkpoint_seconds=0.2))
@@ -228,14 +258,26 @@ def test_a_real_full_disk_that_is_cleared_bit_by_bit_ends_with_the_same_bytes(sm
 def test_a_folder_that_can_only_be_read_is_one_message(small_disk, whole, family):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     said = finish(*start(whole[0] / "pool.jsonl", small_disk / "x", family))
-    assert said == f"{small_disk / 'x'} can't be written to: Read-only file system; name another folder with --output"
+    assert (
+        said
+        == f"{small_disk / 'x'} can't be written to: Read-only file system; name another folder with --output"
+    )
 
 
 # ---- damaged ----
 
 
 @pytest.mark.parametrize(
-    "name", ["coreset.jsonl", "indices.npy", "regions.csv", "scores.parquet", "cost.json", "manifest.json", "work/selection.npz"]
+    "name",
+    [
+        "coreset.jsonl",
+        "indices.npy",
+        "regions.csv",
+        "scores.parquet",
+        "cost.json",
+        "manifest.json",
+        "work/selection.npz",
+    ],
 )
 def test_a_result_with_flipped_bytes_is_named_and_made_again(name, copy, again):
     flip(copy / name)
@@ -274,7 +316,9 @@ def test_files_that_were_cut_off_or_emptied_are_mended(copy, again):
     for place, path in enumerate(sorted((copy / "work").glob("*/key.json"))):
         path.write_bytes(path.read_bytes()[: 30 * (place % 2)])
     again(copy)
-    assert all(json.loads(path.read_text())["max_length"] == 1024 for path in copy.glob("work/pool-*/key.json"))
+    assert all(
+        json.loads(path.read_text())["max_length"] == 1024 for path in copy.glob("work/pool-*/key.json")
+    )
     cost = json.loads((copy / "cost.json").read_text())
     assert cost["stages"]
     for path in (copy / "work").glob("*.json*"):
@@ -337,8 +381,21 @@ def test_a_damaged_shard_is_scored_again_and_said(whole, again, family, tmp_path
 def test_the_newest_whole_checkpoint_is_taken_whatever_the_clock_says(tmp_path, caplog):
     def tune(output, on_progress=None):
         pool = make_pool((6, 9, 5, 8, 7, 6, 9, 4))
-        settings = {"epochs": 4, "batch_size": 2, "learning_rate": 1e-2, "lora_rank": 2, "checkpoint_seconds": 0}
-        training.finetune(make_model("llama", torch.float32), pool, np.arange(8), output, on_progress=on_progress, **settings)
+        settings = {
+            "epochs": 4,
+            "batch_size": 2,
+            "learning_rate": 1e-2,
+            "lora_rank": 2,
+            "checkpoint_seconds": 0,
+        }
+        training.finetune(
+            make_model("llama", torch.float32),
+            pool,
+            np.arange(8),
+            output,
+            on_progress=on_progress,
+            **settings,
+        )
         return (output / "adapter_model.safetensors").read_bytes()
 
     class Killed(BaseException):
@@ -390,7 +447,11 @@ def test_unpacked_weights_with_flipped_bytes_are_unpacked_again(tmp_path, caplog
     for _ in range(2):
         assert models.unpack_gguf(source, tmp_path / "u", torch.float32).folder == tmp_path / "u"
     assert len(made) == 2  # the weights, the tokenizer
-    assert sorted(path.name for path in (tmp_path / "u").iterdir()) == ["finished.json", "key.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "u").iterdir()) == [
+        "finished.json",
+        "key.json",
+        "model.safetensors",
+    ]
     flip(tmp_path / "u" / "model.safetensors")
     models.unpack_gguf(source, tmp_path / "u", torch.float32)
     assert len(made) == 4
@@ -408,7 +469,9 @@ def test_unpacked_weights_with_flipped_bytes_are_unpacked_again(tmp_path, caplog
         *([("pool.jsonl", "verify on the target"), ("draft", "score on the draft")] if SOAK else ()),
     ],
 )
-def test_a_file_that_changes_while_it_is_read_is_named_and_nothing_made_of_it_is_kept(name, stage, whole, again, family, tmp_path):
+def test_a_file_that_changes_while_it_is_read_is_named_and_nothing_made_of_it_is_kept(
+    name, stage, whole, again, family, tmp_path
+):
     shutil.copytree(family, tmp_path / "family")
     data = tmp_path / "pool.jsonl"
     shutil.copy(whole[0] / "pool.jsonl", data)
@@ -458,16 +521,22 @@ def short(holds, error=Short.error):
     return arm
 
 
-def test_out_of_memory_halves_the_budget_which_is_written_down_said_and_kept_by_a_resumed_run(whole, family, tmp_path):
+def test_out_of_memory_halves_the_budget_which_is_written_down_said_and_kept_by_a_resumed_run(
+    whole, family, tmp_path
+):
     data, allocator = (
         whole[0] / "pool.jsonl",
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        ),
     )
     assert finish(*start(data, tmp_path / "a", family, before=short(130), checkpoint_seconds=60)) is None
     log = (tmp_path / "a" / "work" / "log.txt").read_text()
     assert re.search(r"out of memory: from shard 0 on a batch holds \d+ tokens at most, not 512", log)
     assert log.count("out of memory") > 2  # more than once for the draft, and for the target
-    process, receive = start(data, tmp_path / "b", family, pause=0.05, before=short(130, allocator), checkpoint_seconds=60)
+    process, receive = start(
+        data, tmp_path / "b", family, pause=0.05, before=short(130, allocator), checkpoint_seconds=60
+    )
     while receive.recv()[0] != "verify on the target":
         pass
     process.kill()
@@ -476,14 +545,22 @@ def test_out_of_memory_halves_the_budget_which_is_written_down_said_and_kept_by_
         ledger.unlink()
     for scores in (tmp_path / "b" / "work").glob("scores-*/scores.npz"):
         scores.unlink()
-    assert finish(*start(data, tmp_path / "b", family)) is None  # memory is plenty now: the budgets stay as they were written down
+    assert (
+        finish(*start(data, tmp_path / "b", family)) is None
+    )  # memory is plenty now: the budgets stay as they were written down
     assert results(tmp_path / "a") == results(tmp_path / "b")
 
 
-def test_gradients_against_validation_rows_halve_their_batches_and_go_on_where_they_were_killed(whole, family, tmp_path, monkeypatch):
+def test_gradients_against_validation_rows_halve_their_batches_and_go_on_where_they_were_killed(
+    whole, family, tmp_path, monkeypatch
+):
     monkeypatch.setattr(score.score_shards, "__defaults__", (None, 16))
     monkeypatch.setattr(memory, "SHARD", 16)
-    settings = {"method": "less", "validation": str(write_pool(tmp_path / "wanted.jsonl", 4)), "checkpoint_seconds": 60}
+    settings = {
+        "method": "less",
+        "validation": str(write_pool(tmp_path / "wanted.jsonl", 4)),
+        "checkpoint_seconds": 60,
+    }
     data, piece = whole[0] / "pool.jsonl", "work/similarity-*/{}"
     assert finish(*start(data, tmp_path / "a", family, before=short(130), **settings)) is None
     assert "out of memory: from shard 0 on a batch holds" in (tmp_path / "a" / "work" / "log.txt").read_text()
@@ -513,7 +590,12 @@ def test_a_budget_that_was_lowered_counts_from_its_shard_on(tmp_path):
     for known in (budgets, memory.Budgets(tmp_path / "budgets.json", 4096)):
         assert [known.of(shard) for shard in (0, 2, 3, 6, 7, 9)] == [4096, 4096, 1024, 1024, 512, 512]
     budgets.lower(0, 700)  # a shard that was damaged, scored again when there is less
-    assert [memory.Budgets(tmp_path / "budgets.json", 4096).of(shard) for shard in (0, 2, 3, 9)] == [700, 700, 700, 512]
+    assert [memory.Budgets(tmp_path / "budgets.json", 4096).of(shard) for shard in (0, 2, 3, 9)] == [
+        700,
+        700,
+        700,
+        512,
+    ]
 
 
 def test_a_sample_that_does_not_fit_alone_is_named(whole, family, tmp_path):
@@ -547,7 +629,9 @@ def takes_long(entered, *_, **__):
 
 
 @pytest.mark.parametrize("step", ["loading", "tokenising", "scoring", "saving"])
-def test_ctrl_c_inside_a_long_step_gives_the_terminal_back_within_two_seconds(step, whole, again, family, tmp_path):
+def test_ctrl_c_inside_a_long_step_gives_the_terminal_back_within_two_seconds(
+    step, whole, again, family, tmp_path
+):
     entered = multiprocessing.get_context("fork").Event()
     stderr = tmp_path / "stderr"
 
@@ -590,16 +674,35 @@ def test_ctrl_c_inside_a_long_step_gives_the_terminal_back_within_two_seconds(st
 
 
 def run_staff(*arguments, **kwargs):
-    return subprocess.run([sys.executable, "-m", "staff.cli", *map(str, arguments)], capture_output=True, text=True, timeout=120, **kwargs)
+    return subprocess.run(
+        [sys.executable, "-m", "staff.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **kwargs,
+    )
 
 
 def test_a_finished_run_is_recognised_within_three_seconds_and_without_torch(whole, family):
     folder, _ = whole
     code = "import sys; from staff import cli\ntry: cli.main()\nfinally: print('torch' in sys.modules, 'transformers' in sys.modules)"
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in {**SETTINGS, "draft_epochs": 1.25}.items()]
+    flags = [
+        f"--{name.replace('_', '-')}={value}" for name, value in {**SETTINGS, "draft_epochs": 1.25}.items()
+    ]
     flags += [f"--target={family / 'target'}", f"--draft={family / 'draft'}"]
     began = time.monotonic()
-    command = [sys.executable, "-c", code, "select", "--data", folder / "pool.jsonl", "--output", folder / "x", "--quiet", *flags]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "select",
+        "--data",
+        folder / "pool.jsonl",
+        "--output",
+        folder / "x",
+        "--quiet",
+        *flags,
+    ]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("False False\n", "")
     assert time.monotonic() - began < 3
@@ -611,17 +714,32 @@ def test_the_manifest_says_what_the_run_was_made_of_and_its_config_makes_it_agai
     assert manifest["versions"]["torch"] == torch.__version__
     assert set(manifest["inputs"]) == {"data", "draft", "target"}
     assert manifest["settings"]["num_regions"] == 5
-    assert (manifest["seed"], manifest["device"], manifest["dtype"]) == (42, "cpu", str(models.pick_dtype("auto", torch.device("cpu")))[6:])
+    assert (manifest["seed"], manifest["device"], manifest["dtype"]) == (
+        42,
+        "cpu",
+        str(models.pick_dtype("auto", torch.device("cpu")))[6:],
+    )
     in_checkout = (Path(staff.__file__).parents[2] / ".git").exists() and shutil.which("git")
     assert bool(re.fullmatch(r"[0-9a-f]{40}(\+changed)?", manifest["commit"] or "")) == bool(in_checkout)
     (tmp_path / "elsewhere").mkdir()
     data = shutil.copy(folder / "pool.jsonl", tmp_path / "elsewhere" / "renamed.jsonl")
-    done = run_staff("select", "--config", folder / "x" / "config.yaml", "--data", data, "--output", tmp_path / "y", "--json")
+    done = run_staff(
+        "select",
+        "--config",
+        folder / "x" / "config.yaml",
+        "--data",
+        data,
+        "--output",
+        tmp_path / "y",
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     assert results(folder / "x") == results(tmp_path / "y")
     assert "\x1b" not in done.stderr + done.stdout  # no terminal: no colours, no bars
     assert "\r" not in done.stderr
-    assert {line.split(":")[0] for line in done.stderr.splitlines()} == set(STAGES)  # and no library has its say
+    assert {line.split(":")[0] for line in done.stderr.splitlines()} == set(
+        STAGES
+    )  # and no library has its say
     assert json.loads(done.stdout)["inputs"] == manifest["inputs"]
 
 
@@ -637,10 +755,22 @@ def test_exit_codes_are_those_of_the_readme(tmp_path):
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     assert "Exit status: 0 done; 2 something that you can mend" in readme
     assert run_staff("methods").returncode == 0
-    failed = run_staff("select", "--data", tmp_path / "no.jsonl", "--method", "random", "--budget", 1, "--output", tmp_path / "x")
+    failed = run_staff(
+        "select",
+        "--data",
+        tmp_path / "no.jsonl",
+        "--method",
+        "random",
+        "--budget",
+        1,
+        "--output",
+        tmp_path / "x",
+    )
     assert failed.returncode == 2
     assert len(failed.stderr.splitlines()) == 1
-    reads = subprocess.Popen([sys.executable, "-m", "staff.cli", "methods"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    reads = subprocess.Popen(
+        [sys.executable, "-m", "staff.cli", "methods"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     reads.stdout.close()
     assert (reads.wait(), reads.stderr.read()) == (1, b"")
 

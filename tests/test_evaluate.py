@@ -27,7 +27,17 @@ def data(tmp_path_factory):
 
 
 def answer(family, data, output, **settings):
-    return evaluate(EvaluateConfig(**{"data": (str(data),), "model": str(family / "target"), "output": str(output), **SMALL, **settings}))
+    return evaluate(
+        EvaluateConfig(
+            **{
+                "data": (str(data),),
+                "model": str(family / "target"),
+                "output": str(output),
+                **SMALL,
+                **settings,
+            }
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +50,14 @@ def test_answers_and_losses_are_those_of_the_model_alone_on_one_example(finished
     output, _ = finished
     found = read_examples(output)
     source = models.resolve(str(family / "target"))
-    model, tokenizer = models.load_model(source, torch.float32, torch.device("cpu")), models.load_tokenizer(source)
+    model, tokenizer = (
+        models.load_model(source, torch.float32, torch.device("cpu")),
+        models.load_tokenizer(source),
+    )
     for i, row in enumerate(make_rows(13)):
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]}], tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["prompt"]}], tokenize=False, add_generation_prompt=True
+        )
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         said = []
         while len(said) < 12:
@@ -51,8 +66,12 @@ def test_answers_and_losses_are_those_of_the_model_alone_on_one_example(finished
                 break
         assert found["prediction"][i] == tokenizer.decode(said, skip_special_tokens=True).strip()
         assert found["cut"][i] == (said[-1] != tokenizer.eos_token_id)
-        whole = torch.tensor([ids + tokenizer(row["response"] + "<|im_end|>", add_special_tokens=False)["input_ids"]])
-        loss = model(input_ids=whole, labels=torch.where(torch.arange(whole.shape[1]) < len(ids), -100, whole)).loss.item()
+        whole = torch.tensor(
+            [ids + tokenizer(row["response"] + "<|im_end|>", add_special_tokens=False)["input_ids"]]
+        )
+        loss = model(
+            input_ids=whole, labels=torch.where(torch.arange(whole.shape[1]) < len(ids), -100, whole)
+        ).loss.item()
         assert found["loss"][i] == pytest.approx(loss, abs=1e-5)
         assert found["reference"][i] == row["response"]
         assert (found["row"][i], found["id"][i], found["prompt_tokens"][i]) == (i, row["id"], len(ids))
@@ -72,7 +91,11 @@ def test_the_batch_and_the_file_format_change_nothing(finished, family, data, tm
 def test_the_summary_names_the_tokenisation_and_agrees_with_the_examples(finished):
     output, summary = finished
     assert summary == json.loads(summary_path(output).read_text())
-    assert set(summary["tokenisation"]) == set(summary["metrics"]) == {"rouge1", "rouge2", "rougeL", "bleu", "chrf", "exact"}
+    assert (
+        set(summary["tokenisation"])
+        == set(summary["metrics"])
+        == {"rouge1", "rouge2", "rougeL", "bleu", "chrf", "exact"}
+    )
     found = read_examples(output)
     for name in ("rouge1", "rouge2", "rougeL", "exact"):
         assert summary["metrics"][name] == pytest.approx(np.mean(found[name]))
@@ -99,7 +122,11 @@ def test_a_finished_evaluation_is_taken_as_it_is_and_a_killed_one_begins_at_the_
         answer(family, data, tmp_path / "x.jsonl")
     assert not (tmp_path / "x.jsonl").exists()
     seen = []
-    monkeypatch.setattr(evaluation._Answerer, "answer", lambda self, prompts: seen.append(len(prompts)) or original(self, prompts))
+    monkeypatch.setattr(
+        evaluation._Answerer,
+        "answer",
+        lambda self, prompts: seen.append(len(prompts)) or original(self, prompts),
+    )
     summary = answer(family, data, tmp_path / "x.jsonl")
     assert (asked, seen) == ([4, 4], [4, 1])
     assert read_examples(tmp_path / "x.jsonl")["prediction"] == read_examples(finished[0])["prediction"]
@@ -109,7 +136,9 @@ def test_a_finished_evaluation_is_taken_as_it_is_and_a_killed_one_begins_at_the_
     assert answer(family, data, tmp_path / "x.jsonl")["metrics"] == summary["metrics"]
 
 
-def test_less_memory_means_smaller_batches_and_the_same_answers(finished, family, data, tmp_path, monkeypatch):
+def test_less_memory_means_smaller_batches_and_the_same_answers(
+    finished, family, data, tmp_path, monkeypatch
+):
     original = evaluation._Answerer._generate
 
     def little(self, prompts):
@@ -126,14 +155,20 @@ def test_an_adapter_trained_on_the_answers_says_them_and_stops(family, tmp_path)
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(family / "target")
-    model.get_input_embeddings().weight.data.mul_(20)  # else a frozen head of tiny weights lets no answer become likely
+    model.get_input_embeddings().weight.data.mul_(
+        20
+    )  # else a frozen head of tiny weights lets no answer become likely
     model.save_pretrained(tmp_path / "target")
     models.load_tokenizer(models.resolve(str(family / "target"))).save_pretrained(tmp_path / "target")
     data = tmp_path / "two.jsonl"
     rows = [{"prompt": "Say so", "response": "so."}, {"prompt": "Say so again", "response": "so."}]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"epochs": 80, "learning_rate": 1e-2, "batch_size": 2, "dtype": "float32"}
-    adapter = pipeline.finetune(FinetuneConfig(data=(str(data),), model=str(tmp_path / "target"), output=str(tmp_path / "a"), **settings))
+    adapter = pipeline.finetune(
+        FinetuneConfig(
+            data=(str(data),), model=str(tmp_path / "target"), output=str(tmp_path / "a"), **settings
+        )
+    )
     before = answer(family, data, tmp_path / "before.jsonl", model=str(tmp_path / "target"))
     after = answer(family, data, tmp_path / "after.jsonl", model=str(adapter))
     assert after["loss"] < before["loss"] / 5
@@ -143,8 +178,14 @@ def test_an_adapter_trained_on_the_answers_says_them_and_stops(family, tmp_path)
 
 def test_an_adapter_is_found_with_its_base_from_any_folder(family, data, tmp_path, monkeypatch):
     monkeypatch.chdir(family)
-    pipeline.finetune(FinetuneConfig(data=(str(data),), model="draft", output=str(tmp_path / "a"), max_steps=1, dtype="float32"))
-    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(family / "draft")
+    pipeline.finetune(
+        FinetuneConfig(
+            data=(str(data),), model="draft", output=str(tmp_path / "a"), max_steps=1, dtype="float32"
+        )
+    )
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        family / "draft"
+    )
     monkeypatch.chdir(tmp_path)
     assert answer(family, data, tmp_path / "x.jsonl", model="a", max_new_tokens=1)["n"] == 13
 
@@ -174,15 +215,34 @@ def test_what_cannot_be_evaluated_is_one_clear_error(settings, message, family, 
     text.write_text(json.dumps({"text": "no prompt"}) + "\n")
     if settings.get("data") == ("TEXT",):
         settings = {"data": (str(text),)}
-    values = {"data": (str(data),), "model": str(family / "target"), "output": str(tmp_path / "x.jsonl"), **SMALL, **settings}
+    values = {
+        "data": (str(data),),
+        "model": str(family / "target"),
+        "output": str(tmp_path / "x.jsonl"),
+        **SMALL,
+        **settings,
+    }
     with pytest.raises(ValueError, match=message):
         evaluate(EvaluateConfig(**values))
     assert {path.name for path in tmp_path.iterdir()} == {"text.jsonl"}
 
 
 def test_the_command_prints_what_was_found_and_how_it_was_counted(family, data, tmp_path):
-    command = [sys.executable, "-m", "staff.cli", "evaluate", "--data", data, "--model", family / "draft", "--max-new-tokens", "4"]
-    result = subprocess.run([*map(str, command), "--output", str(tmp_path / "x.jsonl")], capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "staff.cli",
+        "evaluate",
+        "--data",
+        data,
+        "--model",
+        family / "draft",
+        "--max-new-tokens",
+        "4",
+    ]
+    result = subprocess.run(
+        [*map(str, command), "--output", str(tmp_path / "x.jsonl")], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     assert "examples   13" in result.stdout
     assert "rougeL" in result.stdout

@@ -11,7 +11,11 @@ from staff.data.export import axolotl, factory_entry, llama_factory, push_to_hub
 from staff.data.rows import read
 
 DATA = Path(__file__).parent / "data" / "formats"
-FILES = sorted(p.name for p in DATA.iterdir() if p.suffix in (".json", ".jsonl", ".csv", ".tsv", ".parquet") and p.stem != "dataset_info")
+FILES = sorted(
+    p.name
+    for p in DATA.iterdir()
+    if p.suffix in (".json", ".jsonl", ".csv", ".tsv", ".parquet") and p.stem != "dataset_info"
+)
 NAMED = {"column_named_response.json": "prompt=prompt,response=translation"}
 
 
@@ -50,9 +54,15 @@ def test_an_entry_gives_a_name_to_each_tag_and_only_columns_that_are_there():
         "columns": {"prompt": "instruction", "query": "input", "response": "output"},
     }
     assert factory_entry(read(DATA / "messages.parquet"), "c.jsonl")["tags"]["assistant_tag"] == "assistant"
-    mixed = [{"conversations": [{"from": u, "value": "x"}, {"from": "gpt", "value": "y"}]} for u in ("human", "user")]
+    mixed = [
+        {"conversations": [{"from": u, "value": "x"}, {"from": "gpt", "value": "y"}]}
+        for u in ("human", "user")
+    ]
     assert factory_entry(read(mixed), "c.jsonl") is None, "two names for one role"
-    assert factory_entry(read([{"text": "t"}]), "c.jsonl") == {"file_name": "c.jsonl", "columns": {"prompt": "text"}}
+    assert factory_entry(read([{"text": "t"}]), "c.jsonl") == {
+        "file_name": "c.jsonl",
+        "columns": {"prompt": "text"},
+    }
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -82,20 +92,31 @@ def test_the_trl_program_runs_to_its_trainer_with_the_loss_on_the_response(tmp_p
     import tokenizers
 
     words = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "user": 3, "assistant": 4, "system": 5}, unk_token="<unk>")
+        tokenizers.models.WordLevel(
+            {"<unk>": 0, "<s>": 1, "</s>": 2, "user": 3, "assistant": 4, "system": 5}, unk_token="<unk>"
+        )
     )
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     template = "{% for m in messages %}{{ m.role + ' ' + m.content + ' </s> ' }}{% endfor %}"
     template += "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>", chat_template=template
+        tokenizer_object=words,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        chat_template=template,
     )
-    config = transformers.LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    config = transformers.LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     rows, coreset = coreset_of("alpaca_system_history.json", tmp_path)
     program = trl(rows, coreset, str(tmp_path / "model")).replace("trainer.train()", "")
-    program = program.replace('output_dir="tuned"', 'output_dir="tuned", use_cpu=True, bf16=False, report_to="none"')
+    program = program.replace(
+        'output_dir="tuned"', 'output_dir="tuned", use_cpu=True, bf16=False, report_to="none"'
+    )
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(compile(program, "snippet", "exec"), names)
@@ -132,7 +153,11 @@ def test_the_other_snippets_are_valid_files(name, tmp_path):
     (data,) = settings["datasets"]
     assert data["path"] == str(coreset)
     columns = set(next(rows.raw([0])))
-    named = {v for k, v in (data["type"] if isinstance(data["type"], dict) else data).items() if k.startswith("field_")}
+    named = {
+        v
+        for k, v in (data["type"] if isinstance(data["type"], dict) else data).items()
+        if k.startswith("field_")
+    }
     assert named <= columns
     told = llama_factory(rows, coreset, "MODEL", range(len(rows) - 1))
     if name == "openai_messages_parts.jsonl":
@@ -143,7 +168,9 @@ def test_the_other_snippets_are_valid_files(name, tmp_path):
         assert yaml.safe_load(told)["dataset_dir"] == str(tmp_path)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("axolotl") is None, reason="Axolotl is not installed (it pins its own torch)")
+@pytest.mark.skipif(
+    importlib.util.find_spec("axolotl") is None, reason="Axolotl is not installed (it pins its own torch)"
+)
 def test_axolotls_own_schema_takes_the_snippet(tmp_path):
     from axolotl.utils.config import validate_config
     from axolotl.utils.dict import DictDefault
@@ -154,7 +181,8 @@ def test_axolotls_own_schema_takes_the_snippet(tmp_path):
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("llamafactory") is None, reason="LLaMA-Factory is not installed (it pins its own transformers)"
+    importlib.util.find_spec("llamafactory") is None,
+    reason="LLaMA-Factory is not installed (it pins its own transformers)",
 )
 def test_llama_factorys_own_parser_takes_the_entry(tmp_path):
     from llamafactory.data.parser import get_dataset_list

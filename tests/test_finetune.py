@@ -34,9 +34,25 @@ def test_an_epochs_order_has_every_sample_once_and_depends_on_seed_and_epoch_alo
 
 
 PACKED = {
-    **dict.fromkeys(("llama", "llama-tied", "qwen2", "qwen3", "granite", "cohere", "stablelm", "gpt-neox", "gpt2", "phi3"), True),
+    **dict.fromkeys(
+        (
+            "llama",
+            "llama-tied",
+            "qwen2",
+            "qwen3",
+            "granite",
+            "cohere",
+            "stablelm",
+            "gpt-neox",
+            "gpt2",
+            "phi3",
+        ),
+        True,
+    ),
     **dict.fromkeys(("opt", "mixtral", "qwen3-moe", "qwen2-moe", "deepseek-v3"), True),
-    **dict.fromkeys(("gemma3", "gemma2-capped", "mistral", "gemma3n-shared"), False),  # a window shorter than the samples
+    **dict.fromkeys(
+        ("gemma3", "gemma2-capped", "mistral", "gemma3n-shared"), False
+    ),  # a window shorter than the samples
     **dict.fromkeys(("gpt-oss", "bloom", "falcon"), False),
 }
 
@@ -55,10 +71,23 @@ def test_samples_behind_one_another_train_as_they_do_padded(layout, tmp_path, mo
     pool, found = make_pool(LENGTHS[:16]), []
     can_pack = attention.can_pack
     answers = []
-    monkeypatch.setattr(attention, "can_pack", lambda *args: answers.append(can_pack(*args)) or (answers[-1] and len(answers) == 1))
+    monkeypatch.setattr(
+        attention,
+        "can_pack",
+        lambda *args: answers.append(can_pack(*args)) or (answers[-1] and len(answers) == 1),
+    )
     for way in ("packed", "padded"):
         model = without_dropout(make_model(layout, torch.float32))
-        finetune(model, pool, np.arange(16), tmp_path / way, epochs=2, batch_size=8, lora_rank=2, learning_rate=1e-2)
+        finetune(
+            model,
+            pool,
+            np.arange(16),
+            tmp_path / way,
+            epochs=2,
+            batch_size=8,
+            lora_rank=2,
+            learning_rate=1e-2,
+        )
         found.append([p.clone() for name, p in model.named_parameters() if "lora_" in name])
     assert answers[0] == PACKED[layout]
     for one, other in zip(*found, strict=True):
@@ -81,9 +110,18 @@ def test_a_number_of_steps_stands_in_place_of_epochs(tmp_path):
     assert told[-1] == (7, 7)
     told.clear()
     settings["epochs"] = 7 / 3  # three steps an epoch: the same seven
-    finetune(make_model("llama", torch.float32), pool, np.arange(5), tmp_path / "e", on_progress=lambda *n: told.append(n), **settings)
+    finetune(
+        make_model("llama", torch.float32),
+        pool,
+        np.arange(5),
+        tmp_path / "e",
+        on_progress=lambda *n: told.append(n),
+        **settings,
+    )
     assert told[-1] == (7, 7)
-    by_steps, by_epochs = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("s", "e"))
+    by_steps, by_epochs = (
+        (tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("s", "e")
+    )
     assert by_steps == by_epochs
 
 
@@ -116,7 +154,9 @@ def test_the_trainers_first_step_has_the_gradient_of_the_mean_over_response_toke
         ids = torch.tensor(pool.ids(i), dtype=torch.int64)[None]
         labels = torch.where(torch.tensor(pool.response(i)), ids, -100)
         logits = reference(input_ids=ids).logits[0]
-        losses.append(torch.nn.functional.cross_entropy(logits[:-1], labels[0, 1:], ignore_index=-100, reduction="sum"))
+        losses.append(
+            torch.nn.functional.cross_entropy(logits[:-1], labels[0, 1:], ignore_index=-100, reduction="sum")
+        )
     (sum(losses) / pool.response_tokens().sum()).backward()
     expected = {name: p.grad.clone() for name, p in reference.named_parameters() if p.grad is not None}
 
@@ -126,7 +166,9 @@ def test_the_trainers_first_step_has_the_gradient_of_the_mean_over_response_toke
 
     original, training._Watch = training._Watch, Look
     try:
-        finetune(model, pool, np.arange(4), tmp_path, epochs=1, batch_size=4, lora_rank=2, lora_alpha=4, seed=5)
+        finetune(
+            model, pool, np.arange(4), tmp_path, epochs=1, batch_size=4, lora_rank=2, lora_alpha=4, seed=5
+        )
     finally:
         training._Watch = original
     scale = torch.stack([g.norm() for g in expected.values()]).norm().clamp(min=1.0)  # the trainer clips at 1
@@ -165,7 +207,9 @@ def test_a_fine_tuning_killed_in_the_middle_of_an_epoch_ends_with_the_same_bytes
     process.join()
     (output / "checkpoints" / "checkpoint-99").mkdir()  # one that the kill left unfinished
     assert finish(start(output, 0)) == 0
-    whole, resumed = ((path / "adapter_model.safetensors").read_bytes() for path in (tmp_path / "whole", output))
+    whole, resumed = (
+        (path / "adapter_model.safetensors").read_bytes() for path in (tmp_path / "whole", output)
+    )
     assert whole == resumed
     assert json.loads((output / "adapter_config.json").read_text())["r"] == 2
 
@@ -191,7 +235,16 @@ def test_two_processes_train_one_model(tmp_path):
     script = tmp_path / "on_two.py"
     script.write_text(ON_TWO)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(script),
+        str(tmp_path),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     one, other = (load_file(tmp_path / rank / "adapter_model.safetensors") for rank in ("0", "1"))

@@ -22,7 +22,10 @@ import staff.data.tables
 from staff.data.rows import Turn, read
 
 DATA = Path(__file__).parent / "data" / "formats"
-ROWS = [{"id": f"r{i}", "prompt": f"Question {i}?\nSay.", "response": f'Answer {i}: “ü”, "q"', "n": i} for i in range(7)]
+ROWS = [
+    {"id": f"r{i}", "prompt": f"Question {i}?\nSay.", "response": f'Answer {i}: “ü”, "q"', "n": i}
+    for i in range(7)
+]
 
 
 def jsonl(path, rows=ROWS):
@@ -74,8 +77,13 @@ def test_every_entry_of_a_dataset_info_reads_the_rows_its_file_has():
     for name, entry in info.items():
         rows = read(name, dataset_info=DATA)
         columns = "prompt=prompt,response=translation" if name == "column_named_response" else None
-        assert list(rows.examples()) == list(read(DATA / entry["file_name"], columns=columns).examples()), name
-    assert "num_samples (100) is not applied" in read("alpaca_en_demo", dataset_info=DATA / "dataset_info.json").notes[0]
+        assert list(rows.examples()) == list(read(DATA / entry["file_name"], columns=columns).examples()), (
+            name
+        )
+    assert (
+        "num_samples (100) is not applied"
+        in read("alpaca_en_demo", dataset_info=DATA / "dataset_info.json").notes[0]
+    )
     assert len(read(DATA / "sharegpt.json", dataset_info=DATA)) == 6, "a file that one entry describes"
 
 
@@ -86,14 +94,23 @@ def one(row, **options):
     return turns(read([row], **options))
 
 
-@pytest.mark.parametrize("keys", [("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("instruction", "output")])
+@pytest.mark.parametrize(
+    "keys",
+    [("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("instruction", "output")],
+)
 def test_a_prompt_and_a_response_are_two_turns(keys):
     assert one(dict(zip(keys, ("Q", "A"), strict=True))) == [("user", "Q", False), ("assistant", "A", True)]
 
 
 def test_alpaca_joins_instruction_and_input_and_puts_system_and_history_first():
     row = {"instruction": "I", "input": "X", "output": "O", "system": "S", "history": [["u", "a"]]}
-    told = [("system", "S", False), ("user", "u", False), ("assistant", "a", False), ("user", "I\nX", False), ("assistant", "O", True)]
+    told = [
+        ("system", "S", False),
+        ("user", "u", False),
+        ("assistant", "a", False),
+        ("user", "I\nX", False),
+        ("assistant", "O", True),
+    ]
     assert one(row) == told
     assert one(row, train_on="all")[2] == ("assistant", "a", True)
     assert one({"instruction": "I", "input": "", "output": "O", "system": None, "history": []}) == [
@@ -104,7 +121,10 @@ def test_alpaca_joins_instruction_and_input_and_puts_system_and_history_first():
 
 
 def test_the_original_alpaca_files_text_column_does_not_get_in_the_way():
-    assert read([{"instruction": "I", "input": "", "output": "O", "text": "I O"}]).format == "rows in memory, Alpaca"
+    assert (
+        read([{"instruction": "I", "input": "", "output": "O", "text": "I O"}]).format
+        == "rows in memory, Alpaca"
+    )
 
 
 def test_a_text_column_is_one_trained_turn():
@@ -122,7 +142,11 @@ def test_the_loss_is_on_the_last_assistant_turn_or_on_all():
 
 def test_sharegpt_names_are_mapped_and_calls_are_the_assistants():
     names = ["human", "function_call", "observation", "gpt"]
-    row = {"conversations": [{"from": n, "value": n} for n in names], "system": "S", "tools": '[{"name": "f"}]'}
+    row = {
+        "conversations": [{"from": n, "value": n} for n in names],
+        "system": "S",
+        "tools": '[{"name": "f"}]',
+    }
     assert one(row, train_on="all") == [
         ("system", "S", False),
         ("user", "human", False),
@@ -136,7 +160,10 @@ def test_sharegpt_names_are_mapped_and_calls_are_the_assistants():
 def test_openai_tool_calls_become_text():
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     row = {
-        "messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": None, "tool_calls": [call]}],
+        "messages": [
+            {"role": "user", "content": "u"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+        ],
         "tools": [{"name": "f"}],
     }
     assert one(row)[1] == ("assistant", '{"name": "f", "arguments": {"x": 1}}', True)
@@ -145,7 +172,9 @@ def test_openai_tool_calls_become_text():
 
 def test_content_parts_are_joined_whatever_their_key():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "value": "b"}, {"text": "c"}]
-    assert one({"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]})[1] == ("assistant", "abc", True)
+    assert one({"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]})[
+        1
+    ] == ("assistant", "abc", True)
 
 
 def test_a_weight_of_0_takes_the_loss_off_a_turn_and_what_follows_the_last_loss_is_left_away():
@@ -155,7 +184,10 @@ def test_a_weight_of_0_takes_the_loss_off_a_turn_and_what_follows_the_last_loss_
 
 
 def test_trl_prompts_and_completions_may_be_lists_of_messages():
-    row = {"prompt": [{"role": "user", "content": "u"}], "completion": [{"role": "assistant", "content": "a"}]}
+    row = {
+        "prompt": [{"role": "user", "content": "u"}],
+        "completion": [{"role": "assistant", "content": "a"}],
+    }
     assert one(row) == [("user", "u", False), ("assistant", "a", True)]
 
 
@@ -164,7 +196,13 @@ def test_columns_names_any_two_columns():
     assert turns(rows) == [("user", "Haus", False), ("assistant", "house", True)]
     assert rows.example(0).id == "7"
     assert (
-        turns(read([{"t": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}], columns="messages=t"))[1][1] == "a"
+        turns(
+            read(
+                [{"t": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}],
+                columns="messages=t",
+            )
+        )[1][1]
+        == "a"
     )
 
 
@@ -242,13 +280,17 @@ def test_a_container_gives_the_same_rows_and_writes_them_back(name, tmp_path):
     assert list(rows.raw([5, 0, 3])) == [expected[5], expected[0], expected[3]]
     assert [e.id for e in rows.examples(2, 4)] == ["r2", "r3"]
     rows.write_jsonl(tmp_path / "out.jsonl", [1, 2, 6])
-    assert list(map(json.loads, (tmp_path / "out.jsonl").read_text(encoding="utf-8-sig").splitlines())) == [expected[i] for i in (1, 2, 6)]
+    assert list(map(json.loads, (tmp_path / "out.jsonl").read_text(encoding="utf-8-sig").splitlines())) == [
+        expected[i] for i in (1, 2, 6)
+    ]
     rows.write_same(tmp_path / f"same_{name}", [1, 2, 6])
     again = read(tmp_path / f"same_{name}")
     assert list(again.raw(range(3))) == [expected[i] for i in (1, 2, 6)]
     assert again.format == rows.format
     assert list(tmp_path.glob("*.partial")) == []
-    assert pickle.loads(pickle.dumps(rows)).example(3) == rows.example(3), "worker processes get rows by pickle"
+    assert pickle.loads(pickle.dumps(rows)).example(3) == rows.example(3), (
+        "worker processes get rows by pickle"
+    )
 
 
 @pytest.mark.parametrize("name", TEXT)
@@ -290,7 +332,12 @@ def test_parquet_comes_back_with_its_schema_and_values(tmp_path):
         metadata={"about": "me"},
     )
     table = pa.table(
-        [["a", "b", "c"], pa.array(["x", "y", "x"]).dictionary_encode().cast(schema.field(1).type), [1, None, 3]], schema=schema
+        [
+            ["a", "b", "c"],
+            pa.array(["x", "y", "x"]).dictionary_encode().cast(schema.field(1).type),
+            [1, None, 3],
+        ],
+        schema=schema,
     )
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
     rows = read(tmp_path / "a.parquet")
@@ -307,16 +354,36 @@ def test_parquet_comes_back_with_its_schema_and_values(tmp_path):
 
 
 def test_values_json_has_no_word_for_are_written_as_the_nearest(tmp_path):
-    read([{"prompt": "p", "response": "r", "nan": float("nan"), "b": b"\x00", "np": np.int64(3), "half": "\ud83d", 5: {1}}]).write_jsonl(
-        tmp_path / "a", [0]
-    )
+    read(
+        [
+            {
+                "prompt": "p",
+                "response": "r",
+                "nan": float("nan"),
+                "b": b"\x00",
+                "np": np.int64(3),
+                "half": "\ud83d",
+                5: {1},
+            }
+        ]
+    ).write_jsonl(tmp_path / "a", [0])
     row = json.loads((tmp_path / "a").read_text())
-    assert row == {"prompt": "p", "response": "r", "nan": None, "b": "AA==", "np": 3, "half": "\ud83d", "5": "{1}"}
+    assert row == {
+        "prompt": "p",
+        "response": "r",
+        "nan": None,
+        "b": "AA==",
+        "np": 3,
+        "half": "\ud83d",
+        "5": "{1}",
+    }
 
 
 def test_a_name_that_says_something_else_is_noted(tmp_path):
     write_json(tmp_path / "a.jsonl")
-    assert read(tmp_path / "a.jsonl").notes == (f"{tmp_path / 'a.jsonl'} is JSON by its content, whatever its name says",)
+    assert read(tmp_path / "a.jsonl").notes == (
+        f"{tmp_path / 'a.jsonl'} is JSON by its content, whatever its name says",
+    )
     assert read(jsonl(tmp_path / "b.json")).notes == (), "JSON Lines named .json are common"
 
 
@@ -324,7 +391,11 @@ def test_several_entries_are_read_together_if_they_are_laid_out_alike(tmp_path):
     jsonl(tmp_path / "a.jsonl", ROWS[:2])
     jsonl(tmp_path / "b.jsonl", ROWS[2:])
     pair = {"columns": {"prompt": "prompt", "response": "response"}}
-    info = {"a": {"file_name": "a.jsonl", **pair}, "b": {"file_name": "b.jsonl", **pair}, "c": {"file_name": "b.jsonl"}}
+    info = {
+        "a": {"file_name": "a.jsonl", **pair},
+        "b": {"file_name": "b.jsonl", **pair},
+        "c": {"file_name": "b.jsonl"},
+    }
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
     assert list(read(["a", "b"], dataset_info=tmp_path).raw(range(7))) == ROWS
     with pytest.raises(ValueError, match="a and c are laid out differently; select from each alone"):
@@ -361,7 +432,9 @@ def test_a_folder_with_several_splits_asks_for_one(tmp_path):
 
 
 def test_standard_input_is_read_more_than_once_and_its_copy_goes_away(monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"".join(json.dumps(r).encode() + b"\n" for r in ROWS))))
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BytesIO(b"".join(json.dumps(r).encode() + b"\n" for r in ROWS)))
+    )
     rows = read("-")
     assert list(rows.raw(range(7))) == ROWS
     assert len(list(rows.examples())) == 7
@@ -374,7 +447,9 @@ def test_standard_input_is_read_more_than_once_and_its_copy_goes_away(monkeypatc
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
 def test_a_pipe_with_a_name_is_read_like_a_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    writer = subprocess.Popen(["sh", "-c", 'printf \'{"prompt": "p", "response": "r"}\\n\' > "$1"', "sh", tmp_path / "pipe"])
+    writer = subprocess.Popen(
+        ["sh", "-c", 'printf \'{"prompt": "p", "response": "r"}\\n\' > "$1"', "sh", tmp_path / "pipe"]
+    )
     rows = read(tmp_path / "pipe")
     assert writer.wait() == 0
     assert len(list(rows.examples())) == len(list(rows.examples())) == 1
@@ -409,7 +484,9 @@ def test_times_to_the_nanosecond_and_string_views_are_read_with_pandas_or_withou
 def test_columns_python_cannot_take_show_before_anything_is_done(tmp_path):
     table = pa.table({"prompt": ["p"], "response": ["r"], "t": pa.array([1], pa.timestamp("us", "No/Where"))})
     pq.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a\.parquet: row 0 can't be written as JSON \(.*\); cast or drop that column"):
+    with pytest.raises(
+        ValueError, match=r"a\.parquet: row 0 can't be written as JSON \(.*\); cast or drop that column"
+    ):
         read(tmp_path / "a.parquet")
 
 
@@ -428,7 +505,10 @@ def test_bad_rows_are_left_out_and_counted_and_numbers_stay_the_files(tmp_path):
     pq.write_table(table, tmp_path / "a.parquet")
     rows = read(tmp_path / "a.parquet", on_bad_row="skip")
     assert rows.numbers.tolist() == [0, 3]
-    assert [(n, r.split(";")[0]) for n, r in rows.skipped] == [(1, "'response' is empty"), (2, "'prompt' is null")]
+    assert [(n, r.split(";")[0]) for n, r in rows.skipped] == [
+        (1, "'response' is empty"),
+        (2, "'prompt' is null"),
+    ]
     assert [e.turns[0].content for e in rows.examples()] == ["a", "d"]
     rows.write_same(tmp_path / "b.parquet", [1])
     assert pq.read_table(tmp_path / "b.parquet").to_pylist() == [{"prompt": "d", "response": "z"}]
@@ -442,7 +522,10 @@ def test_the_column_check_of_tables_agrees_with_the_check_of_each_row(tmp_path):
     chats = []
     for _ in range(300):
         turns = [
-            {"role": roles[rng.integers(5)], "content": texts[rng.choice(7, p=[0.4, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1])]}
+            {
+                "role": roles[rng.integers(5)],
+                "content": texts[rng.choice(7, p=[0.4, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1])],
+            }
             for _ in range(rng.integers(4))
         ]
         chats.append([None, turns][int(rng.random() < 0.9)])
@@ -526,7 +609,14 @@ def test_a_data_set_saved_to_disk_is_read_without_its_library_and_written_as_one
 def test_objects_of_datasets_and_pandas_are_rows(tmp_path):
     datasets, pandas = pytest.importorskip("datasets"), pytest.importorskip("pandas")
     data = datasets.Dataset.from_list(ROWS)
-    for some in (data, data.select(range(7)), datasets.DatasetDict(train=data, test=data), pandas.DataFrame(ROWS), ROWS, tuple(ROWS)):
+    for some in (
+        data,
+        data.select(range(7)),
+        datasets.DatasetDict(train=data, test=data),
+        pandas.DataFrame(ROWS),
+        ROWS,
+        tuple(ROWS),
+    ):
         rows = read(some)
         assert list(rows.raw([6, 2])) == [ROWS[6], ROWS[2]]
         assert [e.id for e in rows.examples()] == [r["id"] for r in ROWS]
@@ -552,15 +642,21 @@ def test_a_hub_data_set_is_loaded_through_the_librarys_own_call(monkeypatch):
     assert list(rows.raw(range(7))) == ROWS
     assert len(read("somebody/some-data")) == 7, "the train split if none is named"
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: 1 / 0)
-    with pytest.raises(ValueError, match=r"as a hub data set it can't be loaded \(ZeroDivisionError: division by zero\); check the name"):
+    with pytest.raises(
+        ValueError,
+        match=r"as a hub data set it can't be loaded \(ZeroDivisionError: division by zero\); check the name",
+    ):
         read("somebody/some-data")
 
 
 def test_importing_and_reading_text_loads_no_heavy_library():
-    code = (
-        "import sys; from staff.data.rows import read; read(sys.argv[1]); print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
+    code = "import sys; from staff.data.rows import read; read(sys.argv[1]); print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, DATA / "prompt_response.jsonl"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    done = subprocess.run([sys.executable, "-c", code, DATA / "prompt_response.jsonl"], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 
 

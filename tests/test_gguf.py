@@ -75,7 +75,9 @@ def write_gguf(folder, path):
                 values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
             writer.add_tensor(f"blk.{parts[1]}.{kind}.weight", np.ascontiguousarray(values))
         elif name != "lm_head.weight":  # tied
-            writer.add_tensor({"embed_tokens": "token_embd.weight", "norm": "output_norm.weight"}[parts[0]], values)
+            writer.add_tensor(
+                {"embed_tokens": "token_embd.weight", "norm": "output_norm.weight"}[parts[0]], values
+            )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -98,7 +100,9 @@ def test_a_gguf_file_answers_as_its_weights_in_a_folder_do(family, folder, tmp_p
     found = {}
     for name, model in (("gguf", folder / "target.gguf"), ("folder", family / "target")):
         output = tmp_path / f"{name}.jsonl"
-        config = EvaluateConfig(data=(str(folder / "test.jsonl"),), model=str(model), output=str(output), **SMALL)
+        config = EvaluateConfig(
+            data=(str(folder / "test.jsonl"),), model=str(model), output=str(output), **SMALL
+        )
         found[name] = evaluate(config), read_examples(output)
         assert evaluate(config) == found[name][0]  # taken as it is
     assert len(unpacked) == 1
@@ -109,7 +113,10 @@ def test_a_gguf_file_answers_as_its_weights_in_a_folder_do(family, folder, tmp_p
 
 def test_a_killed_evaluation_of_a_gguf_file_does_not_unpack_it_again(folder, tmp_path, monkeypatch):
     config = EvaluateConfig(
-        data=(str(folder / "test.jsonl"),), model=str(folder / "target.gguf"), output=str(tmp_path / "x.jsonl"), **SMALL
+        data=(str(folder / "test.jsonl"),),
+        model=str(folder / "target.gguf"),
+        output=str(tmp_path / "x.jsonl"),
+        **SMALL,
     )
 
     def stop(*_):
@@ -120,27 +127,44 @@ def test_a_killed_evaluation_of_a_gguf_file_does_not_unpack_it_again(folder, tmp
         with pytest.raises(KeyboardInterrupt):
             evaluate(config)
     load, loaded = models.load_model, []
-    monkeypatch.setattr(models, "load_model", lambda source, *rest, **more: loaded.append(source.gguf) or load(source, *rest, **more))
+    monkeypatch.setattr(
+        models,
+        "load_model",
+        lambda source, *rest, **more: loaded.append(source.gguf) or load(source, *rest, **more),
+    )
     assert evaluate(config)["n"] == 4
     assert loaded == [None]
 
 
-def test_a_gguf_target_goes_through_a_comparison_and_gives_the_figures_of_its_folder(family, folder, tmp_path, monkeypatch):
+def test_a_gguf_target_goes_through_a_comparison_and_gives_the_figures_of_its_folder(
+    family, folder, tmp_path, monkeypatch
+):
     def rows_of(target, output):
         tasks = {"sums": {"train": str(folder / "pool.jsonl"), "test": str(folder / "test.jsonl")}}
-        (tmp_path / "c.yaml").write_text(yaml.safe_dump({**COMPARISON, "target": str(target), "tasks": tasks}, sort_keys=False))
+        (tmp_path / "c.yaml").write_text(
+            yaml.safe_dump({**COMPARISON, "target": str(target), "tasks": tasks}, sort_keys=False)
+        )
         compare(read_comparison(tmp_path / "c.yaml", str(output)))
         with open(output / "results.csv") as table:
             return {row["method"]: row for row in csv.DictReader(table)}
 
-    of_file, of_folder = rows_of(folder / "target.gguf", tmp_path / "a"), rows_of(family / "target", tmp_path / "b")
+    of_file, of_folder = (
+        rows_of(folder / "target.gguf", tmp_path / "a"),
+        rows_of(family / "target", tmp_path / "b"),
+    )
     assert set(of_file) == {"random", "direct", FULL, UNTOUCHED}
     for method, row in of_file.items():
         assert float(row["loss"]) == pytest.approx(float(of_folder[method]["loss"]), abs=1e-3)
-        assert {name: row[name] for name in ("m", "nearest")} == {name: of_folder[method][name] for name in ("m", "nearest")}
+        assert {name: row[name] for name in ("m", "nearest")} == {
+            name: of_folder[method][name] for name in ("m", "nearest")
+        }
     assert of_file["direct"]["loss"] != of_file[UNTOUCHED]["loss"]
     (unpacked,) = (tmp_path / "a" / "models").iterdir()
-    base = json.loads((tmp_path / "a" / "cells" / "sums" / "direct-0.5" / "seed1" / "adapter" / "adapter_config.json").read_text())
+    base = json.loads(
+        (
+            tmp_path / "a" / "cells" / "sums" / "direct-0.5" / "seed1" / "adapter" / "adapter_config.json"
+        ).read_text()
+    )
     assert base["base_model_name_or_path"] == str(unpacked)
     before = (tmp_path / "a" / "results.csv").read_text()
     monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("a model was loaded again"))

@@ -26,7 +26,9 @@ def _all_of_it_in_float64(monkeypatch):
 def with_lora(model, seed=0):
     from peft import LoraConfig, get_peft_model
 
-    wrapped = get_peft_model(model, LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM"))
+    wrapped = get_peft_model(
+        model, LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in wrapped.named_parameters():
         if "lora_" in name:
@@ -39,7 +41,9 @@ def with_released_lora(model, name, sketch):
     from peft import LoraConfig, get_peft_model
 
     (target,) = [n for n, _ in model.named_modules() if n.endswith(f".{name}")]
-    wrapped = get_peft_model(model, LoraConfig(r=81, lora_alpha=16, target_modules=[target], task_type="CAUSAL_LM"))
+    wrapped = get_peft_model(
+        model, LoraConfig(r=81, lora_alpha=16, target_modules=[target], task_type="CAUSAL_LM")
+    )
     for n, parameter in wrapped.named_parameters():
         if "lora_A" in n:
             parameter.data = sketch.double() * 81 / 16
@@ -100,7 +104,9 @@ def largest_error(layout, scope):
     scorers = [Scorer(scored, scope, batch_tokens) for batch_tokens in (64, 1000)]
     found = [scorer.scores(pool, POSITIONS) for scorer in scorers]
     if scope == "released":
-        scored = with_released_lora(model, VALUE[layout][0].removeprefix("blocks."), scorers[0].sites[0].sketch)
+        scored = with_released_lora(
+            model, VALUE[layout][0].removeprefix("blocks."), scorers[0].sites[0].sketch
+        )
     weights = weights_of(scored, scope, layout)
     assert weights
     expected = np.array([oracle(scored, pool, i, weights) for i in POSITIONS])
@@ -111,10 +117,16 @@ def largest_error(layout, scope):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_efforts_equal_one_backward_pass_a_sample_to_1e_10(layout, scope):
     if layout in EXPERT_LAYOUTS and scope in ("last-block", "linear"):
-        with pytest.raises(ValueError, match=r"needs plain linear weights, but blocks.\d\.\S*experts.* use --scope last-value"):
+        with pytest.raises(
+            ValueError,
+            match=r"needs plain linear weights, but blocks.\d\.\S*experts.* use --scope last-value",
+        ):
             Scorer(make_model(layout), scope)
     elif layout in ADAPTED_EXPERTS and scope == "lora":
-        with pytest.raises(ValueError, match=r"its adapter changes experts from within .*layers.2.mlp.*: use --scope last-value"):
+        with pytest.raises(
+            ValueError,
+            match=r"its adapter changes experts from within .*layers.2.mlp.*: use --scope last-value",
+        ):
             Scorer(with_lora(make_model(layout)), scope)
     else:
         assert largest_error(layout, scope) < 1e-10
@@ -124,7 +136,9 @@ def test_efforts_equal_one_backward_pass_a_sample_to_1e_10(layout, scope):
 def test_an_effort_depends_on_neither_batch_size_nor_order_nor_padding_side(layout):
     model, pool = make_model(layout), make_pool()
     one_by_one = Scorer(model, batch_tokens=1).scores(pool, POSITIONS)
-    sides = ["right"] if layout == "gemma3n-shared" else ["right", "left"]  # it takes a root of a padding token's zeros
+    sides = (
+        ["right"] if layout == "gemma3n-shared" else ["right", "left"]
+    )  # it takes a root of a padding token's zeros
     for batch_tokens, side in [(40, "right"), *((1000, side) for side in sides)]:
         order = np.random.default_rng(batch_tokens).permutation(POSITIONS)
         together = Scorer(model, batch_tokens=batch_tokens, padding_side=side).scores(pool, order)
@@ -134,7 +148,10 @@ def test_an_effort_depends_on_neither_batch_size_nor_order_nor_padding_side(layo
 
 @pytest.mark.parametrize(("tokens", "inner", "outer"), [(3, 40, 50), (60, 5, 4), (1, 1, 1)])
 def test_both_ways_to_the_norm_equal_the_gradient_matrix(tokens, inner, outer):
-    a, g = torch.randn(4, tokens, inner, dtype=torch.float64), torch.randn(4, tokens, outer, dtype=torch.float64)
+    a, g = (
+        torch.randn(4, tokens, inner, dtype=torch.float64),
+        torch.randn(4, tokens, outer, dtype=torch.float64),
+    )
     expected = torch.einsum("bto,bti->boi", g, a).square().sum((1, 2))
     torch.testing.assert_close(squared_norm_of_products(a, g), expected, rtol=1e-12, atol=0)
 
@@ -162,7 +179,9 @@ def test_the_head_in_chunks_equals_autograd_through_whole_logits(scale, cap):
 def test_nothing_below_the_scope_is_kept_for_a_backward_pass():
     model, pool = make_model("llama"), make_pool()
     graph = []
-    handle = scopes.blocks(model)[1].register_forward_hook(lambda module, args, output: graph.append(output.requires_grad))
+    handle = scopes.blocks(model)[1].register_forward_hook(
+        lambda module, args, output: graph.append(output.requires_grad)
+    )
     Scorer(model).scores(pool, POSITIONS)
     handle.remove()
     assert graph

@@ -11,7 +11,9 @@ pytest.importorskip("sklearn")
 def blobs(n=1200, num_blobs=12, seed=0):
     draw = np.random.default_rng(seed)
     blob_of = draw.integers(num_blobs, size=n)
-    return (8 * draw.normal(size=(num_blobs, 10))[blob_of] + draw.normal(size=(n, 10))).astype(np.float32), blob_of
+    return (8 * draw.normal(size=(num_blobs, 10))[blob_of] + draw.normal(size=(n, 10))).astype(
+        np.float32
+    ), blob_of
 
 
 def plain_neighbours(features, k):
@@ -22,7 +24,10 @@ def plain_neighbours(features, k):
 
 def test_exact_neighbours_are_those_of_the_obvious_way():
     features, _ = blobs(300)
-    assert graph.neighbours(features, seed=0, num_neighbours=5).tolist() == plain_neighbours(features, 5).tolist()
+    assert (
+        graph.neighbours(features, seed=0, num_neighbours=5).tolist()
+        == plain_neighbours(features, 5).tolist()
+    )
 
 
 def test_the_lowest_of_many_columns_are_those_of_a_sort():
@@ -58,7 +63,9 @@ def test_duplicates_are_neighbours_and_no_one_is_its_own():
 def test_approximate_neighbours_are_nearly_all_true_and_it_is_said_how_many(monkeypatch, caplog):
     monkeypatch.setattr(graph, "CANDIDATES", 300)
     features, _ = blobs()
-    features = features @ np.random.default_rng(1).normal(size=(10, 80)).astype(np.float32)  # so that there is something to project
+    features = features @ np.random.default_rng(1).normal(size=(10, 80)).astype(
+        np.float32
+    )  # so that there is something to project
     caplog.set_level("INFO")
     found = graph.neighbours(features, seed=0, exact=False)
     truth = plain_neighbours(features, 10)
@@ -126,7 +133,10 @@ def test_without_scikit_learn_the_extra_is_named(monkeypatch):
 
 def test_a_need_with_a_dot_names_what_to_make():
     features, _ = blobs(100)
-    assert graph.derive("features.neighbours", features, 0).tolist() == graph.neighbours(features, seed=0).tolist()
+    assert (
+        graph.derive("features.neighbours", features, 0).tolist()
+        == graph.neighbours(features, seed=0).tolist()
+    )
     assert graph.derive("loss.clusters", features, 0).tolist() == graph.clusters(features, seed=0).tolist()
     with pytest.raises(ValueError, match="only neighbours, clusters can be made"):
         graph.derive("features.tree", features, 0)

@@ -39,7 +39,15 @@ def test_ten_rows_are_reported_as_counted_by_hand(tmp_path):
     assert report["rows"] == 6
     assert [n for n, _ in report["skipped"]] == [3, 4]
     assert report["lengths"]["response words"]["quantiles"]["100%"] == 4
-    assert report["lengths"]["prompt words"]["quantiles"] == {"0%": 1, "5%": 1, "25%": 2, "50%": 2, "75%": 2, "95%": 24, "100%": 25}
+    assert report["lengths"]["prompt words"]["quantiles"] == {
+        "0%": 1,
+        "5%": 1,
+        "25%": 2,
+        "50%": 2,
+        "75%": 2,
+        "95%": 24,
+        "100%": 25,
+    }
     assert report["duplicates"] == {"rows": 1, "examples": [(0, 2)]}
     assert report["duplicate_prompts"]["rows"] == 2
     assert report["ids"] == {"rows": 5, "different": 4, "most": [("a", 2)]}
@@ -60,7 +68,10 @@ def test_ten_rows_are_reported_as_counted_by_hand(tmp_path):
 def test_near_duplicates_are_found_by_a_library(tmp_path):
     pytest.importorskip("datasketch", reason="near-duplicates need datasketch")
     words = [f"w{i}" for i in range(60)]
-    rows = [{"prompt": " ".join(words), "response": "r"}, {"prompt": " ".join([*words, "end"]), "response": "r"}]
+    rows = [
+        {"prompt": " ".join(words), "response": "r"},
+        {"prompt": " ".join([*words, "end"]), "response": "r"},
+    ]
     rows += [{"prompt": " ".join(f"{w}{k}" for w in words), "response": "r"} for k in range(5)]
     report = inspect(make(tmp_path, rows))
     assert report["near_duplicates"]["rows"] == 1
@@ -88,7 +99,9 @@ def test_data_that_looks_like_markup_or_commands_is_shown_as_it_is(tmp_path):
 
 
 def test_long_rows_are_cut_in_the_middle_and_empty_bins_stay_empty(tmp_path):
-    report = inspect(make(tmp_path, [{"prompt": "p", "response": "a " * 5000}, {"prompt": "p", "response": "a"}]))
+    report = inspect(
+        make(tmp_path, [{"prompt": "p", "response": "a " * 5000}, {"prompt": "p", "response": "a"}])
+    )
     text = render(report)
     assert " characters … " in text
     assert len(text) < 4000
@@ -102,7 +115,10 @@ def test_a_text_column_has_one_length(tmp_path):
 
 
 def test_rows_in_memory_and_chats_are_reported_too():
-    chat = [{"role": r, "content": c} for r, c in (("system", "s"), ("user", "u"), ("assistant", "a"), ("user", "v"), ("assistant", "b"))]
+    chat = [
+        {"role": r, "content": c}
+        for r, c in (("system", "s"), ("user", "u"), ("assistant", "a"), ("user", "v"), ("assistant", "b"))
+    ]
     report = inspect(read([{"messages": chat}], train_on="all"))
     assert report["turns"] == {5: 1}
     assert [t for _, t in report["first"][0]["pieces"]] == [False, False, True, False, True]
@@ -114,9 +130,13 @@ def tokenizer():
     transformers = pytest.importorskip("transformers")
     import tokenizers
 
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2, "b": 3}, unk_token="<unk>"))
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2, "b": 3}, unk_token="<unk>")
+    )
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>", pad_token="</s>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", eos_token="</s>", pad_token="</s>"
+    )
 
 
 def test_tokens_and_what_will_be_truncated_are_counted(tokenizer, tmp_path):
@@ -139,7 +159,9 @@ def test_tokens_and_what_will_be_truncated_are_counted(tokenizer, tmp_path):
 
 def test_the_counts_agree_with_what_tokenising_does(tokenizer, tmp_path):
     pool = pytest.importorskip("staff.data.tokens")
-    rows = make(tmp_path, [{"prompt": "a " * (i % 13 + 1), "response": "b " * (i % 11 + 1)} for i in range(143)])
+    rows = make(
+        tmp_path, [{"prompt": "a " * (i % 13 + 1), "response": "b " * (i % 11 + 1)} for i in range(143)]
+    )
     for max_length in (3, 8, 12, 30):
         tokens = inspect(rows, tokenizer, max_length)["tokens"]
         made = pool.tokenise(rows.examples(), tokenizer, max_length)
@@ -151,12 +173,16 @@ def test_inspecting_without_a_model_loads_no_torch(tmp_path):
     rows = make(tmp_path, [{"prompt": "p", "response": "r"}])
     code = "import sys; from staff.data.rows import read; from staff.inspect_data import *; render(inspect(read(sys.argv[1])))"
     code += "; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code, rows.paths[0]], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, rows.paths[0]], capture_output=True, text=True, check=True
+    )
     assert done.stdout == "set()\n"
 
 
 def staff(*arguments, **options):
-    return subprocess.run([sys.executable, "-m", "staff.cli", *map(str, arguments)], capture_output=True, text=True, **options)
+    return subprocess.run(
+        [sys.executable, "-m", "staff.cli", *map(str, arguments)], capture_output=True, text=True, **options
+    )
 
 
 def test_the_command_shows_what_is_masked_and_cut_and_its_json_is_one_line(family, tmp_path):
@@ -179,21 +205,28 @@ def test_the_command_shows_what_is_masked_and_cut_and_its_json_is_one_line(famil
 def test_the_command_loads_no_weights_and_without_a_model_no_torch(family, tmp_path):
     rows = make(tmp_path, [{"prompt": "p", "response": "r"}])
     code = "import sys; from staff import cli; cli.inspect(sys.argv[1:]); print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code, "--data", rows.paths[0]], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--data", rows.paths[0]], capture_output=True, text=True, check=True
+    )
     assert done.stdout.endswith("set()\n")
     tokenizer_alone = tmp_path / "model"
     tokenizer_alone.mkdir()
     for path in (family / "target").iterdir():
         if path.suffix != ".safetensors":
             (tokenizer_alone / path.name).write_bytes(path.read_bytes())
-    assert "<|im_start|>assistant" in staff("inspect", "--data", rows.paths[0], "--model", tokenizer_alone).stdout
+    assert (
+        "<|im_start|>assistant"
+        in staff("inspect", "--data", rows.paths[0], "--model", tokenizer_alone).stdout
+    )
 
 
 def test_of_a_hub_model_the_tokenizers_files_alone_are_fetched(family, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     asked = []
     monkeypatch.setattr(
-        hub, "snapshot_download", lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(family / "target")
+        hub,
+        "snapshot_download",
+        lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(family / "target"),
     )
     assert load_tokenizer("some/model").eos_token == "<|im_end|>"
     ((name, patterns),) = asked
@@ -203,7 +236,9 @@ def test_of_a_hub_model_the_tokenizers_files_alone_are_fetched(family, monkeypat
 
 
 def test_an_adapter_without_a_tokenizer_takes_its_bases(family, tmp_path):
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(family / "target")}))
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(family / "target")})
+    )
     assert load_tokenizer(str(tmp_path)).eos_token == "<|im_end|>"
 
 
@@ -212,7 +247,10 @@ def test_an_adapter_without_a_tokenizer_takes_its_bases(family, tmp_path):
     [
         ([], "name the data with --data FILE"),
         (["--data", "none.jsonl"], "there is no file or folder none.jsonl"),
-        (["--data", "pool.jsonl", "--model", "./none"], "--model ./none: there is no such folder or .gguf file, and it is not a hub id"),
+        (
+            ["--data", "pool.jsonl", "--model", "./none"],
+            "--model ./none: there is no such folder or .gguf file, and it is not a hub id",
+        ),
         (["--data", "pool.jsonl", "--max-length", "1"], "--max-length must lie in [2, inf)"),
         (["--data", "pool.jsonl", "--columns", "prompt=p"], "--columns"),
     ],

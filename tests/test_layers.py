@@ -22,7 +22,13 @@ ROWS = [
     ["config", "types"],
 ]
 # what is lower than its chapter for now
-EXCEPTIONS = {("models", "scoring"), ("data", "runs"), ("graph", "comparison"), ("scoring", "runs"), ("models", "runs")}
+EXCEPTIONS = {
+    ("models", "scoring"),
+    ("data", "runs"),
+    ("graph", "comparison"),
+    ("scoring", "runs"),
+    ("models", "runs"),
+}
 HUGGING_FACE = {"transformers", "peft", "datasets", "huggingface_hub", "accelerate", "tokenizers"}
 KNOWS_HUGGING_FACE = {"data", "models", "scoring/prefix", "comparison/evaluate"}
 
@@ -32,15 +38,25 @@ def imports(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield from (f"{node.module}.{alias.name}" if node.module == "staff" else node.module for alias in node.names)
+            yield from (
+                f"{node.module}.{alias.name}" if node.module == "staff" else node.module
+                for alias in node.names
+            )
 
 
 def modules():
-    return [(path.relative_to(SOURCE).with_suffix("").parts[0], path) for path in sorted(SOURCE.rglob("*.py"))]
+    return [
+        (path.relative_to(SOURCE).with_suffix("").parts[0], path) for path in sorted(SOURCE.rglob("*.py"))
+    ]
 
 
 def loads(code, *names):
-    found = subprocess.run([sys.executable, "-c", f"import sys; {code}; print(*sys.modules)"], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", f"import sys; {code}; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return set(found.stdout.split()) & set(names)
 
 
@@ -54,10 +70,18 @@ def test_imports_run_down(module):
     row = {name: i for i, names in enumerate(ROWS) for name in names}
     for imported in imports(path):
         parts = imported.split(".")
-        if parts[0] == "staff" and len(parts) > 1 and parts[1] in row and parts[1] != name and (name, parts[1]) not in EXCEPTIONS:
+        if (
+            parts[0] == "staff"
+            and len(parts) > 1
+            and parts[1] in row
+            and parts[1] != name
+            and (name, parts[1]) not in EXCEPTIONS
+        ):
             assert row[parts[1]] >= row[name], f"{name} imports {parts[1]}"
         if parts[0] in HUGGING_FACE:
-            assert {name, str(path.relative_to(SOURCE).with_suffix(""))} & KNOWS_HUGGING_FACE, f"{path} imports {imported}"
+            assert {name, str(path.relative_to(SOURCE).with_suffix(""))} & KNOWS_HUGGING_FACE, (
+                f"{path} imports {imported}"
+            )
 
 
 def test_importing_staff_and_its_numbers_loads_no_torch():
@@ -73,4 +97,6 @@ def test_methods_are_numpy_alone():
 
 
 def test_kernels_know_no_transformers():
-    assert not loads("import staff.scoring.gradnorm, staff.scoring.scopes, staff.scoring.scorer", "transformers", "peft")
+    assert not loads(
+        "import staff.scoring.gradnorm, staff.scoring.scopes, staff.scoring.scorer", "transformers", "peft"
+    )

@@ -58,7 +58,9 @@ def run(name, n, budget, seed=0, equal=False, **options):
 
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("equal", [False, True], ids=["different", "all equal"])
-@pytest.mark.parametrize(("n", "budget"), [(1, 0), (1, 1), (2, 1), (10, 5), (200, 0), (200, 1), (200, 40), (200, 199), (200, 200)])
+@pytest.mark.parametrize(
+    ("n", "budget"), [(1, 0), (1, 1), (2, 1), (10, 5), (200, 0), (200, 1), (200, 40), (200, 199), (200, 200)]
+)
 def test_every_method_keeps_exactly_m_sorted_positions_once(name, n, budget, equal):
     selection = run(name, n, budget, equal=equal)
     assert selection.indices.dtype == np.int64
@@ -126,7 +128,12 @@ def test_every_method_keeps_m_whatever_the_pruning_rate(n, p, seed, equal):
 def test_methods_import_neither_torch_nor_scikit_learn():
     modules = ["staff.methods", "staff.methods.groups", "staff.methods.likeness", "staff.graph"]
     check = f"import sys, {', '.join(modules)}; print([m for m in ('torch', 'sklearn', 'scipy', 'transformers') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", check], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 # random, top and their kin
@@ -145,7 +152,12 @@ TEN = np.array([3.0, 9, 1, 7, 7, 5, 0, 8, 7, 2])  # in order: 6 2 9 0 5 (3 4 8) 
 
 @pytest.mark.parametrize("name", ["grand", "el2n", "loss", "entropy", "length", "less"])
 def test_the_highest_of_ten_by_hand(name):
-    assert METHODS[name].select(TEN, budget=4, rng=rng()).indices.tolist() == [1, 3, 4, 7]  # of three sevens the earlier two
+    assert METHODS[name].select(TEN, budget=4, rng=rng()).indices.tolist() == [
+        1,
+        3,
+        4,
+        7,
+    ]  # of three sevens the earlier two
 
 
 @pytest.mark.parametrize(
@@ -171,22 +183,36 @@ def test_parts_are_those_of_a_stable_sort(scores, data):
     n, budget = len(scores), data.draw(st.integers(0, len(scores)))
     ascending, descending = np.argsort(scores, kind="stable"), np.argsort(-scores, kind="stable")
     below = (n - budget) // 2
-    expected = {"top": descending[:budget], "bottom": ascending[:budget], "middle": ascending[below : below + budget]}
+    expected = {
+        "top": descending[:budget],
+        "bottom": ascending[:budget],
+        "middle": ascending[below : below + budget],
+    }
     for part, positions in expected.items():
-        assert METHODS["loss"].select(scores, budget=budget, rng=rng(), part=part).indices.tolist() == sorted(positions.tolist())
+        assert METHODS["loss"].select(scores, budget=budget, rng=rng(), part=part).indices.tolist() == sorted(
+            positions.tolist()
+        )
 
 
 def test_instruction_following_difficulty_by_hand():
     # losses with and without the prompt; IFD = exp(difference): 1: e^-1, 2: e^-2, 3: e^1 (dropped), 4: 1 (dropped), 5: e^-0.5
     scores, unconditional = np.array([3.0, 1, 4, 2, 1.5]), np.array([4.0, 3, 3, 2, 2])
-    for budget, expected, back in ((1, [4], 0), (2, [0, 4], 0), (3, [0, 1, 4], 0), (4, [0, 1, 3, 4], 1), (5, [0, 1, 2, 3, 4], 2)):
+    for budget, expected, back in (
+        (1, [4], 0),
+        (2, [0, 4], 0),
+        (3, [0, 1, 4], 0),
+        (4, [0, 1, 3, 4], 1),
+        (5, [0, 1, 2, 3, 4], 2),
+    ):
         selection = METHODS["ifd"].select(scores, budget=budget, rng=rng(), unconditional_loss=unconditional)
         assert selection.indices.tolist() == expected
         assert selection.filled_from_cut == back
 
 
 def test_instruction_following_difficulty_does_not_overflow():
-    selection = METHODS["ifd"].select(np.array([2000.0, 1000.0]), budget=1, rng=rng(), unconditional_loss=np.array([2001.0, 3000.0]))
+    selection = METHODS["ifd"].select(
+        np.array([2000.0, 1000.0]), budget=1, rng=rng(), unconditional_loss=np.array([2001.0, 3000.0])
+    )
     assert selection.indices.tolist() == [0]
 
 
@@ -196,7 +222,11 @@ def test_instruction_following_difficulty_does_not_overflow():
 def test_ccs_takes_as_many_from_each_stratum_as_the_released_code():
     case = json.loads((GOLDEN / "ccs-n1500.json").read_text())
     selection = METHODS["ccs"].select(
-        np.float32(case["scores"]), budget=case["m"], rng=rng(), num_strata=case["num_strata"], hard_cutoff=case["hard_cutoff"]
+        np.float32(case["scores"]),
+        budget=case["m"],
+        rng=rng(),
+        num_strata=case["num_strata"],
+        hard_cutoff=case["hard_cutoff"],
     )
     assert len(selection.indices) == case["total_taken"]
     taken = np.bincount(selection.region_of[selection.indices], minlength=case["num_strata"])
@@ -288,7 +318,9 @@ def test_d2_walks_as_an_argmax_over_all_would(reverse_message):
             hard_cutoff=0.0,
             unit_distance=None,
         )
-        assert selection.indices.tolist() == plain_d2(scores, features, neighbours, 40, 0.5, reverse_message == "weighted")
+        assert selection.indices.tolist() == plain_d2(
+            scores, features, neighbours, 40, 0.5, reverse_message == "weighted"
+        )
 
 
 def test_d2_by_hand():
@@ -303,15 +335,24 @@ def test_d2_by_hand():
     }
     # 0 goes first (of equals the earlier), which lowers 1 to 7 - 7 = 0; then 2, then 1
     for budget, expected in ((1, [0]), (2, [0, 2]), (3, [0, 1, 2])):
-        assert METHODS["d2"].select(np.array([4.0, 3, 2]), budget=budget, rng=rng(), **arguments).indices.tolist() == expected
+        assert (
+            METHODS["d2"]
+            .select(np.array([4.0, 3, 2]), budget=budget, rng=rng(), **arguments)
+            .indices.tolist()
+            == expected
+        )
 
 
 def test_d2_does_not_change_with_the_unit_of_the_features():
     scores, arguments = numbers("d2", 80)
     small = METHODS["d2"].select(scores, budget=20, rng=rng(), **arguments)
-    large = METHODS["d2"].select(scores, budget=20, rng=rng(), **{**arguments, "features": arguments["features"] * 1024})
+    large = METHODS["d2"].select(
+        scores, budget=20, rng=rng(), **{**arguments, "features": arguments["features"] * 1024}
+    )
     assert small.indices.tolist() == large.indices.tolist()
-    by_score = np.argsort(-scores, kind="stable")[8:28]  # what is left of the method where exp(-distance) is 0
+    by_score = np.argsort(-scores, kind="stable")[
+        8:28
+    ]  # what is left of the method where exp(-distance) is 0
     assert set(small.indices.tolist()) != set(by_score.tolist())
 
 
@@ -339,7 +380,9 @@ def test_moderate_by_hand():
     features = np.array([[0.0], [1], [-2], [3], [-4], [100], [99], [101], [94], [106]])
     clusters = np.array([7] * 5 + [2] * 5)
     # in order of distance: 0 5 | 1 6 7 2 3 4 | 8 9; two left out on either side
-    selection = METHODS["moderate"].select(np.zeros(10), budget=6, rng=rng(), features=features, clusters=clusters)
+    selection = METHODS["moderate"].select(
+        np.zeros(10), budget=6, rng=rng(), features=features, clusters=clusters
+    )
     assert selection.indices.tolist() == [1, 2, 3, 4, 6, 7]
 
 
@@ -375,7 +418,11 @@ def test_kcenter_by_hand():
     # five points on a line; whatever is drawn first, three picks end with one of {0, 1}, one of {9, 10} and the 5
     features = np.array([[0.0], [1], [5], [9], [10]])
     for seed in range(8):
-        chosen = METHODS["kcenter"].select(np.zeros(5), budget=3, rng=rng(seed), features=features).indices.tolist()
+        chosen = (
+            METHODS["kcenter"]
+            .select(np.zeros(5), budget=3, rng=rng(seed), features=features)
+            .indices.tolist()
+        )
         assert 2 in chosen or {0, 4} <= set(chosen)
         assert set(chosen) & {0, 1}
         assert set(chosen) & {3, 4}
@@ -394,7 +441,9 @@ def test_kcenter_says_what_it_is_about_to_do_and_how_to_do_less(monkeypatch, cap
     assert "50 samples against 10 picks" in caplog.text
     assert "num_candidates=20" in caplog.text
     caplog.clear()
-    selection = METHODS["kcenter"].select(np.zeros(50), budget=5, rng=rng(), features=features, num_candidates=19)
+    selection = METHODS["kcenter"].select(
+        np.zeros(50), budget=5, rng=rng(), features=features, num_candidates=19
+    )
     assert caplog.text == ""
     assert len(selection.indices) == 5
     with pytest.raises(ValueError, match="num_candidates must be at least the budget, 10; found 5"):
@@ -431,7 +480,9 @@ def test_facility_location_picks_as_the_plain_greedy_does(k):
                 .indices
             )
             plain, similarity = plain_facility_location(features, neighbours, budget)
-            assert similarity[:, chosen].max(axis=1).sum() == pytest.approx(similarity[:, plain].max(axis=1).sum(), rel=1e-9)
+            assert similarity[:, chosen].max(axis=1).sum() == pytest.approx(
+                similarity[:, plain].max(axis=1).sum(), rel=1e-9
+            )
             # two samples with each other alone for neighbours gain the same: rounding picks one
             assert len(set(chosen.tolist()) ^ set(plain)) <= 2
 
@@ -439,14 +490,18 @@ def test_facility_location_picks_as_the_plain_greedy_does(k):
 def test_facility_location_by_hand():
     # two heaps on a line, of three and of two; the middle of the larger one is near to most, then one of the smaller
     features = np.array([[0.0], [1], [2], [50], [51]])
-    selection = METHODS["facility_location"].select(np.zeros(5), budget=2, rng=rng(), features=features, neighbours=nearest(features, 2))
+    selection = METHODS["facility_location"].select(
+        np.zeros(5), budget=2, rng=rng(), features=features, neighbours=nearest(features, 2)
+    )
     assert 1 in selection.indices
     assert set(selection.indices.tolist()) & {3, 4}
 
 
 def test_facility_location_says_when_its_graph_is_too_thin(caplog):
     features = rng().normal(size=(60, 3))
-    METHODS["facility_location"].select(np.zeros(60), budget=2, rng=rng(), features=features, neighbours=nearest(features, 3))
+    METHODS["facility_location"].select(
+        np.zeros(60), budget=2, rng=rng(), features=features, neighbours=nearest(features, 3)
+    )
     assert "2 picks with 3 neighbours each reach at most 8 of 60 samples" in caplog.text
 
 
@@ -481,7 +536,9 @@ def test_every_method_selects_inside_groups(name):
     again = select_by_group(METHODS[name], groups, scores, budget=50, rng=rng(), **arguments)
     assert again.indices.tolist() == selection.indices.tolist()
     if selection.regions:
-        taken = np.bincount(selection.region_of[selection.indices] + 1, minlength=len(selection.regions) + 1)[1:]
+        taken = np.bincount(selection.region_of[selection.indices] + 1, minlength=len(selection.regions) + 1)[
+            1:
+        ]
         assert taken.tolist() == [region.selected for region in selection.regions]
 
 
@@ -494,7 +551,9 @@ def test_a_group_verifies_its_own_samples_by_their_place_in_the_pool():
         asked.append(positions)
         return scores[positions]
 
-    selection = select_by_group(METHODS["staff"], groups, scores, budget=60, rng=rng(), verify=verify, num_regions=5)
+    selection = select_by_group(
+        METHODS["staff"], groups, scores, budget=60, rng=rng(), verify=verify, num_regions=5
+    )
     assert [set((positions % 3).tolist()) for positions in asked] == [{0}, {1}, {2}]
     assert sorted(np.concatenate(asked).tolist()) == selection.verified.tolist()
 
@@ -503,7 +562,12 @@ def test_neighbours_in_another_group_are_none():
     features = np.arange(8.0)[:, None]
     scores = np.ones(8)
     groups = [0, 1] * 4
-    arguments = {"features": features, "neighbours": nearest(features, 2), "num_neighbours": 2, "hard_cutoff": 0.0}
+    arguments = {
+        "features": features,
+        "neighbours": nearest(features, 2),
+        "num_neighbours": 2,
+        "hard_cutoff": 0.0,
+    }
     apart = select_by_group(METHODS["d2"], groups, scores, budget=4, rng=rng(), **arguments)
     # 0 has 1 and 2 for neighbours, of which 2 is in its group; 2 has 1 and 3, none of them; and so on
     own = METHODS["d2"].select(
@@ -538,7 +602,13 @@ def test_two_coresets_side_by_side_by_hand():
 
 
 def test_random_coresets_are_as_alike_as_chance_says():
-    rows = likeness({str(seed): METHODS["random"].select(np.zeros(4000), budget=800, rng=rng(seed)).indices for seed in range(6)}, 4000)
+    rows = likeness(
+        {
+            str(seed): METHODS["random"].select(np.zeros(4000), budget=800, rng=rng(seed)).indices
+            for seed in range(6)
+        },
+        4000,
+    )
     assert len(rows) == 15
     assert np.mean([row.overlap for row in rows]) == pytest.approx(rows[0].chance_overlap, abs=0.02)
     assert np.mean([row.jaccard for row in rows]) == pytest.approx(rows[0].chance_jaccard, abs=0.02)
@@ -547,9 +617,16 @@ def test_random_coresets_are_as_alike_as_chance_says():
 def test_the_highest_scores_are_nested_across_pruning_rates_and_random_draws_are_not():
     scores = rng().normal(size=500)
     sizes = {"0.5": 250, "0.9": 50, "0.8": 100}
-    rows = nestedness({p: METHODS["loss"].select(scores, budget=m, rng=rng()).indices for p, m in sizes.items()}, 500)
-    assert [(row.first, row.second, row.overlap) for row in rows] == [("0.9", "0.8", 1.0), ("0.8", "0.5", 1.0)]
-    rows = nestedness({p: METHODS["random"].select(scores, budget=m, rng=rng(m)).indices for p, m in sizes.items()}, 500)
+    rows = nestedness(
+        {p: METHODS["loss"].select(scores, budget=m, rng=rng()).indices for p, m in sizes.items()}, 500
+    )
+    assert [(row.first, row.second, row.overlap) for row in rows] == [
+        ("0.9", "0.8", 1.0),
+        ("0.8", "0.5", 1.0),
+    ]
+    rows = nestedness(
+        {p: METHODS["random"].select(scores, budget=m, rng=rng(m)).indices for p, m in sizes.items()}, 500
+    )
     assert all(row.overlap < 0.8 for row in rows)
 
 
@@ -577,7 +654,16 @@ def test_the_table_has_a_row_for_every_method_with_its_cost():
 
 
 def test_every_need_is_a_model_and_a_quantity_that_there_is():
-    quantities = {"effort", "loss", "unconditional_loss", "el2n", "entropy", "tokens", "features", "similarity"}
+    quantities = {
+        "effort",
+        "loss",
+        "unconditional_loss",
+        "el2n",
+        "entropy",
+        "tokens",
+        "features",
+        "similarity",
+    }
     for name, method in METHODS.items():
         for need in [*method.needs.values(), *([method.verify] if method.verify else [])]:
             model, _, quantity = need.partition("/")
@@ -590,4 +676,7 @@ def test_every_need_is_a_model_and_a_quantity_that_there_is():
 def test_an_ablation_is_a_changed_need_and_its_cost_follows():
     ablation = Method(METHODS["ccs"].function, needs={"scores": "draft/effort"})
     assert cost(ablation) == "(2·T·f + 1)·r"
-    assert cost(Method(METHODS["staff"].function, needs={"scores": "tiny/effort"}, verify="target/effort")) == "cost(tiny) + v"
+    assert (
+        cost(Method(METHODS["staff"].function, needs={"scores": "tiny/effort"}, verify="target/effort"))
+        == "cost(tiny) + v"
+    )

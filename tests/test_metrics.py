@@ -52,7 +52,12 @@ def test_a_reference_that_is_not_english_gets_a_tokenizer_that_keeps_its_letters
     assert each["rouge1"][0] == pytest.approx(100 * 2 / 3)  # rouge-score's own tokenizer finds no word here
     assert "Unicode" in how["rouge1"]
     assert not is_english(["été à la plage"])
-    assert is_english(["It’s 20 °C – José", "plain text of some length that holds many more letters than the name above " * 4])
+    assert is_english(
+        [
+            "It’s 20 °C – José",
+            "plain text of some length that holds many more letters than the name above " * 4,
+        ]
+    )
     assert is_english(["42"])
 
 
@@ -60,7 +65,13 @@ def test_words_of_other_scripts_stay_whole_and_scripts_without_blanks_come_by_th
     words = UnicodeTokenizer()
     assert words.tokenize("Élan, हिन्दी 42!") == ["élan", "हिन्दी", "42"]
     assert words.tokenize("我爱 AI") == ["我", "爱", "ai"]
-    assert [bleu_tokenizer([text]) for text in ("plain", "我爱北京", "ありがとう", "привет", "")] == ["13a", "zh", "char", "13a", "13a"]
+    assert [bleu_tokenizer([text]) for text in ("plain", "我爱北京", "ありがとう", "привет", "")] == [
+        "13a",
+        "zh",
+        "char",
+        "13a",
+        "13a",
+    ]
 
 
 def test_distinct_counts_each_pair_of_words_once():

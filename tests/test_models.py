@@ -30,7 +30,9 @@ def adapter(tmp_path):
 
 
 def save_adapter(model, folder, base):
-    wrapped = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    wrapped = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     generator = torch.Generator().manual_seed(1)
     for name, parameter in wrapped.named_parameters():
         if "lora_" in name:
@@ -48,7 +50,9 @@ def efforts(model, scope="last-value", **options):
     return Scorer(model, scope, **options).scores(POOL, range(len(POOL)))["effort"]
 
 
-def test_an_adapter_is_found_with_the_base_it_names_beside_it_or_below_the_working_directory(adapter, monkeypatch):
+def test_an_adapter_is_found_with_the_base_it_names_beside_it_or_below_the_working_directory(
+    adapter, monkeypatch
+):
     source = models.resolve(str(adapter))
     assert (source.folder.resolve(), source.adapter) == (adapter.parent / "base", adapter)
     change(adapter / "adapter_config.json", base_model_name_or_path="base")
@@ -132,12 +136,16 @@ def no_libraries(monkeypatch):
     monkeypatch.setattr("staff.models.files.find_spec", lambda name: None)
 
 
-@pytest.mark.parametrize(("method", "package"), [("gptq", "gptqmodel"), ("awq", "gptqmodel"), ("bitsandbytes", "bitsandbytes")])
+@pytest.mark.parametrize(
+    ("method", "package"), [("gptq", "gptqmodel"), ("awq", "gptqmodel"), ("bitsandbytes", "bitsandbytes")]
+)
 def test_a_quantised_folder_names_the_library_it_needs(adapter, no_libraries, method, package):
     base = adapter.parent / "base"
     change(base / "config.json", quantization_config={"quant_method": method})
     source = models.resolve(str(base))
-    with pytest.raises(ValueError, match=f"is quantised .{method}., which needs the {package} package: pip install {package}"):
+    with pytest.raises(
+        ValueError, match=f"is quantised .{method}., which needs the {package} package: pip install {package}"
+    ):
         models.check(source, "last-value")
     with pytest.raises(ValueError, match=f"is quantised already .{method}.: leave --load-in 4bit away"):
         models.load_model(source, torch.float32, CPU, load_in="4bit")
@@ -145,7 +153,9 @@ def test_a_quantised_folder_names_the_library_it_needs(adapter, no_libraries, me
 
 def test_quantising_on_load_names_the_library_it_needs(adapter, no_libraries):
     source = models.resolve(str(adapter.parent / "base"))
-    with pytest.raises(ValueError, match="--load-in 8bit needs the bitsandbytes package: pip install bitsandbytes"):
+    with pytest.raises(
+        ValueError, match="--load-in 8bit needs the bitsandbytes package: pip install bitsandbytes"
+    ):
         models.load_model(source, torch.float32, CPU, load_in="8bit")
     with pytest.raises(ValueError, match="8bit or 4bit; found '3bit'"):
         models.check(source, "last-value", "3bit")
@@ -157,7 +167,9 @@ def test_a_quantised_model_has_every_scope_and_nearly_the_scores(tmp_path, load_
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=97, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4
+    )
     whole = LlamaForCausalLM(config)
     whole.save_pretrained(tmp_path / "base")
     save_adapter(LlamaForCausalLM(config), tmp_path / "adapter", "../base")
@@ -165,7 +177,9 @@ def test_a_quantised_model_has_every_scope_and_nearly_the_scores(tmp_path, load_
     assert models.measure(quantised) == models.measure(whole)
     for scope in ("last-value", "last-block", "linear", "released"):
         np.testing.assert_allclose(efforts(quantised, scope), efforts(whole, scope), rtol=0.2)
-    with_adapter = models.load_model(models.resolve(str(tmp_path / "adapter")), torch.float32, CPU, load_in=load_in)
+    with_adapter = models.load_model(
+        models.resolve(str(tmp_path / "adapter")), torch.float32, CPU, load_in=load_in
+    )
     assert efforts(with_adapter, "lora").min() > 0
     quantised.save_pretrained(tmp_path / "quantised")
     again = models.load_model(models.resolve(str(tmp_path / "quantised")), torch.float32, CPU)
@@ -193,7 +207,9 @@ def test_gradients_neither_vanish_nor_overflow_in_float16(residual, logits, scal
     expected = Scorer(model).scores(pool, range(3))["effort"]
     scorer = Scorer(model.to(torch.float16))
     np.testing.assert_allclose(scorer.scores(pool, range(3))["effort"], expected, rtol=5e-3)
-    assert not np.allclose(scorer._scores(pool, np.arange(3), scale_that_fails)["effort"], expected, rtol=0.05)
+    assert not np.allclose(
+        scorer._scores(pool, np.arange(3), scale_that_fails)["effort"], expected, rtol=0.05
+    )
 
 
 @pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
@@ -218,7 +234,9 @@ def test_an_adapter_on_experts_is_refused_from_the_configuration_alone(tmp_path)
 def test_a_token_costs_the_experts_it_meets():
     size = models.measure(make_model("mixtral"))
     attention, expert, router = 2 * 32 * 32 + 2 * 32 * 16, 3 * 32 * 48, 32 * 4
-    assert size == models.Size(2 * (attention + 2 * expert + router), attention + 2 * expert + router, 97 * 32)
+    assert size == models.Size(
+        2 * (attention + 2 * expert + router), attention + 2 * expert + router, 97 * 32
+    )
 
 
 def test_a_loaded_model_is_frozen_and_in_eval_mode(adapter):

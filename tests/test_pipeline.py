@@ -27,7 +27,11 @@ def test_a_run_keeps_m_rows_of_the_users_own_bytes_in_order(finished):
     lines = (finished.path.parent / "pool.jsonl").read_bytes().splitlines(keepends=True)
     assert (finished.path / "coreset.jsonl").read_bytes() == b"".join(lines[i] for i in finished.indices)
     assert len(finished.indices) == 18
-    assert np.load(finished.path / "indices.npy").tolist() == finished.indices.tolist() == sorted(set(finished.indices))
+    assert (
+        np.load(finished.path / "indices.npy").tolist()
+        == finished.indices.tolist()
+        == sorted(set(finished.indices))
+    )
     assert finished.scores.shape == (60,)
     assert finished.scores.dtype == np.float32
 
@@ -39,11 +43,19 @@ def test_the_regions_file_and_the_cost_file_say_what_happened(finished):
     assert sum(int(row[3]) for row in cells) == 54  # the hardest tenth was set aside
     assert sum(int(row[4]) for row in cells) == len(finished.selection.verified) > 0
     cost = json.loads((finished.path / "cost.json").read_text())
-    assert set(cost["stages"]) == {"tokenise", "fine-tune the draft", "load models", "score on the draft", "verify on the target"}
+    assert set(cost["stages"]) == {
+        "tokenise",
+        "fine-tune the draft",
+        "load models",
+        "score on the draft",
+        "verify on the target",
+    }
     assert cost["stages"]["score on the draft"]["samples"] == 60
     assert cost["stages"]["verify on the target"]["samples"] == len(finished.selection.verified)
     terms = cost["sum"]
-    assert terms["passes"] == pytest.approx((2 * 1 * 1 + 1) * terms["relative_cost"] + len(finished.selection.verified) / 60)
+    assert terms["passes"] == pytest.approx(
+        (2 * 1 * 1 + 1) * terms["relative_cost"] + len(finished.selection.verified) / 60
+    )
     manifest = json.loads((finished.path / "manifest.json").read_text())
     assert (manifest["n"], manifest["m"], manifest["seed"]) == (60, 18, 42)
     assert -1 <= manifest["fidelity"] <= 1
@@ -88,7 +100,9 @@ def test_a_finished_run_is_taken_as_it_is_and_a_damaged_one_is_mended(finished, 
         patch.setattr(pipeline, "Work", lambda *_: pytest.fail("worked again"))
         taken = again()
     assert taken.indices.tolist() == finished.indices.tolist()
-    assert taken.selection.regions == finished.selection.regions or any(np.isnan(r.ratio) for r in taken.selection.regions)
+    assert taken.selection.regions == finished.selection.regions or any(
+        np.isnan(r.ratio) for r in taken.selection.regions
+    )
     loaded = staff.load_run(str(finished.path))
     assert loaded.scores.tolist() == finished.scores.tolist()
     coreset = finished.path / "coreset.jsonl"
@@ -120,7 +134,12 @@ def test_methods_without_a_draft_never_touch_one(method, family, tmp_path):
 
 def test_a_self_made_draft_untuned_and_in_scope_lora_runs_through(family, tmp_path):
     run = staff.select(
-        make_rows(40), output=tmp_path / "x", target=str(family / "target"), draft="self:2", scope="lora", **{**SETTINGS, "draft_epochs": 0}
+        make_rows(40),
+        output=tmp_path / "x",
+        target=str(family / "target"),
+        draft="self:2",
+        scope="lora",
+        **{**SETTINGS, "draft_epochs": 0},
     )
     assert len(run.indices) == 12
     assert run.cost["sum"]["epochs"] == 0
@@ -189,7 +208,10 @@ def test_a_model_can_be_fine_tuned_on_the_coreset_and_loaded_again(finished, fam
     from peft import AutoPeftModelForCausalLM
 
     config = FinetuneConfig(
-        data=(str(finished.path / "coreset.jsonl"),), model=str(family / "target"), output=str(tmp_path / "a"), epochs=1
+        data=(str(finished.path / "coreset.jsonl"),),
+        model=str(family / "target"),
+        output=str(tmp_path / "a"),
+        epochs=1,
     )
     path = pipeline.finetune(config)
     began = time.monotonic()

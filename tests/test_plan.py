@@ -12,15 +12,31 @@ from staff.methods import METHODS
 from staff.models import load as models
 from staff.plan import Job, Speed, advice, staff_passes, stages, table
 
-JOB = Job(tokens=1000, response_share=0.4, draft_epochs=3, draft_share=0.5, target_epochs=2, epochs=2, verified_share=0.1)
-SPEEDS = {"target": Speed(scoring=1.0, training=2.0), "draft": Speed(scoring=0.1, training=0.2)}  # a pass: 1000 s and 100 s
+JOB = Job(
+    tokens=1000,
+    response_share=0.4,
+    draft_epochs=3,
+    draft_share=0.5,
+    target_epochs=2,
+    epochs=2,
+    verified_share=0.1,
+)
+SPEEDS = {
+    "target": Speed(scoring=1.0, training=2.0),
+    "draft": Speed(scoring=0.1, training=0.2),
+}  # a pass: 1000 s and 100 s
 
 
 def test_each_methods_stages_are_its_needs_at_these_speeds():
-    seconds = {name: stages(METHODS[name], JOB, SPEEDS) for name in ("random", "direct", "staff", "ccs", "ifd", "length", "s2l")}
+    seconds = {
+        name: stages(METHODS[name], JOB, SPEEDS)
+        for name in ("random", "direct", "staff", "ccs", "ifd", "length", "s2l")
+    }
     assert seconds["random"] == seconds["length"] == {}
     assert seconds["direct"] == {"score on the target": 1000}
-    assert seconds["staff"] == pytest.approx({"fine-tune the draft": 300, "score on the draft": 100, "verify on the target": 100})
+    assert seconds["staff"] == pytest.approx(
+        {"fine-tune the draft": 300, "score on the draft": 100, "verify on the target": 100}
+    )
     assert sum(seconds["staff"].values()) / 1000 == pytest.approx(staff_passes(3, 0.5, 0.1, 0.1))
     assert seconds["ccs"] == {"fine-tune the target": 4000, "score on the tuned target": 1000}
     assert seconds["ifd"] == {"score on the raw draft": 100, "score without prompts": 40}
@@ -32,7 +48,15 @@ def test_a_method_pays_from_the_rate_at_which_what_it_spares_is_what_it_costs():
     assert rows["staff"]["break_even"] == pytest.approx(500 / 4000)
     assert rows["staff"]["total_seconds"] == pytest.approx({0.5: 2500, 0.9: 900})
     assert rows["ccs"]["break_even"] is None  # it fine-tunes on all first
-    assert set(table_names({"target": SPEEDS["target"]})) == {"random", "direct", "grand", "el2n", "ccs", "d2", "length"}
+    assert set(table_names({"target": SPEEDS["target"]})) == {
+        "random",
+        "direct",
+        "grand",
+        "el2n",
+        "ccs",
+        "d2",
+        "length",
+    }
 
 
 def table_names(speeds):
@@ -51,7 +75,14 @@ def test_the_advice_is_the_cheapest_way_that_pays():
 
 def test_the_command_times_the_models_and_says_what_to_do(family, tmp_path, capsys):
     write_pool(tmp_path / "pool.jsonl", 30)
-    flags = ["--data", str(tmp_path / "pool.jsonl"), "--target", str(family / "target"), "--draft", str(family / "draft")]
+    flags = [
+        "--data",
+        str(tmp_path / "pool.jsonl"),
+        "--target",
+        str(family / "target"),
+        "--draft",
+        str(family / "draft"),
+    ]
     cli.plan([*flags, "--pruning-rate", "0.5", "0.9", "--draft-epochs", "1", "--json"])
     made = json.loads(capsys.readouterr().out)
     assert made["n"] == 30
@@ -63,8 +94,13 @@ def test_the_command_times_the_models_and_says_what_to_do(family, tmp_path, caps
 
 def test_a_method_that_follows_a_tuning_is_left_out_where_there_is_none():
     job = replace(JOB, draft_epochs=0)
-    assert [row["method"] for row in table(job, SPEEDS, (0.5,))] == [name for name in METHODS if name != "s2l"]
-    assert stages(METHODS["staff"], job, SPEEDS) == {"score on the draft": 100.0, "verify on the target": 100.0}
+    assert [row["method"] for row in table(job, SPEEDS, (0.5,))] == [
+        name for name in METHODS if name != "s2l"
+    ]
+    assert stages(METHODS["staff"], job, SPEEDS) == {
+        "score on the draft": 100.0,
+        "verify on the target": 100.0,
+    }
 
 
 def test_bad_settings_are_named():
@@ -73,16 +109,27 @@ def test_bad_settings_are_named():
 
 
 def test_the_text_has_a_line_a_method_with_the_seconds_of_each_stage():
-    made = {"n": 5, "tokens": 1000, "full_seconds": 4000, "methods": table(JOB, SPEEDS, (0.5,)), "advice": ["do so"]}
+    made = {
+        "n": 5,
+        "tokens": 1000,
+        "full_seconds": 4000,
+        "methods": table(JOB, SPEEDS, (0.5,)),
+        "advice": ["do so"],
+    }
     lines = timing.describe(made).splitlines()
     stages_of = lines[lines.index("method              seconds of each stage") + 1 :]
     assert [line.split()[0] for line in stages_of[: len(METHODS)]] == list(METHODS)
-    assert "staff               fine-tune the draft 300.0, score on the draft 100.0, verify on the target 100.0" in stages_of
+    assert (
+        "staff               fine-tune the draft 300.0, score on the draft 100.0, verify on the target 100.0"
+        in stages_of
+    )
     assert "random              none" in stages_of
     assert stages_of[-2:] == ["", "do so"]
 
 
-def test_a_scope_of_adapters_is_timed_on_a_fresh_one_that_training_does_not_see(family, tmp_path, monkeypatch):
+def test_a_scope_of_adapters_is_timed_on_a_fresh_one_that_training_does_not_see(
+    family, tmp_path, monkeypatch
+):
     scored, before_training = [], []
     scorer, finetune = timing.Scorer, timing.finetune
 
@@ -90,11 +137,15 @@ def test_a_scope_of_adapters_is_timed_on_a_fresh_one_that_training_does_not_see(
         before_training.append([name for name, _ in model.named_modules() if "lora" in name])
         return finetune(model, *rest, **settings)
 
-    monkeypatch.setattr(timing, "Scorer", lambda model, *rest: scored.append(scorer(model, *rest)) or scored[-1])
+    monkeypatch.setattr(
+        timing, "Scorer", lambda model, *rest: scored.append(scorer(model, *rest)) or scored[-1]
+    )
     monkeypatch.setattr(timing, "finetune", train)
     write_pool(tmp_path / "pool.jsonl", 30)
     data, target = (str(tmp_path / "pool.jsonl"),), str(family / "target")
-    made = timing.make_plan(PlanConfig(data=data, target=target, scope="lora", lora_rank=4, batch_size=2, dtype="float32"))
+    made = timing.make_plan(
+        PlanConfig(data=data, target=target, scope="lora", lora_rank=4, batch_size=2, dtype="float32")
+    )
     assert all(speed > 0 for speed in made["speeds"]["target"].values())
     assert len(scored[0].sites) == 2 * 7 * 4  # A and B of the seven layers of four blocks
     assert before_training == [[]]
@@ -110,6 +161,13 @@ def test_the_models_are_quantised_as_a_selection_would(family, tmp_path, monkeyp
 
     monkeypatch.setattr(models, "load_model", watch)
     write_pool(tmp_path / "pool.jsonl", 30)
-    flags = ["--data", str(tmp_path / "pool.jsonl"), "--target", str(family / "target"), "--draft", str(family / "draft")]
+    flags = [
+        "--data",
+        str(tmp_path / "pool.jsonl"),
+        "--target",
+        str(family / "target"),
+        "--draft",
+        str(family / "draft"),
+    ]
     cli.plan([*flags, "--load-in", "4bit", "--batch-size", "2"])
     assert asked == [("target", "4bit"), ("draft", "4bit")]

@@ -37,17 +37,32 @@ def test_without_a_template_prompt_newline_response_and_end_token_are_joined():
 
 def test_every_trained_turn_of_a_conversation_counts():
     tokenizer = make_tokenizer()
-    turns = (Turn("user", "a", False), Turn("assistant", "B", True), Turn("user", "c", False), Turn("assistant", "D", True))
+    turns = (
+        Turn("user", "a", False),
+        Turn("assistant", "B", True),
+        Turn("user", "c", False),
+        Turn("assistant", "D", True),
+    )
     pool = tokenise([Example(turns, None)], tokenizer, 1024)
     whole, response = texts(tokenizer, pool)
-    assert whole == tokenizer.apply_chat_template([{"role": t.role, "content": t.content} for t in turns], tokenize=False)[:-1]
+    assert (
+        whole
+        == tokenizer.apply_chat_template(
+            [{"role": t.role, "content": t.content} for t in turns], tokenize=False
+        )[:-1]
+    )
     assert response == "B<|im_end|>D<|im_end|>"
 
 
 def test_a_template_that_refuses_system_turns_gets_them_with_the_first_question():
-    tokenizer = make_tokenizer("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE)
+    tokenizer = make_tokenizer(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+    )
     pool = tokenise([example(("system", "Be brief."), ("user", "Hi"), ("assistant", "Yo"))], tokenizer, 1024)
-    assert texts(tokenizer, pool)[0] == "<|im_start|>user\nBe brief.\n\nHi<|im_end|>\n<|im_start|>assistant\nYo<|im_end|>"
+    assert (
+        texts(tokenizer, pool)[0]
+        == "<|im_start|>user\nBe brief.\n\nHi<|im_end|>\n<|im_start|>assistant\nYo<|im_end|>"
+    )
 
 
 def test_a_template_without_an_end_of_turn_gets_the_end_token():
@@ -67,7 +82,11 @@ def test_a_template_that_renders_the_prompt_anew_is_refused_by_name():
 
 def test_a_long_prompt_loses_its_start_and_a_long_response_its_end_and_both_are_counted():
     tokenizer = make_tokenizer(None)
-    rows = [QUESTION, example(("user", "long " * 10), ("assistant", "short")), example(("user", "why"), ("assistant", "long " * 10))]
+    rows = [
+        QUESTION,
+        example(("user", "long " * 10), ("assistant", "short")),
+        example(("user", "why"), ("assistant", "long " * 10)),
+    ]
     pool = tokenise(rows, tokenizer, 24)
     assert pool.lengths.tolist() == [22, 24, 24]
     assert (pool.truncated, pool.cut_responses) == (1, 1)
@@ -88,7 +107,10 @@ def test_text_that_spells_control_tokens_is_read_as_trainers_read_it_and_counted
 
 def test_parts_of_any_size_give_one_pool(monkeypatch):
     tokenizer = make_tokenizer()
-    rows = [example(("user", f"How many {i}?"), ("assistant", "many " * i + "<|im_end|>" * (i == 3))) for i in range(11)]
+    rows = [
+        example(("user", f"How many {i}?"), ("assistant", "many " * i + "<|im_end|>" * (i == 3)))
+        for i in range(11)
+    ]
     whole, seen = tokenise(rows, tokenizer, 40), []
     monkeypatch.setattr("staff.data.tokens.ROWS_AT_ONCE", 3)
     parts = tokenise(iter(rows), tokenizer, 40, seen.append)
@@ -98,7 +120,11 @@ def test_parts_of_any_size_give_one_pool(monkeypatch):
     assert seen[4:] == list(range(1, 12))
     for name in ("input_ids", "is_response", "offsets"):
         assert getattr(parts, name).tolist() == getattr(whole, name).tolist()
-    assert (parts.truncated, parts.cut_responses, parts.spelled) == (whole.truncated, whole.cut_responses, whole.spelled) == (6, 3, 1)
+    assert (
+        (parts.truncated, parts.cut_responses, parts.spelled)
+        == (whole.truncated, whole.cut_responses, whole.spelled)
+        == (6, 3, 1)
+    )
     assert len(tokenise([], tokenizer, 40)) == 0
 
 
@@ -107,7 +133,9 @@ def test_batches_hold_every_sample_once_within_the_token_budget():
     cut = batches(lengths, 256)
     assert sorted(np.concatenate(cut).tolist()) == list(range(200))
     assert all(len(part) * lengths[part].max() <= 256 for part in cut)
-    assert [lengths[part].max() for part in cut] == sorted((lengths[part].max() for part in cut), reverse=True)
+    assert [lengths[part].max() for part in cut] == sorted(
+        (lengths[part].max() for part in cut), reverse=True
+    )
     assert [len(part) for part in batches(np.array([500, 3]), 256)] == [1, 1]
 
 

@@ -11,7 +11,19 @@ from staff.scoring.scorer import Scorer
 from tiny import LAYOUTS, VOCABULARY, make_model
 
 COMMON = 11
-REUSED = ("llama", "llama-tied", "qwen2", "qwen3", "granite", "cohere", "stablelm", "gpt-neox", "gpt2", "phi3", "opt")
+REUSED = (
+    "llama",
+    "llama-tied",
+    "qwen2",
+    "qwen3",
+    "granite",
+    "cohere",
+    "stablelm",
+    "gpt-neox",
+    "gpt2",
+    "phi3",
+    "opt",
+)
 
 
 def pool_with_start(common=COMMON, samples=7, first_response=None):
@@ -33,11 +45,19 @@ def test_the_common_start_ends_before_the_token_that_predicts_the_first_response
     assert prefix.length_of(pool_with_start(first_response=6)) == 5
     assert prefix.length_of(pool_with_start(common=0)) == 0
     assert (
-        prefix.length_of(pool_with_start(samples=1) if False else Pool(np.arange(9, dtype=np.int32), np.arange(9) > 3, np.array([0, 9])))
+        prefix.length_of(
+            pool_with_start(samples=1)
+            if False
+            else Pool(np.arange(9, dtype=np.int32), np.arange(9) > 3, np.array([0, 9]))
+        )
         == 0
     )
     twins = pool_with_start()
-    twins = Pool(np.tile(twins.ids(0), 2), np.tile(twins.is_response[: twins.offsets[1]], 2), np.array([0, 1, 2]) * twins.offsets[1])
+    twins = Pool(
+        np.tile(twins.ids(0), 2),
+        np.tile(twins.is_response[: twins.offsets[1]], 2),
+        np.array([0, 1, 2]) * twins.offsets[1],
+    )
     assert prefix.length_of(twins) == COMMON + 1
 
 
@@ -49,7 +69,9 @@ def test_scores_with_and_without_are_the_same(layout, caplog):
     scorer = Scorer(model, batch_tokens=64)
     found = scorer.scores(pool, positions)
     for name, values in plain.items():
-        np.testing.assert_allclose(found[name], values, rtol=1e-7 if layout == "bloom" else 1e-9, err_msg=name)  # its biases are float32
+        np.testing.assert_allclose(
+            found[name], values, rtol=1e-7 if layout == "bloom" else 1e-9, err_msg=name
+        )  # its biases are float32
     if layout in REUSED:
         assert scorer._prefix[1].tokens == COMMON
         assert "computed anew" not in caplog.text

@@ -35,8 +35,17 @@ def test_taking_them_changes_no_byte_of_the_adapter(tmp_path):
     pool = make_pool(LENGTHS)
     settings = {"epochs": 2, "batch_size": 4, "lora_rank": 2, "learning_rate": 1e-2}
     for name, scope in (("with", "last-block"), ("without", None)):
-        finetune(make_model("llama", torch.float32), pool, np.arange(len(pool)), tmp_path / name, running=scope, **settings)
-    with_them, without = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("with", "without"))
+        finetune(
+            make_model("llama", torch.float32),
+            pool,
+            np.arange(len(pool)),
+            tmp_path / name,
+            running=scope,
+            **settings,
+        )
+    with_them, without = (
+        (tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("with", "without")
+    )
     assert with_them == without
 
 
@@ -57,7 +66,9 @@ def start(output, pause):
 def test_a_run_killed_in_its_last_epoch_ends_with_the_same_efforts(tmp_path):
     assert finish(start(tmp_path / "whole", 0)) == 0
     process, deadline = start(tmp_path / "killed", 0.1), time.monotonic() + 60
-    while not any((tmp_path / "killed" / "checkpoints" / f"checkpoint-{step}" / SEAL).exists() for step in range(15, 20)):
+    while not any(
+        (tmp_path / "killed" / "checkpoints" / f"checkpoint-{step}" / SEAL).exists() for step in range(15, 20)
+    ):
         assert time.monotonic() < deadline
         assert process.is_alive()
         time.sleep(0.02)
@@ -72,7 +83,12 @@ def test_a_run_killed_in_its_last_epoch_ends_with_the_same_efforts(tmp_path):
 def test_a_run_that_asks_for_them_makes_no_scoring_pass_over_the_draft(family, tmp_path):
     data = write_pool(tmp_path / "pool.jsonl", 40)
     config = SelectConfig(
-        data=str(data), target=str(family / "target"), draft=str(family / "draft"), output=str(tmp_path / "x"), method="mine", **SETTINGS
+        data=str(data),
+        target=str(family / "target"),
+        draft=str(family / "draft"),
+        output=str(tmp_path / "x"),
+        method="mine",
+        **SETTINGS,
     )
     (run,) = select(config, methods={"mine": STAFF})
     assert "score on the draft" not in run.cost["stages"]
@@ -84,7 +100,13 @@ def test_a_run_that_asks_for_them_makes_no_scoring_pass_over_the_draft(family, t
 
 def test_by_default_none_are_taken(family, tmp_path):
     data = write_pool(tmp_path / "pool.jsonl", 24)
-    staff.select(str(data), target=str(family / "target"), draft=str(family / "draft"), output=tmp_path / "x", **SETTINGS)
+    staff.select(
+        str(data),
+        target=str(family / "target"),
+        draft=str(family / "draft"),
+        output=tmp_path / "x",
+        **SETTINGS,
+    )
     assert not list((tmp_path / "x" / "work").glob("*/running.npz"))
 
 
@@ -99,6 +121,12 @@ def test_by_default_none_are_taken(family, tmp_path):
     ],
 )
 def test_what_can_not_be_had_is_said_before_any_model_loads(settings, said, tmp_path):
-    values = {"data": "nowhere.jsonl", "target": "nowhere", "draft": "nowhere", "output": str(tmp_path / "x"), "method": "mine"}
+    values = {
+        "data": "nowhere.jsonl",
+        "target": "nowhere",
+        "draft": "nowhere",
+        "output": str(tmp_path / "x"),
+        "method": "mine",
+    }
     with pytest.raises(ValueError, match=said):
         select(SelectConfig(**{**values, **SETTINGS, **settings}), methods={"mine": STAFF})

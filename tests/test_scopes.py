@@ -31,7 +31,10 @@ def test_the_loss_is_the_sum_over_the_tokens_divided_by_their_number_to_a_power(
 
 def test_levelled_efforts_by_hand():
     norms = np.array([[3.0, 40.0, 0.0], [1.0, 80.0, 0.0]])
-    assert level(norms, np.array([2.0, 60.0, 0.0])).tolist() == [np.hypot(3 / 2, 40 / 60), np.hypot(1 / 2, 80 / 60)]
+    assert level(norms, np.array([2.0, 60.0, 0.0])).tolist() == [
+        np.hypot(3 / 2, 40 / 60),
+        np.hypot(1 / 2, 80 / 60),
+    ]
 
 
 def test_balanced_layers_are_divided_by_their_mean_over_the_pool_whatever_the_shards():
@@ -42,11 +45,19 @@ def test_balanced_layers_are_divided_by_their_mean_over_the_pool_whatever_the_sh
     for shard in (3, 512):
         kept: dict[int, dict] = {}
         for _ in range(2):  # the second time from what was kept, all of it but one shard
-            found = score_shards(lambda: Scorer(model, "linear", 64, balance=True), POOL, kept.get, kept.__setitem__, shard=shard)
+            found = score_shards(
+                lambda: Scorer(model, "linear", 64, balance=True),
+                POOL,
+                kept.get,
+                kept.__setitem__,
+                shard=shard,
+            )
             np.testing.assert_allclose(found["effort"], expected, rtol=1e-10)
             del kept[0]
     scorer = Scorer(model, "linear", 64, balance=True)
-    np.testing.assert_allclose(np.sort(scorer.calibrate(POOL, POSITIONS[:4])), np.sort(norms[:4].mean(0)), rtol=1e-10)
+    np.testing.assert_allclose(
+        np.sort(scorer.calibrate(POOL, POSITIONS[:4])), np.sort(norms[:4].mean(0)), rtol=1e-10
+    )
     alone = scorer.scores(POOL, [5])["effort"]
     np.testing.assert_allclose(alone, np.sqrt(((norms[5] / norms[:4].mean(0)) ** 2).sum()), rtol=1e-10)
 
@@ -78,7 +89,9 @@ def test_the_released_scope_is_a_seeded_sketch():
     np.testing.assert_allclose(efforts(model, "released", seed=1), one, rtol=1e-10)
 
 
-@pytest.mark.parametrize(("layout", "lost"), [("llama", ("q_proj", "v_proj")), ("gpt-neox", ("query_key_value",))])
+@pytest.mark.parametrize(
+    ("layout", "lost"), [("llama", ("q_proj", "v_proj")), ("gpt-neox", ("query_key_value",))]
+)
 def test_the_released_scope_drops_tuned_queries_and_values_and_keeps_the_rest(layout, lost):
     model = with_lora(make_model(layout))
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -95,7 +108,9 @@ def test_the_released_scope_drops_tuned_queries_and_values_and_keeps_the_rest(la
 def test_experts_score_alike_in_any_batch_in_float32(layout):
     model = make_model(layout, torch.float32, settle=1.0)
     one_by_one = Scorer(model, batch_tokens=1).scores(POOL, POSITIONS)["effort"]
-    np.testing.assert_allclose(Scorer(model, batch_tokens=1000).scores(POOL, POSITIONS)["effort"], one_by_one, rtol=1e-4)
+    np.testing.assert_allclose(
+        Scorer(model, batch_tokens=1000).scores(POOL, POSITIONS)["effort"], one_by_one, rtol=1e-4
+    )
 
 
 def test_a_last_block_without_softmax_attention_sends_the_search_to_one_that_has_it():
@@ -110,8 +125,12 @@ def test_a_last_block_without_softmax_attention_sends_the_search_to_one_that_has
 
 
 def test_a_model_without_attention_has_no_value_projection():
-    model = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2))
-    with pytest.raises(ValueError, match="found no value projection in MambaForCausalLM; try --scope last-block"):
+    model = transformers.MambaForCausalLM(
+        transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2)
+    )
+    with pytest.raises(
+        ValueError, match="found no value projection in MambaForCausalLM; try --scope last-block"
+    ):
         Scorer(model.eval())
     assert efforts(model, "last-block").min() > 0
 
@@ -132,7 +151,10 @@ def test_a_router_of_plain_linear_experts_is_caught_by_how_they_see_their_tokens
     model = make_model("llama", torch.float32)
     model.model.layers[2].mlp = Routed(32)
     assert efforts(model).min() > 0
-    with pytest.raises(ValueError, match=r"scope 'last-block' can't be had: blocks.2.mlp.one sees \(\d+, 32\) of a batch of 2 x 16 tokens"):
+    with pytest.raises(
+        ValueError,
+        match=r"scope 'last-block' can't be had: blocks.2.mlp.one sees \(\d+, 32\) of a batch of 2 x 16 tokens",
+    ):
         Scorer(model, "last-block")
 
 

@@ -10,7 +10,9 @@ import pytest
 from staff.methods import METHODS
 from staff.methods.staff import staff
 
-staff_module = importlib.import_module("staff.methods.staff")  # the package's attribute of that name is the function
+staff_module = importlib.import_module(
+    "staff.methods.staff"
+)  # the package's attribute of that name is the function
 GOLDEN = sorted(Path(__file__).parent.glob("golden/*keep*.json"))
 
 
@@ -38,7 +40,11 @@ def pool(n=600, seed=3):
 def test_staff_chooses_what_the_released_script_chooses(path, monkeypatch):
     case = json.loads(path.read_text())
     drawn = {position: positions for positions in case["verified_smallest_first"] for position in positions}
-    monkeypatch.setattr(staff_module, "_draw", lambda positions, *_: np.array(next(drawn[p] for p in positions.tolist() if p in drawn)))
+    monkeypatch.setattr(
+        staff_module,
+        "_draw",
+        lambda positions, *_: np.array(next(drawn[p] for p in positions.tolist() if p in drawn)),
+    )
     target = Target(np.float32(case["target_scores"]))
     budget = int(case["n"] * case["keep_rate"])
     selection = staff(
@@ -52,11 +58,18 @@ def test_staff_chooses_what_the_released_script_chooses(path, monkeypatch):
         pick="top",
         hard_cutoff=case["hard_cutoff"],
     )
-    assert sorted(region.size for region in selection.regions if region.size) == case["region_sizes_smallest_first"]
+    assert (
+        sorted(region.size for region in selection.regions if region.size)
+        == case["region_sizes_smallest_first"]
+    )
     assert set(case["chosen"]) <= set(selection.indices.tolist())
     assert selection.filled == len(case["back_filled"]) == budget - len(case["chosen"])
     assert selection.filled_from_cut == 0
-    asked = [positions for positions in case["verified_smallest_first"] if len(positions) == case["verification_budget"]]
+    asked = [
+        positions
+        for positions in case["verified_smallest_first"]
+        if len(positions) == case["verification_budget"]
+    ]
     assert set(selection.verified.tolist()) <= {p for positions in asked for p in positions}
 
 
@@ -70,12 +83,28 @@ def test_ten_samples_by_hand():
     # b_v = 4: region 0 (six samples) is verified; region 1 has only four, so it is not and gets an even share
     # smallest first: region 1: floor(6 / 2) = 3, region 0: min(6, 3 * V / V) = 3; highest first: {9, 8, 7} and {5, 4, 3}
     target = Target(draft * 3)
-    selection = staff(draft, budget=6, rng=rng(), verify=target, num_regions=2, verification_budget=4, hard_cutoff=0.0)
+    selection = staff(
+        draft, budget=6, rng=rng(), verify=target, num_regions=2, verification_budget=4, hard_cutoff=0.0
+    )
     assert selection.indices.tolist() == [3, 4, 5, 7, 8, 9]
     first, second = selection.regions
-    assert (first.lower, first.upper, first.size, first.verified, first.budget, first.selected) == (0, 4, 6, 4, 3, 3)
+    assert (first.lower, first.upper, first.size, first.verified, first.budget, first.selected) == (
+        0,
+        4,
+        6,
+        4,
+        3,
+        3,
+    )
     assert first.ratio == pytest.approx(3.0)
-    assert (second.lower, second.upper, second.size, second.verified, second.budget, second.selected) == (4, 8, 4, 0, 3, 3)
+    assert (second.lower, second.upper, second.size, second.verified, second.budget, second.selected) == (
+        4,
+        8,
+        4,
+        0,
+        3,
+        3,
+    )
     assert np.isnan(second.ratio)
     assert selection.region_of.tolist() == [0] * 6 + [1] * 4
     assert set(selection.verified.tolist()) <= set(range(6))
@@ -86,7 +115,9 @@ def test_what_the_target_finds_harder_gets_the_larger_share():
     # two regions of five, all verified but one each; V = 1 below, 4 above; the lower one goes first: floor(5 * 1 / 5) = 1, then 4
     draft = np.array([1.0, 1, 1, 1, 1, 2, 2, 2, 2, 2])
     target = Target([1.0] * 5 + [8.0] * 5)
-    selection = staff(draft, budget=5, rng=rng(), verify=target, num_regions=2, verification_budget=4, hard_cutoff=0.0)
+    selection = staff(
+        draft, budget=5, rng=rng(), verify=target, num_regions=2, verification_budget=4, hard_cutoff=0.0
+    )
     assert [(r.ratio, r.budget) for r in selection.regions] == [(1.0, 1), (4.0, 4)]
     assert selection.indices.tolist() == [0, 5, 6, 7, 8]  # of equal scores the earlier position
 
@@ -98,7 +129,9 @@ def test_the_target_is_asked_once_for_the_drawn_positions_and_nothing_else():
     assert target.asked[0].tolist() == selection.verified.tolist() == sorted(set(selection.verified.tolist()))
     larger = [region for region in selection.regions if region.size > 10]
     assert len(selection.verified) == 10 * len(larger) == sum(region.verified for region in selection.regions)
-    assert all(np.isnan(region.ratio) and region.verified == 0 for region in selection.regions if region.size <= 10)
+    assert all(
+        np.isnan(region.ratio) and region.verified == 0 for region in selection.regions if region.size <= 10
+    )
 
 
 def test_what_is_verified_depends_neither_on_the_budget_nor_on_the_pick_nor_on_the_rule():
@@ -128,7 +161,9 @@ def test_without_a_target_every_region_counts_the_same():
     selection = staff(draft, budget=100, rng=rng())
     assert {region.ratio for region in selection.regions} == {1.0}
     assert len(selection.verified) == 0
-    assert METHODS["direct"].select(draft, budget=100, rng=rng()).indices.tolist() == selection.indices.tolist()
+    assert (
+        METHODS["direct"].select(draft, budget=100, rng=rng()).indices.tolist() == selection.indices.tolist()
+    )
 
 
 def test_pick_random_takes_as_many_from_each_region_but_others():
@@ -164,7 +199,15 @@ def test_the_hardest_are_left_out_until_the_rest_is_used_up():
 
 def test_what_the_papers_rule_leaves_over_is_filled_and_counted():
     draft = np.linspace(0, 1, 100)
-    selection = staff(draft, budget=50, rng=rng(), verify=Target(draft * 0.5), num_regions=2, allocation="paper", hard_cutoff=0.0)
+    selection = staff(
+        draft,
+        budget=50,
+        rng=rng(),
+        verify=Target(draft * 0.5),
+        num_regions=2,
+        allocation="paper",
+        hard_cutoff=0.0,
+    )
     # 50 * 0.5 / 2 -> 12, 38 * 0.5 / 1 -> 19: 31 granted
     assert [region.budget for region in selection.regions] == [12, 19]
     assert (selection.filled, selection.filled_from_cut) == (19, 0)
@@ -191,7 +234,9 @@ def test_a_target_score_that_is_no_norm_is_refused_by_position(bad):
     scores = np.ones(30)
     scores[[4, 5]] = bad
     with pytest.raises(ValueError, match=r"no usable score to 2 of 29 samples \(positions \[4, 5\]\)"):
-        staff(np.ones(30), budget=10, rng=rng(2), verify=Target(scores), verification_budget=29, hard_cutoff=0.0)
+        staff(
+            np.ones(30), budget=10, rng=rng(2), verify=Target(scores), verification_budget=29, hard_cutoff=0.0
+        )
 
 
 def test_a_target_that_answers_too_little_is_refused():

@@ -18,7 +18,9 @@ def test_the_bootstrap_has_the_spread_of_rows_and_of_seeds():
     drawn = resample(5, 200, rng)
     assert drawn.seeds.sum(1) == pytest.approx(1)
     assert drawn.rows.sum(1) == pytest.approx(1)
-    by_row = np.tile(rng.normal(size=200), (5, 1))  # the same for every seed: five seeds are no five times the rows
+    by_row = np.tile(
+        rng.normal(size=200), (5, 1)
+    )  # the same for every seed: five seeds are no five times the rows
     assert resampled_means(by_row, drawn).std() == pytest.approx(by_row[0].std() / np.sqrt(200), rel=0.05)
     by_seed = np.tile(rng.normal(size=5)[:, None], (1, 200))
     assert resampled_means(by_seed, drawn).std() == pytest.approx(by_seed[:, 0].std() / np.sqrt(5), rel=0.05)

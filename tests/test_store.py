@@ -28,7 +28,9 @@ def test_arrays_come_back_as_they_were_and_equal_arrays_make_equal_bytes(tmp_pat
     store.write_arrays(tmp_path / "1.npz", arrays)
     store.write_arrays(tmp_path / "2.npz", arrays)
     back = store.read_arrays(tmp_path / "1.npz")
-    assert {name: (array.dtype, array.tolist()) for name, array in back.items()} == {n: (a.dtype, a.tolist()) for n, a in arrays.items()}
+    assert {name: (array.dtype, array.tolist()) for name, array in back.items()} == {
+        n: (a.dtype, a.tolist()) for n, a in arrays.items()
+    }
     assert (tmp_path / "1.npz").read_bytes() == (tmp_path / "2.npz").read_bytes()
 
 

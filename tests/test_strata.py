@@ -74,7 +74,10 @@ def test_a_region_without_a_ratio_gets_an_even_share():
 
 
 def test_ratios_that_are_all_zero_count_as_equal():
-    assert allocate([0.0] * 4, SIZES, 6, "released").tolist() == allocate([1.0] * 4, SIZES, 6, "released").tolist()
+    assert (
+        allocate([0.0] * 4, SIZES, 6, "released").tolist()
+        == allocate([1.0] * 4, SIZES, 6, "released").tolist()
+    )
     assert allocate([0.0] * 4, SIZES, 6, "paper").tolist() == allocate([1.0] * 4, SIZES, 6, "paper").tolist()
 
 
@@ -153,11 +156,16 @@ def test_every_score_lies_between_its_regions_edges(scores, num_regions):
     scores = np.array(scores, np.float64)
     edges, region_of = split(scores, num_regions)
     assert len(edges) == num_regions + 1
-    assert region_of.tolist() == np.searchsorted(edges[1:], scores, side="left").tolist()  # the first whose upper edge it does not pass
+    assert (
+        region_of.tolist() == np.searchsorted(edges[1:], scores, side="left").tolist()
+    )  # the first whose upper edge it does not pass
     assert (edges[region_of] <= scores).all()
 
 
-@given(st.lists(st.tuples(st.floats(0, 1e6) | st.just(np.nan), st.integers(0, 30)), min_size=1, max_size=20), st.data())
+@given(
+    st.lists(st.tuples(st.floats(0, 1e6) | st.just(np.nan), st.integers(0, 30)), min_size=1, max_size=20),
+    st.data(),
+)
 def test_no_region_gets_more_than_it_has_nor_all_of_them_more_than_there_is(regions, data):
     ratios, sizes = (np.array(column) for column in zip(*regions, strict=True))
     budget = data.draw(st.integers(0, int(sizes.sum())))
@@ -197,4 +205,7 @@ def test_staff_keeps_exactly_m_samples_whatever_it_is_given(
     assert len(np.unique(selection.indices)) == len(selection.indices) == budget
     assert (np.diff(selection.indices) > 0).all()
     assert sum(region.selected for region in selection.regions) + selection.filled_from_cut == budget
-    assert sum(region.budget for region in selection.regions) + selection.filled + selection.filled_from_cut == budget
+    assert (
+        sum(region.budget for region in selection.regions) + selection.filled + selection.filled_from_cut
+        == budget
+    )

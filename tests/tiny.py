@@ -32,7 +32,13 @@ LATENT = {
     **{"n_routed_experts": 4, "n_group": 2, "topk_group": 1, **EXPERTS},
 }
 SHARED = {
-    **{**SHAPE, "num_hidden_layers": 4, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "head_dim": 8},
+    **{
+        **SHAPE,
+        "num_hidden_layers": 4,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 8,
+        "head_dim": 8,
+    },
     **{"num_kv_shared_layers": 1, "laurel_rank": 4, "altup_num_inputs": 2, "sliding_window": 4},
     **{"layer_types": ["full_attention"] * 4, "activation_sparsity_pattern": [0.0] * 4},
 }
@@ -43,22 +49,34 @@ LAYOUTS = {
     "qwen2": transformers.Qwen2Config(**SHAPE),
     "qwen3": transformers.Qwen3Config(**SHAPE, head_dim=8),
     "gemma3": transformers.Gemma3TextConfig(**SHAPE, **WINDOW),
-    "gemma2-capped": transformers.Gemma2Config(**SHAPE, **WINDOW, final_logit_softcapping=3.0, attn_logit_softcapping=2.0),
+    "gemma2-capped": transformers.Gemma2Config(
+        **SHAPE, **WINDOW, final_logit_softcapping=3.0, attn_logit_softcapping=2.0
+    ),
     "mistral": transformers.MistralConfig(**SHAPE, head_dim=8, sliding_window=5),
-    "granite": transformers.GraniteConfig(**SHAPE, logits_scaling=4.0, attention_multiplier=0.3, residual_multiplier=0.6),
+    "granite": transformers.GraniteConfig(
+        **SHAPE, logits_scaling=4.0, attention_multiplier=0.3, residual_multiplier=0.6
+    ),
     "cohere": transformers.CohereConfig(**SHAPE, logit_scale=0.5),
     "stablelm": transformers.StableLmConfig(**SHAPE),
-    "opt": transformers.OPTConfig(**BARE, ffn_dim=48, max_position_embeddings=128, word_embed_proj_dim=16, do_layer_norm_before=False),
+    "opt": transformers.OPTConfig(
+        **BARE, ffn_dim=48, max_position_embeddings=128, word_embed_proj_dim=16, do_layer_norm_before=False
+    ),
     "gpt-neox": transformers.GPTNeoXConfig(**{k: v for k, v in SHAPE.items() if k != "num_key_value_heads"}),
     "falcon": transformers.FalconConfig(**BARE, new_decoder_architecture=True, num_kv_heads=2),
     "bloom": transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=3, n_head=4, **ENDS),
-    "gpt2": transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=128, **ENDS),
+    "gpt2": transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=128, **ENDS
+    ),
     "phi3": transformers.Phi3Config(**SHAPE),
     "gemma3n-shared": transformers.Gemma3nTextConfig(**SHARED),
     "mixtral": transformers.MixtralConfig(**SHAPE, num_local_experts=4),
     "qwen3-moe": transformers.Qwen3MoeConfig(**SHAPE, num_experts=4, **EXPERTS, head_dim=8),
-    "qwen2-moe": transformers.Qwen2MoeConfig(**SHAPE, num_experts=4, **EXPERTS, shared_expert_intermediate_size=16),
-    "gpt-oss": transformers.GptOssConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2, head_dim=8, sliding_window=4),
+    "qwen2-moe": transformers.Qwen2MoeConfig(
+        **SHAPE, num_experts=4, **EXPERTS, shared_expert_intermediate_size=16
+    ),
+    "gpt-oss": transformers.GptOssConfig(
+        **SHAPE, num_local_experts=4, num_experts_per_tok=2, head_dim=8, sliding_window=4
+    ),
     "deepseek-v3": transformers.DeepseekV3Config(**LATENT, first_k_dense_replace=1),
 }
 EXPERT_LAYOUTS = ("mixtral", "qwen3-moe", "qwen2-moe", "gpt-oss", "deepseek-v3")

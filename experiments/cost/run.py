@@ -18,7 +18,11 @@ from staff.config import FinetuneConfig, PlanConfig
 from staff.runs.store import read_checked
 from staff.timing import make_plan
 
-TASKS = {"medquad": "runs/data/medquad-300.jsonl", "wiki": "runs/data/wiki-300.jsonl", "dialogue": "runs/data/dialogue-300.jsonl"}
+TASKS = {
+    "medquad": "runs/data/medquad-300.jsonl",
+    "wiki": "runs/data/wiki-300.jsonl",
+    "dialogue": "runs/data/dialogue-300.jsonl",
+}
 PAIRS = (("nano", "base"), ("small", "base"), ("nano", "small"))
 SETTINGS = {"num_regions": 25, "verification_budget": 4, "draft_epochs": 1.0, "max_length": 512}
 WORK = Path("runs/cost")
@@ -57,26 +61,47 @@ def choose(task: str, draft: str, target: str) -> dict:
     folder = WORK / f"{task}-{draft}-{target}"
     shutil.rmtree(folder, ignore_errors=True)
     runs = staff.select(
-        TASKS[task], target=model(target), draft=model(draft), method=["staff", "direct"], pruning_rate=0.8, output=str(folder), **SETTINGS
+        TASKS[task],
+        target=model(target),
+        draft=model(draft),
+        method=["staff", "direct"],
+        pruning_rate=0.8,
+        output=str(folder),
+        **SETTINGS,
     )
     return runs[0].cost
 
 
 def planned(task: str) -> list[str]:
-    made = make_plan(PlanConfig(data=(TASKS[task],), target=model("base"), draft=model("nano"), epochs=1.0, **SETTINGS))
+    made = make_plan(
+        PlanConfig(data=(TASKS[task],), target=model("base"), draft=model("nano"), epochs=1.0, **SETTINGS)
+    )
     predicted = {row["method"]: row["stages"] for row in made["methods"]}
-    expected = {**predicted["staff"], **predicted["direct"], "fine-tune the target on all": made["full_seconds"]}
+    expected = {
+        **predicted["staff"],
+        **predicted["direct"],
+        "fine-tune the target on all": made["full_seconds"],
+    }
     stages = choose(task, "nano", "base")["stages"]
     folder = WORK / f"{task}-all"
     shutil.rmtree(folder, ignore_errors=True)
-    pipeline.finetune(FinetuneConfig(data=(TASKS[task],), model=model("base"), epochs=1.0, max_length=512, output=str(folder)))
+    pipeline.finetune(
+        FinetuneConfig(
+            data=(TASKS[task],), model=model("base"), epochs=1.0, max_length=512, output=str(folder)
+        )
+    )
     stages["fine-tune the target on all"] = (read_checked(folder / "manifest.json") or {})["cost"]
     lines = []
     for stage, seconds in expected.items():
         taken = stages[stage]["seconds"]
         lines.append(f"| {task} | {stage} | {seconds:.1f} | {taken:.1f} | {seconds / taken - 1:+.0%} |")
-    sums = [sum(parts[stage] for stage in predicted["staff"]) for parts in (expected, {s: stages[s]["seconds"] for s in expected})]
-    lines.append(f"| {task} | **choosing with staff, in all** | {sums[0]:.1f} | {sums[1]:.1f} | {sums[0] / sums[1] - 1:+.0%} |")
+    sums = [
+        sum(parts[stage] for stage in predicted["staff"])
+        for parts in (expected, {s: stages[s]["seconds"] for s in expected})
+    ]
+    lines.append(
+        f"| {task} | **choosing with staff, in all** | {sums[0]:.1f} | {sums[1]:.1f} | {sums[0] / sums[1] - 1:+.0%} |"
+    )
     return lines
 
 
@@ -90,7 +115,11 @@ def summed(draft: str, target: str) -> str:
     r_clock = stages["score on the draft"]["seconds"] / whole["seconds"]
     with_clock = plan.staff_passes(terms["epochs"], terms["share"], r_clock, terms["verified_share"])
     cells = [f"{terms['relative_cost']:.3f}", f"{terms['verified_share']:.3f}", f"{terms['passes']:.2f}"]
-    cells += [f"{by_operations:.2f} ({terms['passes'] / by_operations - 1:+.0%})", f"{r_clock:.3f}", f"{with_clock:.2f}"]
+    cells += [
+        f"{by_operations:.2f} ({terms['passes'] / by_operations - 1:+.0%})",
+        f"{r_clock:.3f}",
+        f"{with_clock:.2f}",
+    ]
     cells.append(f"{by_clock:.2f} ({with_clock / by_clock - 1:+.0%})")
     return f"| {draft} for {target} | {' | '.join(cells)} |"
 
@@ -114,13 +143,21 @@ def main() -> None:
     for task in TASKS:
         for line in planned(task):
             say(line)
-    say("\n## The sum against the work\n\n`medquad`, T = 1, f = 1; the cost of STAFF in passes of the target (U).\n")
-    say("| pair | r by operations | v | the sum | operations counted | r by the clock | the sum with it | seconds taken |")
+    say(
+        "\n## The sum against the work\n\n`medquad`, T = 1, f = 1; the cost of STAFF in passes of the target (U).\n"
+    )
+    say(
+        "| pair | r by operations | v | the sum | operations counted | r by the clock | the sum with it | seconds taken |"
+    )
     say("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for pair in PAIRS:
         say(summed(*pair))
-    say(f"\n## What the sum says of the paper's pairs\n\nf = 1, v = {PAPER_VERIFIED} of {PAPER_POOL:,} samples; the target itself: 1.\n")
-    say("| pair | r | T = 3 | T = 0 | cheaper at T = 3 | the draft pays below r |\n| --- | ---: | ---: | ---: | --- | ---: |")
+    say(
+        f"\n## What the sum says of the paper's pairs\n\nf = 1, v = {PAPER_VERIFIED} of {PAPER_POOL:,} samples; the target itself: 1.\n"
+    )
+    say(
+        "| pair | r | T = 3 | T = 0 | cheaper at T = 3 | the draft pays below r |\n| --- | ---: | ---: | ---: | --- | ---: |"
+    )
     for pair in PAPER_PAIRS:
         say(of_the_paper(*pair))
 

@@ -61,7 +61,11 @@ def efforts(model, pool) -> tuple[dict[str, np.ndarray], float, float]:
     value = [site.name for site in scorer.sites].index(scopes.value_projection(model).name)
     began = time.perf_counter()
     found = scorer.scores(pool, np.arange(len(pool)))
-    return {"last-value": found["site_norms"][:, value], "last-block": found["effort"]}, time.perf_counter() - began, found["loss"].mean()
+    return (
+        {"last-value": found["site_norms"][:, value], "last-block": found["effort"]},
+        time.perf_counter() - began,
+        found["loss"].mean(),
+    )
 
 
 def partial_correlation(x, y, given) -> float:
@@ -76,9 +80,15 @@ def choose(speculative, target, seed: int):
     budget = round((1 - PRUNING_RATE) * len(target))
     options = {"num_regions": REGIONS, "verification_budget": VERIFIED}
     if speculative is target:
-        return METHODS["direct"].select(target, budget=budget, rng=np.random.default_rng(seed), num_regions=REGIONS)
+        return METHODS["direct"].select(
+            target, budget=budget, rng=np.random.default_rng(seed), num_regions=REGIONS
+        )
     return METHODS["staff"].select(
-        speculative, budget=budget, rng=np.random.default_rng(seed), verify=lambda positions: target[positions], **options
+        speculative,
+        budget=budget,
+        rng=np.random.default_rng(seed),
+        verify=lambda positions: target[positions],
+        **options,
     )
 
 
@@ -139,22 +149,30 @@ def main() -> None:
                         model, tokenizer = load("base")
                         size, pool = models.measure(model), tokenise(examples, tokenizer, 512)
                         targets[task, "raw"], seconds, _ = efforts(model, pool)
-                        one_pass = size.scoring_flops(int(pool.lengths.sum()), int(pool.response_tokens().sum()))
+                        one_pass = size.scoring_flops(
+                            int(pool.lengths.sum()), int(pool.response_tokens().sum())
+                        )
                         targets[task, "pool"], targets[task, "pass"] = pool, one_pass
                         print(task, "raw target scored in", round(seconds, 1), flush=True)
                     pool = targets[task, "pool"]  # the family shares a tokenizer
                     if (task, seed) not in targets:
-                        model, seconds = tuned(load("base")[0], pool, np.arange(len(pool)), TARGET_EPOCHS, seed, LEARNING_RATE)
+                        model, seconds = tuned(
+                            load("base")[0], pool, np.arange(len(pool)), TARGET_EPOCHS, seed, LEARNING_RATE
+                        )
                         targets[task, seed], _, loss = efforts(model, pool)
                         print(task, seed, "target tuned in", round(seconds, 1), "loss", loss, flush=True)
                     model = draft.cut(load("base")[0], keep, "first") if keep else load(name)[0]
                     r = (
-                        models.measure(model).scoring_flops(int(pool.lengths.sum()), int(pool.response_tokens().sum()))
+                        models.measure(model).scoring_flops(
+                            int(pool.lengths.sum()), int(pool.response_tokens().sum())
+                        )
                         / targets[task, "pass"]
                     )
                     tune_seconds = 0.0
                     if epochs:
-                        drawn = np.random.default_rng([seed, 1]).choice(len(pool), round(share * len(pool)), replace=False)
+                        drawn = np.random.default_rng([seed, 1]).choice(
+                            len(pool), round(share * len(pool)), replace=False
+                        )
                         model, tune_seconds = tuned(model, pool, np.sort(drawn), epochs, seed, rate)
                     found, score_seconds, loss = efforts(model, pool)
                     length = pool.response_tokens()
@@ -166,8 +184,13 @@ def main() -> None:
                             passes = plan.staff_passes(epochs, share, r, raw["verified"])
                             line = [*key, scope]
                             for one in (raw, after):
-                                line += [f"{one[part]:.4f}" for part in ("spearman", "partial", "regions", "overlap")]
-                            line += [f"{value:.4f}" for value in (alone, passes, tune_seconds, score_seconds, loss)]
+                                line += [
+                                    f"{one[part]:.4f}"
+                                    for part in ("spearman", "partial", "regions", "overlap")
+                                ]
+                            line += [
+                                f"{value:.4f}" for value in (alone, passes, tune_seconds, score_seconds, loss)
+                            ]
                             csv.writer(out, lineterminator="\n").writerow(line)
                     print(key, f"{tune_seconds:.1f} s + {score_seconds:.1f} s", flush=True)
 

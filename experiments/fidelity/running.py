@@ -43,7 +43,11 @@ def tuned(pool, epochs: int, seed: int, running: str | None):
         model, began = load("nano")[0], time.perf_counter()
         settings = {"epochs": epochs, "seed": seed, "learning_rate": LEARNING_RATE, "running": running}
         model = finetune(model, pool, np.arange(len(pool)), Path(folder), **settings)
-        return model, time.perf_counter() - began, (read_arrays(Path(folder) / "running.npz") or {}).get("effort")
+        return (
+            model,
+            time.perf_counter() - began,
+            (read_arrays(Path(folder) / "running.npz") or {}).get("effort"),
+        )
 
 
 def main() -> None:
@@ -58,7 +62,9 @@ def main() -> None:
                 _, plain_seconds, _ = tuned(pool, epochs, seed, None)
                 model, seconds, running = tuned(pool, epochs, seed, SCOPE)
                 separate, pass_seconds = efforts(model, pool)
-                ranks = [spearmanr(a, b)[0] for a, b in ((running, separate), (running, raw), (separate, raw))]
+                ranks = [
+                    spearmanr(a, b)[0] for a, b in ((running, separate), (running, raw), (separate, raw))
+                ]
                 found.append([*ranks, plain_seconds, seconds, pass_seconds])
             middle, half = np.mean(found, 0), np.ptp(found, 0) / 2
             values = [f"{m:.3f} ±{h:.3f}" for m, h in zip(middle[:3], half[:3], strict=True)]

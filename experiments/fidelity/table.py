@@ -8,7 +8,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
-SHOWN = ("spearman_raw", "partial_raw", "regions_raw", "overlap_raw", "spearman_tuned", "partial_tuned", "overlap_tuned")
+SHOWN = (
+    "spearman_raw",
+    "partial_raw",
+    "regions_raw",
+    "overlap_raw",
+    "spearman_tuned",
+    "partial_tuned",
+    "overlap_tuned",
+)
 ABOUT = """# How little fine-tuning does a draft need?
 
 600 rows of each task, target `base`; means over seeds, ± half of what lies between the lowest and the highest.
@@ -17,7 +25,15 @@ and the target's own have in common, 0.2 by chance; U: passes of the target, v i
 docs/drafts.md says what it means.
 
 ![rank correlation with the raw target against cost](fidelity.png)"""
-NAMES = ("ρ raw", "ρ raw, length out", "regions", "coreset", "ρ tuned", "ρ tuned, length out", "coreset, tuned")
+NAMES = (
+    "ρ raw",
+    "ρ raw, length out",
+    "regions",
+    "coreset",
+    "ρ tuned",
+    "ρ tuned, length out",
+    "coreset, tuned",
+)
 RATE = 1e-4  # the tool's own; the other is a row at the end of each draft's
 IN_SHORT = (  # (scope, column) of each; beside it, in brackets, with length taken out
     (("last-value", "spearman_raw"), ("last-value", "partial_raw")),
@@ -27,14 +43,25 @@ IN_SHORT = (  # (scope, column) of each; beside it, in brackets, with length tak
 
 
 def settings(rows: list[dict]) -> list[tuple]:
-    return sorted({(row["draft"], float(row["epochs"]), float(row["share"]), float(row["learning_rate"])) for row in rows})
+    return sorted(
+        {
+            (row["draft"], float(row["epochs"]), float(row["share"]), float(row["learning_rate"]))
+            for row in rows
+        }
+    )
 
 
 def cells(rows: list[dict], setting: tuple, **of) -> list[dict]:
     """The seeds of one setting, a task and a scope."""
     draft, *numbers = setting
-    wanted = [row for row in rows if row["draft"] == draft and all(row[name] == value for name, value in of.items())]
-    return [row for row in wanted if [float(row[name]) for name in ("epochs", "share", "learning_rate")] == numbers]
+    wanted = [
+        row for row in rows if row["draft"] == draft and all(row[name] == value for name, value in of.items())
+    ]
+    return [
+        row
+        for row in wanted
+        if [float(row[name]) for name in ("epochs", "share", "learning_rate")] == numbers
+    ]
 
 
 def mean(rows: list[dict], name: str) -> float:
@@ -43,7 +70,13 @@ def mean(rows: list[dict], name: str) -> float:
 
 def in_short(rows: list[dict], tasks: list[str]) -> list[str]:
     names = ("ρ raw, last-value (length out)", "last-block", "ρ tuned, last-value")
-    head = ["draft", "T", "f", "U", *(name if place else f"`{task}` {name}" for task in tasks for place, name in enumerate(names))]
+    head = [
+        "draft",
+        "T",
+        "f",
+        "U",
+        *(name if place else f"`{task}` {name}" for task in tasks for place, name in enumerate(names)),
+    ]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for setting in settings(rows):
         draft, epochs, share, rate = setting
@@ -52,7 +85,9 @@ def in_short(rows: list[dict], tasks: list[str]) -> list[str]:
         values = [f"{mean(cells(rows, setting, scope='last-value'), 'passes'):.2f}"]
         for task in tasks:
             for pair in IN_SHORT:
-                value, without = (f"{mean(cells(rows, setting, task=task, scope=scope), name):.2f}" for scope, name in pair)
+                value, without = (
+                    f"{mean(cells(rows, setting, task=task, scope=scope), name):.2f}" for scope, name in pair
+                )
                 values.append(f"{value} ({without})")
         lines.append(f"| {draft} | {epochs:g} | {share:g} | {' | '.join(values)} |")
     return lines
@@ -61,7 +96,10 @@ def in_short(rows: list[dict], tasks: list[str]) -> list[str]:
 def whole(rows: list[dict]) -> list[str]:
     length = abs(mean(rows, "length"))
     lines = [f"\n### {rows[0]['task']}, {rows[0]['scope']} (response length alone: {length:.2f})\n"]
-    lines += [f"| draft | T | f | rate | seeds | {' | '.join(NAMES)} | U | s |", "|" + " --- |" * (7 + len(NAMES))]
+    lines += [
+        f"| draft | T | f | rate | seeds | {' | '.join(NAMES)} | U | s |",
+        "|" + " --- |" * (7 + len(NAMES)),
+    ]
     for setting in settings(rows):
         found, values = cells(rows, setting), []
         for name in SHOWN:
@@ -84,16 +122,24 @@ def draw(rows: list[dict], tasks: list[str], scopes: list[str]) -> None:
             own = [row for row in rows if (row["task"], row["scope"]) == (task, scope)]
             for place, draft in enumerate(dict.fromkeys(row["draft"] for row in own)):
                 for epochs, mark in zip((0, 1, 2, 3), "os^D", strict=True):
-                    found = [cells(own, s) for s in settings(own) if (s[0], s[1], s[3]) == (draft, epochs, RATE)]
+                    found = [
+                        cells(own, s) for s in settings(own) if (s[0], s[1], s[3]) == (draft, epochs, RATE)
+                    ]
                     points = [(mean(some, "passes"), mean(some, "spearman_raw")) for some in found]
                     if points:
-                        look = {"color": f"C{place}", "alpha": 0.4 + 0.2 * epochs, "label": f"{draft}, T = {epochs}"}
+                        look = {
+                            "color": f"C{place}",
+                            "alpha": 0.4 + 0.2 * epochs,
+                            "label": f"{draft}, T = {epochs}",
+                        }
                         axes.plot(*zip(*points, strict=True), f"{mark}-", **look)
             axes.axvline(1, color="0.7", zorder=0)
             axes.axhline(abs(mean(own, "length")), color="0.7", linestyle=":", zorder=0)
             axes.set_title(f"{task}, {scope}")
     for axes in panels[-1]:
-        axes.set_xlabel("cost of the selection in passes of the target (line: scoring the target itself)", fontsize=8)
+        axes.set_xlabel(
+            "cost of the selection in passes of the target (line: scoring the target itself)", fontsize=8
+        )
     for axes in panels[:, 0]:
         axes.set_ylabel("Spearman's ρ with the target\n(dotted: response length alone)", fontsize=8)
     panels[0, 0].legend(fontsize=7, ncols=2)

@@ -43,7 +43,9 @@ def tuned(order: str, model, pool, rate: float, seed: int):
     tokens_a_step = pool.response_tokens().mean() * BATCH
 
     def by_tokens(self, model, inputs, *others, **more):
-        return plain_loss(self, model, inputs, *others, **more) * (len(inputs["response_ids"]) / tokens_a_step)
+        return plain_loss(self, model, inputs, *others, **more) * (
+            len(inputs["response_ids"]) / tokens_a_step
+        )
 
     if order != "random":
         training.sample_order = lambda samples, seed, epoch: of_like_length(pool.lengths, seed, epoch)
@@ -52,7 +54,16 @@ def tuned(order: str, model, pool, rate: float, seed: int):
     try:
         with tempfile.TemporaryDirectory() as folder:
             positions = np.arange(len(pool))
-            return training.finetune(model, pool, positions, Path(folder), epochs=1, batch_size=BATCH, learning_rate=rate, seed=seed)
+            return training.finetune(
+                model,
+                pool,
+                positions,
+                Path(folder),
+                epochs=1,
+                batch_size=BATCH,
+                learning_rate=rate,
+                seed=seed,
+            )
     finally:
         training.sample_order, training._ResponseTrainer.compute_loss = in_random_order, plain_loss
 
@@ -62,21 +73,26 @@ def main() -> None:
     if not path.exists():
         path.write_text(",".join(COLUMNS) + "\n")
     with open(path, newline="") as file:
-        done = {(row["task"], float(row["rate"]), int(row["seed"]), row["order"]) for row in csv.DictReader(file)}
+        done = {
+            (row["task"], float(row["rate"]), int(row["seed"]), row["order"]) for row in csv.DictReader(file)
+        }
     source = models.resolve(os.environ["STAFF_MODELS"] + "/base")
     dtype = models.pick_dtype("auto", torch.device("cpu"))
     tokenizer = models.load_tokenizer(source, False)
     for seed in SEEDS:
         for task in TASKS:
             pool, held_out = (
-                tokenise(formats.read([f"runs/data/{task}-{part}.jsonl"]).examples(), tokenizer, 512) for part in ("600", "test-100")
+                tokenise(formats.read([f"runs/data/{task}-{part}.jsonl"]).examples(), tokenizer, 512)
+                for part in ("600", "test-100")
             )
             tokens = held_out.response_tokens()
             for rate in RATES:
                 for order in ORDERS:
                     if (task, rate, seed, order) in done:
                         continue
-                    model = tuned(order, models.load_model(source, dtype, torch.device("cpu"), False), pool, rate, seed)
+                    model = tuned(
+                        order, models.load_model(source, dtype, torch.device("cpu"), False), pool, rate, seed
+                    )
                     loss = Scorer(model, "last-value").scores(held_out, np.arange(len(held_out)))["loss"]
                     found = (f"{(loss * tokens).sum() / tokens.sum():.4f}", f"{loss.mean():.4f}")
                     print(task, rate, seed, order, *found, flush=True)

@@ -20,7 +20,12 @@ __all__ = ["METHODS", "Run", "Selection", "load_run", "select"]
 
 
 def select(
-    data: Any, *, output: str | None = None, update: bool = False, on_progress: Progress | None = None, **settings: Any
+    data: Any,
+    *,
+    output: str | None = None,
+    update: bool = False,
+    on_progress: Progress | None = None,
+    **settings: Any,
 ) -> Run | list[Run]:
     """Choose the coreset of a pool, as `staff select` does.
 
@@ -43,7 +48,11 @@ def select(
     from staff import config, pipeline
 
     is_path = isinstance(data, (str, os.PathLike))
-    is_paths = isinstance(data, (list, tuple)) and bool(data) and all(isinstance(part, (str, os.PathLike)) for part in data)
+    is_paths = (
+        isinstance(data, (list, tuple))
+        and bool(data)
+        and all(isinstance(part, (str, os.PathLike)) for part in data)
+    )
     if is_path or is_paths:
         settings["data"] = (str(data),) if is_path else tuple(map(str, data))
         data = None

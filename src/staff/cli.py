@@ -49,7 +49,11 @@ def finetune(arguments: Sequence[str]) -> None:
     config, given = _parse(configs.FinetuneConfig, arguments, "staff finetune", ("update", "quiet", "json"))
     with _Progress(quiet="quiet" in given) as progress:
         path = pipeline.finetune(config, update="update" in given, on_progress=progress)
-    _say(given, f"adapter    {path} (load it with peft.AutoPeftModelForCausalLM.from_pretrained)", {"adapter": str(path)})
+    _say(
+        given,
+        f"adapter    {path} (load it with peft.AutoPeftModelForCausalLM.from_pretrained)",
+        {"adapter": str(path)},
+    )
 
 
 def score(arguments: Sequence[str]) -> None:
@@ -59,7 +63,11 @@ def score(arguments: Sequence[str]) -> None:
     config, given = _parse(configs.ScoreConfig, arguments, "staff score", ("quiet", "json"))
     with _Progress(quiet="quiet" in given) as progress:
         path, n = pipeline.score(config, on_progress=progress)
-    _say(given, f"scores     {path} ({n} samples; take them up again with staff select --scores {path})", {"scores": str(path), "n": n})
+    _say(
+        given,
+        f"scores     {path} ({n} samples; take them up again with staff select --scores {path})",
+        {"scores": str(path), "n": n},
+    )
 
 
 def evaluate(arguments: Sequence[str]) -> None:
@@ -86,9 +94,17 @@ def compare(arguments: Sequence[str]) -> None:
     import argparse
 
     parser = argparse.ArgumentParser("staff compare", description=compare.__doc__)
-    parser.add_argument("--config", metavar="FILE.yaml", help="what to compare: tasks, target, drafts, methods, pruning_rates, seeds")
-    parser.add_argument("--output", help="the folder, in place of the file's own; the same command goes on where it stopped")
-    parser.add_argument("--tables", action="store_true", help="make the tables of what is finished, and work on nothing")
+    parser.add_argument(
+        "--config",
+        metavar="FILE.yaml",
+        help="what to compare: tasks, target, drafts, methods, pruning_rates, seeds",
+    )
+    parser.add_argument(
+        "--output", help="the folder, in place of the file's own; the same command goes on where it stopped"
+    )
+    parser.add_argument(
+        "--tables", action="store_true", help="make the tables of what is finished, and work on nothing"
+    )
     for switch in ("update", "quiet", "json"):
         parser.add_argument(f"--{switch}", action="store_true", help=SWITCHES[switch])
     given = parser.parse_args(list(arguments))
@@ -104,7 +120,11 @@ def compare(arguments: Sequence[str]) -> None:
             comparing.compare(comparison, update=given.update, on_progress=progress)
     text = results.report(comparison.output, {name: task.metrics for name, task in comparison.tasks.items()})
     files = {name: str(comparison.output / name) for name in ("results.csv", "results.md", "differences.csv")}
-    _say({name for name in ("quiet", "json") if getattr(given, name)}, f"{text}\ntables are in {files['results.md']}", files)
+    _say(
+        {name for name in ("quiet", "json") if getattr(given, name)},
+        f"{text}\ntables are in {files['results.md']}",
+        files,
+    )
 
 
 def inspect(arguments: Sequence[str]) -> None:
@@ -140,7 +160,10 @@ def methods(arguments: Sequence[str]) -> None:
     del arguments
     for row in methods_table():
         print(f"{row.name:18}{row.about}")
-        print(f"{'':18}needs {row.needs or 'nothing'}; cost {row.cost}" + (f"; {row.paper}" if row.paper else ""))
+        print(
+            f"{'':18}needs {row.needs or 'nothing'}; cost {row.cost}"
+            + (f"; {row.paper}" if row.paper else "")
+        )
         if row.options:
             print(f"{'':18}options {row.options}")
     print(f"\ncost in passes of the target over the pool. {COST_SYMBOLS}")
@@ -158,7 +181,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 }
 
 
-def _parse(kind: type, arguments: Sequence[str], program: str, switches: tuple[str, ...]) -> tuple[Any, set[str]]:
+def _parse(
+    kind: type, arguments: Sequence[str], program: str, switches: tuple[str, ...]
+) -> tuple[Any, set[str]]:
     """Flags over a YAML file over defaults.
 
     Returns:
@@ -177,16 +202,27 @@ def _parse(kind: type, arguments: Sequence[str], program: str, switches: tuple[s
     preset = _take(rest, "preset", f"a name: {', '.join(configs.PRESETS)}") if has_presets else None
     if path or preset:
         values = configs.read_yaml(path) if path else {}
-        default = configs.from_mapping(kind, {**values, **({"preset": preset} if preset else {})}, path or "--preset")
+        default = configs.from_mapping(
+            kind, {**values, **({"preset": preset} if preset else {})}, path or "--preset"
+        )
     known = {"config FILE.yaml": "a YAML file of settings: flags typed earlier"}
     if has_presets:
-        known["preset NAME"] = f"settings under one name, of {', '.join(configs.PRESETS)}; what else is given overrides them"
+        known["preset NAME"] = (
+            f"settings under one name, of {', '.join(configs.PRESETS)}; what else is given overrides them"
+        )
     known |= {name: SWITCHES[name] for name in switches}
     if "quiet" in given:
         for handler in logging.getLogger().handlers:
             handler.setLevel(logging.ERROR)
     description = "\n".join([kind.__doc__ or "", "", *(f"--{name}: {text}" for name, text in known.items())])
-    return tyro.cli(kind, args=rest, default=default, prog=program, description=description, config=(tyro.conf.OmitArgPrefixes,)), given
+    return tyro.cli(
+        kind,
+        args=rest,
+        default=default,
+        prog=program,
+        description=description,
+        config=(tyro.conf.OmitArgPrefixes,),
+    ), given
 
 
 def _take(arguments: list[str], name: str, what: str) -> str | None:
@@ -214,9 +250,22 @@ class _Progress:
 
     def __enter__(self) -> _Progress:
         if self._console.is_terminal and not self._console.quiet:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
 
-            columns = (TextColumn("{task.description:22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description:22}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
             self._bars = Progress(*columns, console=self._console)
             self._bars.start()
         return self
@@ -248,7 +297,11 @@ def summary(run: Any, config: configs.SelectConfig) -> str:
 
     selection, cost, manifest = run.selection, run.cost, run.manifest
     n, m = manifest["n"], manifest["m"]
-    lines = ["", f"pool       {n} samples ({manifest['format']})" + (f", {manifest['tokens']:,} tokens" if "tokens" in manifest else "")]
+    lines = [
+        "",
+        f"pool       {n} samples ({manifest['format']})"
+        + (f", {manifest['tokens']:,} tokens" if "tokens" in manifest else ""),
+    ]
     lines += [f"           {remark}" for remark in remarks(manifest, config.max_length)]
     if manifest["skipped"]:
         lines.append(f"           rows left out are listed in {run.path / 'skipped.jsonl'}")
@@ -262,28 +315,44 @@ def summary(run: Any, config: configs.SelectConfig) -> str:
         budget_share = sum(region.selected for region in verified) / max(m, 1)
         ratios = sorted(region.ratio for region in verified)
         count = len(selection.verified)
-        lines.append(f"verified   {count} samples on the target ({count / n:.1%} of the pool), in {len(verified)} regions")
-        lines.append(f"           that hold {pool_share:.0%} of the pool and {budget_share:.0%} of the coreset")
+        lines.append(
+            f"verified   {count} samples on the target ({count / n:.1%} of the pool), in {len(verified)} regions"
+        )
+        lines.append(
+            f"           that hold {pool_share:.0%} of the pool and {budget_share:.0%} of the coreset"
+        )
         lines.append(f"           V_i from {ratios[0]:.3g} to {ratios[-1]:.3g}")
         if min(pool_share, budget_share) < 0.5:
-            lines.append("           warning: less than half lies in verified regions. Fewer --num-regions hold more samples each")
+            lines.append(
+                "           warning: less than half lies in verified regions. Fewer --num-regions hold more samples each"
+            )
     elif manifest["method"] == "staff":
         lines.append(
             f"           warning: none verified, for none has more than {config.verification_budget} samples. Use fewer --num-regions"
         )
     if manifest.get("fidelity") is not None:
-        lines.append(f"fidelity   draft and target rank the verified samples with Spearman {manifest['fidelity']:.2f}")
+        lines.append(
+            f"fidelity   draft and target rank the verified samples with Spearman {manifest['fidelity']:.2f}"
+        )
         if manifest["fidelity"] < 0.3:
-            lines.append("           warning: the draft hardly knows what the target finds hard; try another draft, or --method direct")
+            lines.append(
+                "           warning: the draft hardly knows what the target finds hard; try another draft, or --method direct"
+            )
     if selection.filled or selection.filled_from_cut:
-        lines.append(f"fill       {selection.filled} samples drawn at random, since the budgets left them over")
-        lines.append(f"           {selection.filled_from_cut} taken back from the hardest ones that were set aside")
+        lines.append(
+            f"fill       {selection.filled} samples drawn at random, since the budgets left them over"
+        )
+        lines.append(
+            f"           {selection.filled_from_cut} taken back from the hardest ones that were set aside"
+        )
     files = f"for other trainers see {run.path / 'train'}, for every row's scores scores.parquet"
     lines += ["", _cost_table(cost), "", f"coreset is {run.path / 'coreset.jsonl'}; {files}"]
     if config.push_to_hub:
         lines.append(f"it is on the hub as the data set {config.push_to_hub}")
     target = f" --model {config.target}" if config.target else " --model MODEL"
-    lines.append(f"train on it: staff finetune --data {run.path / 'coreset.jsonl'}{target} --output {run.path / 'adapter'}")
+    lines.append(
+        f"train on it: staff finetune --data {run.path / 'coreset.jsonl'}{target} --output {run.path / 'adapter'}"
+    )
     return "\n".join(lines)
 
 
@@ -291,10 +360,16 @@ def _cells_table(runs: list[Any], config: configs.SelectConfig) -> str:
     """A line a coreset, how alike they are, and what all of it cost."""
     from staff.runs.outputs import remarks
 
-    lines = ["", *remarks(runs[0].manifest, config.max_length), f"{'coreset':24}{'pruning rate':>13}{'samples':>9}{'verified':>10}"]
+    lines = [
+        "",
+        *remarks(runs[0].manifest, config.max_length),
+        f"{'coreset':24}{'pruning rate':>13}{'samples':>9}{'verified':>10}",
+    ]
     for run in runs:
         rate = run.manifest["pruning_rate"]
-        lines.append(f"{run.path.name:24}{'' if rate is None else f'{rate:g}':>13}{len(run.indices):9}{len(run.selection.verified):10}")
+        lines.append(
+            f"{run.path.name:24}{'' if rate is None else f'{rate:g}':>13}{len(run.indices):9}{len(run.selection.verified):10}"
+        )
     folder = runs[0].path.parent
     with open(folder / "likeness.csv", encoding="utf-8") as file:
         pairs = list(csv.DictReader(file))
@@ -302,13 +377,21 @@ def _cells_table(runs: list[Any], config: configs.SelectConfig) -> str:
     for pair in pairs:
         both = f"{pair['first']} and {pair['second']}"
         lines.append(f"{both:50}{float(pair['overlap']):7.2f}{float(pair['chance_overlap']):11.2f}")
-    lines += ["", _cost_table(runs[-1].cost), "", f"coresets are in {folder}, one folder each (cells.csv, likeness.csv)"]
+    lines += [
+        "",
+        _cost_table(runs[-1].cost),
+        "",
+        f"coresets are in {folder}, one folder each (cells.csv, likeness.csv)",
+    ]
     return "\n".join(lines)
 
 
 def _cost_table(cost: dict[str, Any]) -> str:
     """Seconds, tokens and passes of each stage, beside what scoring the target directly would cost."""
-    rows = [(stage, row.get("seconds", 0.0), row.get("tokens"), row.get("passes")) for stage, row in cost["stages"].items()]
+    rows = [
+        (stage, row.get("seconds", 0.0), row.get("tokens"), row.get("passes"))
+        for stage, row in cost["stages"].items()
+    ]
     rows.append(("in all", cost["seconds"], None, cost.get("passes")))
     if "direct" in cost and cost["stages"].keys() & {"score on the draft"}:
         rows.append(("without a draft (direct)", cost["direct"]["seconds"], None, cost["direct"]["passes"]))
@@ -318,7 +401,9 @@ def _cost_table(cost: dict[str, Any]) -> str:
             f"{stage:26}{seconds:9.1f}{'' if tokens is None else f'{tokens:,.0f}':>12}{'' if passes is None else f'{passes:.2f}':>22}"
         )
     if "sum" in cost:
-        terms = "(2 x {epochs:g} x {share:g} + 1) x {relative_cost:.2f} + {verified_share:.2f} = {passes:.2f}".format(**cost["sum"])
+        terms = "(2 x {epochs:g} x {share:g} + 1) x {relative_cost:.2f} + {verified_share:.2f} = {passes:.2f}".format(
+            **cost["sum"]
+        )
         lines += [f"by the sum (2 T f + 1) r + v = {terms} passes", cost["verdict"]]
     return "\n".join(lines)
 

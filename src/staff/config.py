@@ -152,13 +152,21 @@ class SelectConfig(_Training, _Scoring):
     def __post_init__(self):
         _as_paths(self)
         method, rates = self.method, self.pruning_rate
-        object.__setattr__(self, "method", (method,) if isinstance(method, str) else tuple(dict.fromkeys(method)))
-        object.__setattr__(self, "pruning_rate", (rates,) if isinstance(rates, (int, float)) else tuple(dict.fromkeys(rates or ())))
+        object.__setattr__(
+            self, "method", (method,) if isinstance(method, str) else tuple(dict.fromkeys(method))
+        )
+        object.__setattr__(
+            self,
+            "pruning_rate",
+            (rates,) if isinstance(rates, (int, float)) else tuple(dict.fromkeys(rates or ())),
+        )
         if self.pruning_rate and self.budget is not None:
             raise ValueError("give --pruning-rate or --budget, not both")
         for rate in self.pruning_rate:
             if not 0 <= rate < 1:
-                raise ValueError(f"--pruning-rate is the fraction of the pool removed, in [0, 1); found {rate}")
+                raise ValueError(
+                    f"--pruning-rate is the fraction of the pool removed, in [0, 1); found {rate}"
+                )
         if self.budget is not None and self.budget < 0:
             raise ValueError(f"--budget is a number of samples, 0 or more; found {self.budget}")
         _in_range(self, "draft_share", 0, 1, open_below=True)
@@ -270,7 +278,9 @@ class PlanConfig(_Engine):
         object.__setattr__(self, "pruning_rate", tuple(self.pruning_rate))
         for rate in self.pruning_rate:
             if not 0 <= rate < 1:
-                raise ValueError(f"--pruning-rate is the fraction of the pool removed, in [0, 1); found {rate}")
+                raise ValueError(
+                    f"--pruning-rate is the fraction of the pool removed, in [0, 1); found {rate}"
+                )
         _in_range(self, "epochs", 0, None, open_below=True)
         _in_range(self, "draft_epochs", 0, None)
         _in_range(self, "draft_share", 0, 1, open_below=True)
@@ -317,7 +327,9 @@ def _check_scoring(config) -> None:
     if config.batch_tokens is not None:
         _in_range(config, "batch_tokens", 1, None)
     if config.balance_layers and config.scope in ("last-value", "released"):
-        raise ValueError(f"--balance-layers needs a scope of several weights, as last-block or linear; {config.scope} has one")
+        raise ValueError(
+            f"--balance-layers needs a scope of several weights, as last-block or linear; {config.scope} has one"
+        )
 
 
 @dataclass(frozen=True)
@@ -385,7 +397,11 @@ def flat(config) -> dict[str, Any]:
 
 def _groups(kind: type) -> dict[str, type]:
     """The fields of a config that are configs themselves."""
-    return {field.name: type(field.default) for field in dataclasses.fields(kind) if dataclasses.is_dataclass(field.default)}
+    return {
+        field.name: type(field.default)
+        for field in dataclasses.fields(kind)
+        if dataclasses.is_dataclass(field.default)
+    }
 
 
 # several settings under one name; what else is given overrides them
@@ -427,7 +443,9 @@ def from_mapping(kind: type, values: dict[str, Any], source: str):
             raise ValueError(f"{source}: there is no setting {name!r}; {cure}")
         clean[key] = _typed(value, str(fields[key].type), f"{source}: {name}")
     for name, group in groups.items():
-        taken = {field.name: clean.pop(field.name) for field in dataclasses.fields(group) if field.name in clean}
+        taken = {
+            field.name: clean.pop(field.name) for field in dataclasses.fields(group) if field.name in clean
+        }
         clean[name] = group(**taken)
     return kind(**clean)
 
@@ -455,7 +473,12 @@ def _typed(value: Any, type_name: str, where: str) -> Any:
     if base not in wanted:
         value = expand(str(value))
         if base.startswith(("Literal", "Dtype")):
-            choices = re.findall(r'["\']([\w-]+)["\']', type_name) or ["auto", "float32", "bfloat16", "float16"]
+            choices = re.findall(r'["\']([\w-]+)["\']', type_name) or [
+                "auto",
+                "float32",
+                "bfloat16",
+                "float16",
+            ]
             if value not in choices:
                 raise ValueError(f"{where} must be one of {', '.join(choices)}; found {value!r}")
     return value
@@ -506,5 +529,7 @@ def to_yaml(config) -> str:
     """A config as YAML that `read_yaml` and `from_mapping` turn into the same config again."""
     import yaml
 
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in flat(config).items()}
+    values = {
+        name: list(value) if isinstance(value, tuple) else value for name, value in flat(config).items()
+    }
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=False)

@@ -43,11 +43,15 @@ def derive(quantity: str, array: np.ndarray, seed: int) -> np.ndarray:
     """
     made = quantity.rpartition(".")[2]
     if made not in MAKES:
-        raise ValueError(f"{quantity!r}: only {', '.join(MAKES)} can be made of another quantity; found {made!r}")
+        raise ValueError(
+            f"{quantity!r}: only {', '.join(MAKES)} can be made of another quantity; found {made!r}"
+        )
     return MAKES[made](array, seed=seed)
 
 
-def neighbours(features: np.ndarray, *, seed: int, num_neighbours: int = NUM_NEIGHBOURS, exact: bool | None = None) -> np.ndarray:
+def neighbours(
+    features: np.ndarray, *, seed: int, num_neighbours: int = NUM_NEIGHBOURS, exact: bool | None = None
+) -> np.ndarray:
     """The nearest other samples of each sample, by Euclidean distance.
 
     Up to 20,000 rows every pair is looked at. Above, the rows are put into sqrt(n) k-means clusters; a sample's own and the
@@ -79,7 +83,9 @@ def neighbours(features: np.ndarray, *, seed: int, num_neighbours: int = NUM_NEI
     if exact or (exact is None and n <= APPROXIMATE_ABOVE):
         if n > APPROXIMATE_ABOVE:
             log.warning(
-                "looking at all %.1e pairs of %d samples for their neighbours; exact=False looks in nearby clusters alone", n * n, n
+                "looking at all %.1e pairs of %d samples for their neighbours; exact=False looks in nearby clusters alone",
+                n * n,
+                n,
             )
         return _nearest(features, everyone, everyone, num_neighbours)
 
@@ -99,9 +105,18 @@ def neighbours(features: np.ndarray, *, seed: int, num_neighbours: int = NUM_NEI
 
     checked = np.sort(np.random.default_rng(seed).choice(n, min(NUM_CHECKED, n), replace=False))
     truth = _nearest(features, checked, everyone, num_neighbours)
-    recall = float(np.mean([len(np.intersect1d(a, b)) / num_neighbours for a, b in zip(found[checked], truth, strict=True)]))
+    recall = float(
+        np.mean(
+            [len(np.intersect1d(a, b)) / num_neighbours for a, b in zip(found[checked], truth, strict=True)]
+        )
+    )
     report = log.info if recall >= 0.9 else log.warning
-    report("approximate neighbours of %d samples: %.0f %% of the true ones found on %d samples", n, 100 * recall, len(checked))
+    report(
+        "approximate neighbours of %d samples: %.0f %% of the true ones found on %d samples",
+        n,
+        100 * recall,
+        len(checked),
+    )
     return found
 
 
@@ -122,7 +137,9 @@ def clusters(features: np.ndarray, *, seed: int, num_clusters: int | None = None
     if n == 0:
         return np.empty(0, np.int64)
     num_clusters = num_clusters or max(1, min(NUM_CLUSTERS, n // 20))
-    return _cluster(features, min(num_clusters, n), seed, rows_a_cluster=ROWS_A_CLUSTER if n > APPROXIMATE_ABOVE else n)[0]
+    return _cluster(
+        features, min(num_clusters, n), seed, rows_a_cluster=ROWS_A_CLUSTER if n > APPROXIMATE_ABOVE else n
+    )[0]
 
 
 def text_space(texts: Iterable[str], *, seed: int = 0) -> dict[str, np.ndarray]:
@@ -149,7 +166,9 @@ def text_space(texts: Iterable[str], *, seed: int = 0) -> dict[str, np.ndarray]:
 
     tokenize = UnicodeTokenizer().tokenize
     # a text without words is a word of its own
-    vectorizer = TfidfVectorizer(analyzer=lambda text: tokenize(text) or [text], max_features=MAX_WORDS, dtype=np.float32)
+    vectorizer = TfidfVectorizer(
+        analyzer=lambda text: tokenize(text) or [text], max_features=MAX_WORDS, dtype=np.float32
+    )
     vectors = vectorizer.fit_transform(texts)
     vectors.sort_indices()
     n = vectors.shape[0]
@@ -162,7 +181,13 @@ def text_space(texts: Iterable[str], *, seed: int = 0) -> dict[str, np.ndarray]:
         directions = np.divide(directions, lengths, out=np.zeros_like(directions), where=lengths > 0)
         labels = clusters(directions, seed=seed, num_clusters=max(1, min(NUM_CLUSTERS, n // 10)))
     shape = np.array(vectors.shape)
-    return {"data": vectors.data, "indices": vectors.indices, "indptr": vectors.indptr, "shape": shape, "labels": labels}
+    return {
+        "data": vectors.data,
+        "indices": vectors.indices,
+        "indptr": vectors.indptr,
+        "shape": shape,
+        "labels": labels,
+    }
 
 
 def spread(space: Mapping[str, np.ndarray], positions: np.ndarray, *, seed: int = 0) -> dict[str, float]:
@@ -184,8 +209,14 @@ def spread(space: Mapping[str, np.ndarray], positions: np.ndarray, *, seed: int 
     m = len(positions)
     if m < 2:
         return {"nearest": float("nan"), "clusters": covered}
-    vectors = csr_array((space["data"], space["indices"], space["indptr"]), shape=tuple(space["shape"]))[positions]
-    asked = np.arange(m) if m <= NUM_ASKED else np.sort(np.random.default_rng(seed).choice(m, NUM_ASKED, replace=False))
+    vectors = csr_array((space["data"], space["indices"], space["indptr"]), shape=tuple(space["shape"]))[
+        positions
+    ]
+    asked = (
+        np.arange(m)
+        if m <= NUM_ASKED
+        else np.sort(np.random.default_rng(seed).choice(m, NUM_ASKED, replace=False))
+    )
     others = vectors.T.tocsr()
     highest = []
     step = max(1, SIMILARITIES_AT_ONCE // m)
@@ -207,13 +238,21 @@ def _cluster(features, num_clusters, seed, rows_a_cluster):
 
     drawn = features
     if rows_a_cluster * num_clusters < len(features):
-        drawn = features[np.sort(np.random.default_rng(seed).choice(len(features), rows_a_cluster * num_clusters, replace=False))]
+        drawn = features[
+            np.sort(
+                np.random.default_rng(seed).choice(
+                    len(features), rows_a_cluster * num_clusters, replace=False
+                )
+            )
+        ]
     # k-means++ would take longer than all the rest on large pools, and faiss does without it too
     init = "k-means++" if drawn is features else "random"
     model = KMeans(num_clusters, init=init, max_iter=25, n_init=1, random_state=seed)
     # one OpenMP thread: with several, k-means adds up its threads' sums in the order in which they end
     with threadpool_limits(1, user_api="openmp"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than clusters: empty clusters will do
+        warnings.simplefilter(
+            "ignore", ConvergenceWarning
+        )  # fewer distinct rows than clusters: empty clusters will do
         model.fit(drawn)
         labels = model.labels_ if drawn is features else model.predict(features)
     return labels.astype(np.int64), model.cluster_centers_
@@ -226,7 +265,11 @@ def _project(features, seed):
     _need_sklearn()
     from sklearn.decomposition import PCA
 
-    drawn = np.sort(np.random.default_rng(seed).choice(len(features), min(len(features), APPROXIMATE_ABOVE), replace=False))
+    drawn = np.sort(
+        np.random.default_rng(seed).choice(
+            len(features), min(len(features), APPROXIMATE_ABOVE), replace=False
+        )
+    )
     model = PCA(min(PROJECTED, len(drawn)), svd_solver="randomized", random_state=seed)
     return model.fit(features[drawn]).transform(features)
 
@@ -256,7 +299,9 @@ def _look_again(features, queries, shortlist, num_neighbours):
         apart = features[shortlist[rows]] - features[queries[rows], None]
         distances = np.einsum("qsd,qsd->qs", apart, apart)
         distances[shortlist[rows] < 0] = np.inf
-        found[rows] = np.take_along_axis(shortlist[rows], np.argsort(distances, axis=1, kind="stable")[:, :num_neighbours], axis=1)
+        found[rows] = np.take_along_axis(
+            shortlist[rows], np.argsort(distances, axis=1, kind="stable")[:, :num_neighbours], axis=1
+        )
     return found
 
 
@@ -268,7 +313,10 @@ def _lowest(distances, count, width=64):
         whole = distances[:, : num_blocks * width].reshape(len(distances), num_blocks, width).min(axis=2)
         blocks = np.sort(np.argpartition(whole, count - 1, axis=1)[:, :count], axis=1)
         columns = (blocks[:, :, None] * width + np.arange(width)).reshape(len(distances), -1)
-        over = np.broadcast_to(np.arange(num_blocks * width, distances.shape[1]), (len(distances), distances.shape[1] - num_blocks * width))
+        over = np.broadcast_to(
+            np.arange(num_blocks * width, distances.shape[1]),
+            (len(distances), distances.shape[1] - num_blocks * width),
+        )
         columns = np.concatenate([columns, over], axis=1)
         values = np.take_along_axis(distances, columns, axis=1)
         return np.take_along_axis(columns, _lowest_by_sorting(values, count), axis=1)
@@ -277,7 +325,9 @@ def _lowest(distances, count, width=64):
 
 def _lowest_by_sorting(values, count):
     lowest = np.sort(np.argpartition(values, count - 1, axis=1)[:, :count], axis=1)
-    return np.take_along_axis(lowest, np.argsort(np.take_along_axis(values, lowest, axis=1), axis=1, kind="stable"), axis=1)
+    return np.take_along_axis(
+        lowest, np.argsort(np.take_along_axis(values, lowest, axis=1), axis=1, kind="stable"), axis=1
+    )
 
 
 def _squared_distances(a, b):
@@ -286,7 +336,9 @@ def _squared_distances(a, b):
 
 def _need_sklearn():
     if importlib.util.find_spec("sklearn") is None:
-        raise ImportError("clusters, and neighbours among more than 20,000 samples, need scikit-learn: pip install 'staff-coreset[graph]'")
+        raise ImportError(
+            "clusters, and neighbours among more than 20,000 samples, need scikit-learn: pip install 'staff-coreset[graph]'"
+        )
 
 
 def _check(features):
@@ -297,7 +349,9 @@ def _check(features):
         raise ValueError(f"features must be one row a sample, (n, d); found shape {features.shape}")
     bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
     if len(bad):
-        raise ValueError(f"{len(bad)} of {len(features)} samples have features that are nan or infinite (positions {bad[:5].tolist()})")
+        raise ValueError(
+            f"{len(bad)} of {len(features)} samples have features that are nan or infinite (positions {bad[:5].tolist()})"
+        )
     return features
 
 

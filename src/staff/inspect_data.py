@@ -85,7 +85,11 @@ def inspect(rows: Rows, tokenizer: Any = None, max_length: int = 1024) -> dict:
         "duplicates": _repeats(rows, whole),
         "duplicate_prompts": None if text_only else _repeats(rows, prompts),
         "near_duplicates": _near_duplicates(rows),
-        "ids": {"rows": sum(ids.values()), "different": len(ids), "most": [(i, c) for i, c in ids.most_common(3) if c > 1]},
+        "ids": {
+            "rows": sum(ids.values()),
+            "different": len(ids),
+            "most": [(i, c) for i, c in ids.most_common(3) if c > 1],
+        },
         "characters": dict(odd),
         "tokens": tokens,
         "first": _first(rows, tokenizer, max_length),
@@ -107,7 +111,9 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
         return models.load_tokenizer(models.resolve(model, "--model"), trust_remote_code)
     if not path.is_dir():
         if path.exists() or not model_files.HUB_ID.fullmatch(model) or model.startswith("."):
-            raise ValueError(f"--model {model}: there is no such folder or .gguf file, and it is not a hub id (owner/model)")
+            raise ValueError(
+                f"--model {model}: there is no such folder or .gguf file, and it is not a hub id (owner/model)"
+            )
         path = model_files.fetch(model, "--model", (*model_files.DESCRIBES, "adapter_config.json", "*.py"))
     if (path / "adapter_config.json").is_file() and not (path / "tokenizer_config.json").is_file():
         base = str(read_json(path / "adapter_config.json").get("base_model_name_or_path"))
@@ -133,8 +139,16 @@ def _lengths(values: np.ndarray) -> dict:
         return {"quantiles": {}, "histogram": [], "edges": []}
     top = max(float(np.quantile(values, 0.99)), 1.0)
     counts, edges = np.histogram(np.minimum(values, top), bins=20, range=(0, top))
-    quantiles = {f"{q:.0%}": int(v) for q, v in zip(QUANTILES, np.quantile(values, QUANTILES, method="lower"), strict=True)}
-    return {"quantiles": quantiles, "mean": float(values.mean()), "histogram": counts.tolist(), "edges": edges.round(1).tolist()}
+    quantiles = {
+        f"{q:.0%}": int(v)
+        for q, v in zip(QUANTILES, np.quantile(values, QUANTILES, method="lower"), strict=True)
+    }
+    return {
+        "quantiles": quantiles,
+        "mean": float(values.mean()),
+        "histogram": counts.tolist(),
+        "edges": edges.round(1).tolist(),
+    }
 
 
 def _repeats(rows: Rows, digests: np.ndarray) -> dict:
@@ -142,7 +156,9 @@ def _repeats(rows: Rows, digests: np.ndarray) -> dict:
     order = np.argsort(digests, kind="stable")
     same = digests[order][1:] == digests[order][:-1]
     later = order[1:][same]
-    first = sorted((int(rows.numbers[order[i]]), int(rows.numbers[order[i + 1]])) for i in np.flatnonzero(same))
+    first = sorted(
+        (int(rows.numbers[order[i]]), int(rows.numbers[order[i + 1]])) for i in np.flatnonzero(same)
+    )
     return {"rows": len(later), "examples": first[:5]}
 
 
@@ -153,13 +169,23 @@ def _columns(rows: Rows) -> list[dict]:
     for row in rows.raw(range(min(len(rows), ROWS_FOR_COLUMNS))):
         looked += 1
         for column, value in row.items():
-            empty = value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, list | dict) and not value)
+            empty = (
+                value is None
+                or (isinstance(value, str) and not value.strip())
+                or (isinstance(value, list | dict) and not value)
+            )
             kinds.setdefault(str(column), Counter())["empty" if empty else type(value).__name__] += 1
     layout = rows.layout
     names = ("prompt", "response", "text", "messages", "query", "system", "history", "tools", "id")
     used = {getattr(layout, name): name for name in names if getattr(layout, name) is not None}
     return [
-        {"name": c, "kinds": dict(k), "missing": looked - k.total(), "used_as": used.get(c), "rows_looked_at": looked}
+        {
+            "name": c,
+            "kinds": dict(k),
+            "missing": looked - k.total(),
+            "used_as": used.get(c),
+            "rows_looked_at": looked,
+        }
         for c, k in kinds.items()
     ]
 
@@ -214,7 +240,9 @@ def _near_duplicates(rows: Rows) -> dict:
         return {"rows": None, "reason": "not looked for: pip install datasketch"}
     positions = _spread(len(rows), ROWS_FOR_NEAR)
     index = MinHashLSH(threshold=SIMILAR, num_perm=64)
-    empty = MinHash(num_perm=64, seed=1, hashfunc=zlib.crc32)  # copied: making the permutations is most of a sketch's cost
+    empty = MinHash(
+        num_perm=64, seed=1, hashfunc=zlib.crc32
+    )  # copied: making the permutations is most of a sketch's cost
     seen: set[int] = set()
     near = 0
     examples: list[tuple[int, int]] = []
@@ -243,7 +271,8 @@ def _first(rows: Rows, tokenizer: Any, max_length: int) -> list[dict]:
     numbers = rows.numbers[:ROWS_SHOWN].tolist()
     if tokenizer is None:
         return [
-            {"row": n, "pieces": [(f"{t.role}: {t.content}\n", t.train) for t in e.turns]} for n, e in zip(numbers, examples, strict=True)
+            {"row": n, "pieces": [(f"{t.role}: {t.content}\n", t.train) for t in e.turns]}
+            for n, e in zip(numbers, examples, strict=True)
         ]
     from staff.data.tokens import tokenise
 
@@ -253,7 +282,9 @@ def _first(rows: Rows, tokenizer: Any, max_length: int) -> list[dict]:
         ids, mask = pool.ids(i), pool.is_response[pool.offsets[i] : pool.offsets[i + 1]]
         turning = np.flatnonzero(np.diff(mask)) + 1
         pieces = zip(np.split(ids, turning), chain([0], turning.tolist()), strict=True)
-        first.append({"row": number, "pieces": [(tokenizer.decode(p.tolist()), bool(mask[at])) for p, at in pieces]})
+        first.append(
+            {"row": number, "pieces": [(tokenizer.decode(p.tolist()), bool(mask[at])) for p, at in pieces]}
+        )
     return first
 
 
@@ -287,13 +318,19 @@ def render(report: dict) -> str:
         lines.append(f"  {name:<16}{_bars(length['histogram'])}  {quantiles}")
     tokens = report["tokens"]
     if tokens is not None:
-        of = "" if tokens["rows_looked_at"] == report["rows"] else f" (of {tokens['rows_looked_at']:,} rows looked at)"
+        of = (
+            ""
+            if tokens["rows_looked_at"] == report["rows"]
+            else f" (of {tokens['rows_looked_at']:,} rows looked at)"
+        )
         lines.append(
             f"  with at most {tokens['max_length']:,} tokens: {tokens['truncated']:,} rows lose the start of their prompt, "
             f"{tokens['cut_responses']:,} the end of their response{of}; {tokens['total']:,} tokens remain"
         )
         if tokens["cut_examples"]:
-            lines.append(f"  responses cut: rows {', '.join(map(str, tokens['cut_examples']))}; a larger --max-length keeps them")
+            lines.append(
+                f"  responses cut: rows {', '.join(map(str, tokens['cut_examples']))}; a larger --max-length keeps them"
+            )
     lines.append("\n[bold]Duplicates[/bold]")
     lines.append(f"  equal rows: {_pairs(report['duplicates'])}")
     if report["duplicate_prompts"] is not None:
@@ -302,12 +339,20 @@ def render(report: dict) -> str:
     if near["rows"] is None:
         lines.append(f"  near-duplicates: {_safe(near['reason'])}")
     else:
-        of = "" if near["rows_looked_at"] == report["rows"] else f" (of {near['rows_looked_at']:,} rows looked at)"
-        lines.append(f"  near-duplicates, {near['similarity']:.0%} of word triples shared: {_pairs(near)}{of}")
+        of = (
+            ""
+            if near["rows_looked_at"] == report["rows"]
+            else f" (of {near['rows_looked_at']:,} rows looked at)"
+        )
+        lines.append(
+            f"  near-duplicates, {near['similarity']:.0%} of word triples shared: {_pairs(near)}{of}"
+        )
     ids = report["ids"]
     if ids["rows"] > ids["different"]:
         most = ", ".join(f"{shown(i, 30)} {c} times" for i, c in ids["most"])
-        lines.append(f"  ids: {ids['rows'] - ids['different']:,} rows repeat one ({_safe(most)}); rows are known by number all the same")
+        lines.append(
+            f"  ids: {ids['rows'] - ids['different']:,} rows repeat one ({_safe(most)}); rows are known by number all the same"
+        )
     for what, count in report["characters"].items():
         lines.append(f"  [yellow]{count:,} rows have {what}[/yellow]")
     lines.append("\n[bold]First rows as the model will see them[/bold] (grey: no loss)")
@@ -315,7 +360,9 @@ def render(report: dict) -> str:
         lines.append(f"[bold]row {row['row']}[/bold]")
         lines.append(
             "".join(
-                f"[bold]{_safe(_cut(t))}[/bold]" if trained else f"[bright_black]{_safe(_cut(t))}[/bright_black]"
+                f"[bold]{_safe(_cut(t))}[/bold]"
+                if trained
+                else f"[bright_black]{_safe(_cut(t))}[/bright_black]"
                 for t, trained in row["pieces"]
             )
         )
@@ -326,7 +373,10 @@ def _safe(text: object) -> str:
     """Data in markup: no tag, and nothing that a terminal would obey (control characters, turned writing direction)."""
     return escape(
         "".join(
-            c if c in "\n\t" or (unicodedata.category(c) not in ("Cc", "Cs") and c not in _TURNING) else repr(c)[1:-1] for c in str(text)
+            c
+            if c in "\n\t" or (unicodedata.category(c) not in ("Cc", "Cs") and c not in _TURNING)
+            else repr(c)[1:-1]
+            for c in str(text)
         )
     )
 

@@ -85,7 +85,9 @@ def select(
     reading = config.reading
     places = (reading.split, reading.dataset_config, reading.revision, reading.dataset_info)
     located = locate(list(config.data), *places) if data is None else None
-    paths = located.paths if located and located.keep is None else ()  # () where nothing on disk could be compared
+    paths = (
+        located.paths if located and located.keep is None else ()
+    )  # () where nothing on disk could be compared
 
     def read() -> formats.Rows:
         return formats.read(located if data is None else data, **reading.keywords())
@@ -94,7 +96,11 @@ def select(
     with contextlib.closing(run), failures_are_said(run.path):
         tell = _noted(run, on_progress)
         contents = {name: _content_of(run, source) for name, source in sources.items()}
-        contents |= {name: _hash_of(run, name, path) for name in ("scores", "validation") if (path := getattr(config, name))}
+        contents |= {
+            name: _hash_of(run, name, path)
+            for name in ("scores", "validation")
+            if (path := getattr(config, name))
+        }
         if paths:
             contents["data"] = lambda: fingerprint([run.hash_file(path) for path in paths])
         inputs = {name: content() for name, content in contents.items()}
@@ -106,11 +112,20 @@ def select(
             for name in names or contents:
                 if name in contents and contents[name]() != inputs[name]:
                     what = ", ".join(config.data) if name == "data" else f"--{name} {getattr(config, name)}"
-                    raise ValueError(f"{what} changed while the run was reading it: put it back and go on, or start again with --update")
+                    raise ValueError(
+                        f"{what} changed while the run was reading it: put it back and go on, or start again with --update"
+                    )
 
         cells = _cells(config, run)
         keys = [
-            fingerprint({"method": _named(methods, cell.method), "rate": cell.pruning_rate, "settings": settings, "inputs": inputs})
+            fingerprint(
+                {
+                    "method": _named(methods, cell.method),
+                    "rate": cell.pruning_rate,
+                    "settings": settings,
+                    "inputs": inputs,
+                }
+            )
             for cell in cells
         ]
         finished = [find_finished(cell, key, read) for cell, key in zip(cells, keys, strict=True)]
@@ -133,7 +148,11 @@ def select(
         unchanged()
         runs = []
         for cell, key, chosen in zip(cells, keys, selections, strict=True):
-            runs.append(chosen if isinstance(chosen, Run) else write(config, run, cell, methods[cell.method], rows, *chosen, work, key))
+            runs.append(
+                chosen
+                if isinstance(chosen, Run)
+                else write(config, run, cell, methods[cell.method], rows, *chosen, work, key)
+            )
         if len(cells) > 1:
             write_tables(run.path, cells, runs)
         run.note("done")
@@ -143,7 +162,14 @@ def select(
 def _noted(run: RunDirectory, on_progress: Progress | None) -> Progress:
     """The progress, with a line in the run's log for each stage that begins; the log begins with what runs here."""
     begun: set[str] = set()
-    run.note(" ".join([f"staff {version_of('staff-coreset')} {commit() or ''}", *(f"{name} {version_of(name)}" for name in PACKAGES)]))
+    run.note(
+        " ".join(
+            [
+                f"staff {version_of('staff-coreset')} {commit() or ''}",
+                *(f"{name} {version_of(name)}" for name in PACKAGES),
+            ]
+        )
+    )
 
     def tell(stage: str, done: int, total: int) -> None:
         if stage not in begun:
@@ -168,8 +194,15 @@ def _cells(config: SelectConfig, run: RunDirectory) -> list[Cell]:
     rates = config.pruning_rate or (None,)
     if len(rates) * len(config.method) == 1:
         return [Cell(config.method[0], rates[0], run.path, run.work / "selection.npz")]
-    names = [(method, rate, method if rate is None else f"{method}-{rate:g}") for method in config.method for rate in rates]
-    return [Cell(method, rate, run.path / name, run.work / f"selection-{name}.npz") for method, rate, name in names]
+    names = [
+        (method, rate, method if rate is None else f"{method}-{rate:g}")
+        for method in config.method
+        for rate in rates
+    ]
+    return [
+        Cell(method, rate, run.path / name, run.work / f"selection-{name}.npz")
+        for method, rate, name in names
+    ]
 
 
 def _named(methods: Mapping[str, Method], name: str) -> Any:
@@ -181,26 +214,45 @@ def _named(methods: Mapping[str, Method], name: str) -> Any:
 
 
 def _choose(
-    config: SelectConfig, methods: Mapping[str, Method], name: str, budget: int, rows: formats.Rows, work: Work
+    config: SelectConfig,
+    methods: Mapping[str, Method],
+    name: str,
+    budget: int,
+    rows: formats.Rows,
+    work: Work,
 ) -> tuple[Selection, np.ndarray | None]:
     """The selection of one cell, and the scores that it was made by."""
     method = methods[name]
     wanted = [need for name in config.method for need in methods[name].needs.values()]
     arrays: dict[str, Any] = {
-        name: work.array(need, wanted) for name, need in method.needs.items() if not (name == "scores" and config.scores)
+        name: work.array(need, wanted)
+        for name, need in method.needs.items()
+        if not (name == "scores" and config.scores)
     }
     if config.scores and "scores" in method.needs:
-        arrays["scores"] = read_scores(config.scores, rows.numbers, [example.id for example in rows.examples()])
+        arrays["scores"] = read_scores(
+            config.scores, rows.numbers, [example.id for example in rows.examples()]
+        )
     scores = arrays.pop("scores", None)
     if method.verify and "target" in work.sources:
         arrays["verify"] = work.ledger(method.verify.split("/")[0])
-    arguments = {**arrays, **_options(config, method), "budget": budget, "rng": np.random.default_rng(config.seed)}
+    arguments = {
+        **arrays,
+        **_options(config, method),
+        "budget": budget,
+        "rng": np.random.default_rng(config.seed),
+    }
     counted = np.zeros(len(rows)) if scores is None else scores
     if config.group_by is None:
         return method.select(counted, **arguments), scores
-    groups = [str(row.get(config.group_by)) if config.group_by in row else None for row in rows.raw(range(len(rows)))]
+    groups = [
+        str(row.get(config.group_by)) if config.group_by in row else None
+        for row in rows.raw(range(len(rows)))
+    ]
     if None in groups:
-        raise ValueError(f"--group-by {config.group_by}: row {rows.numbers[groups.index(None)]} has no such column")
+        raise ValueError(
+            f"--group-by {config.group_by}: row {rows.numbers[groups.index(None)]} has no such column"
+        )
     return select_by_group(method, groups, counted, **arguments), scores
 
 
@@ -228,7 +280,9 @@ def _check(config: SelectConfig, data: Any, methods: Mapping[str, Method]) -> No
         if name not in methods:
             raise ValueError(f"--method must be one of {', '.join(methods)}; found {name!r}")
     if not config.pruning_rate and config.budget is None:
-        raise ValueError("say how much to keep: --pruning-rate 0.8 keeps a fifth, --budget 500 keeps 500 samples")
+        raise ValueError(
+            "say how much to keep: --pruning-rate 0.8 keeps a fifth, --budget 500 keeps 500 samples"
+        )
     for pair in config.option:
         name = pair.split("=", 1)[0]
         known = {option for method in config.method for option in methods[method].options()}
@@ -239,8 +293,12 @@ def _check(config: SelectConfig, data: Any, methods: Mapping[str, Method]) -> No
     if _takes_running(config, methods):
         check_running(config)
     for name in config.method:
-        if not config.draft_epochs and any(need.startswith("draft@") for need in methods[name].needs.values()):
-            raise ValueError(f"--method {name} follows the draft through its tuning, and it is not tuned: give --draft-epochs, 3 say")
+        if not config.draft_epochs and any(
+            need.startswith("draft@") for need in methods[name].needs.values()
+        ):
+            raise ValueError(
+                f"--method {name} follows the draft through its tuning, and it is not tuned: give --draft-epochs, 3 say"
+            )
     if "less" in config.method and not config.validation:
         raise ValueError("--method less needs a few rows of the task as it will be judged: --validation FILE")
 
@@ -282,7 +340,11 @@ def _sources(config: SelectConfig, methods: Mapping[str, Method]) -> dict[str, A
         return {"target": target}
     if not config.draft:
         siblings = ", ".join(models.suggest_drafts(config.target))
-        known = f"Known smaller siblings of its family: {siblings}" if siblings else "No smaller sibling of its family is known here"
+        known = (
+            f"Known smaller siblings of its family: {siblings}"
+            if siblings
+            else "No smaller sibling of its family is known here"
+        )
         raise ValueError(
             f"--method {' '.join(config.method)} needs a small draft of the target's family: name one with --draft. {known}. "
             "Without one: --draft self:8 keeps 8 of the target's own blocks, --method direct scores the target itself"
@@ -332,21 +394,31 @@ def finetune(config: FinetuneConfig, *, update: bool = False, on_progress: Progr
         run.begin(settings, inputs, update)
         key = {"settings": settings, "inputs": inputs}
         manifest = read_checked(run.path / "manifest.json")
-        if manifest and manifest["finished"] == fingerprint(key) and not changed_files(run.path, manifest["files"]):
+        if (
+            manifest
+            and manifest["finished"] == fingerprint(key)
+            and not changed_files(run.path, manifest["files"])
+        ):
             logger.info("%s is finished: nothing to do", run.path)
             return run.path
         from staff.data.tokens import tokenise
-        from staff.models import finetune as training  # here, so that a finished one is recognised without torch
+        from staff.models import (
+            finetune as training,
+        )  # here, so that a finished one is recognised without torch
 
         device = models.pick_device(config.device)
         dtype = models.pick_dtype(config.dtype, device)
         given = source
         if source.gguf:
-            source = models.unpack_gguf(source, run.piece("model", {"gguf": inputs["model"], "dtype": str(dtype)}), dtype)
+            source = models.unpack_gguf(
+                source, run.piece("model", {"gguf": inputs["model"], "dtype": str(dtype)}), dtype
+            )
         tokenizer = models.load_tokenizer(source, config.trust_remote_code)
         folder = run.piece("adapter", key)
         if sealed(folder) is None:
-            pool = tokenise(rows.examples(), tokenizer, config.max_length, lambda done: tell("tokenise", done, len(rows)))
+            pool = tokenise(
+                rows.examples(), tokenizer, config.max_length, lambda done: tell("tokenise", done, len(rows))
+            )
             warn(rows, pool, config.max_length, run.path / "skipped.jsonl")
             model = models.load_model(source, dtype, device, config.trust_remote_code)
             began, steps = time.monotonic(), []
@@ -368,10 +440,14 @@ def finetune(config: FinetuneConfig, *, update: bool = False, on_progress: Progr
             # of a resumed one, what all steps would have taken at the pace of those since
             seconds = (time.monotonic() - began) * steps[-1] / (steps[-1] - steps[0] + 1) if steps else 0.0
             size = dataclasses.asdict(models.measure(tuned))
-            write_json(folder / "cost.json", {"seconds": seconds, "steps": steps[-1] if steps else 0, "size": size})
+            write_json(
+                folder / "cost.json", {"seconds": seconds, "steps": steps[-1] if steps else 0, "size": size}
+            )
         cost = json.loads((folder / "cost.json").read_text()) if (folder / "cost.json").exists() else {}
         if _content_of(run, given)() != inputs["model"]:
-            raise ValueError(f"--model {config.model} changed while it was read: put it back, or start again with --update")
+            raise ValueError(
+                f"--model {config.model} changed while it was read: put it back, or start again with --update"
+            )
         tokenizer.save_pretrained(folder / "tokenizer")
         found = [*(folder / name for name in training.ADAPTER), *sorted((folder / "tokenizer").iterdir())]
         for path in found:
@@ -379,9 +455,22 @@ def finetune(config: FinetuneConfig, *, update: bool = False, on_progress: Progr
         if not given.adapter:
             _name_base(run.path / "adapter_config.json", config.model)
         write_text(run.path / "config.yaml", to_yaml(config))
-        about = {"staff": version_of("staff-coreset"), "commit": commit(), "finished": fingerprint(key), **key, "seed": config.seed}
-        about |= {"versions": {name: version_of(name) for name in PACKAGES}, "python": platform.python_version()}
-        about |= {"machine": platform.machine(), "device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+        about = {
+            "staff": version_of("staff-coreset"),
+            "commit": commit(),
+            "finished": fingerprint(key),
+            **key,
+            "seed": config.seed,
+        }
+        about |= {
+            "versions": {name: version_of(name) for name in PACKAGES},
+            "python": platform.python_version(),
+        }
+        about |= {
+            "machine": platform.machine(),
+            "device": str(device),
+            "dtype": str(dtype).removeprefix("torch."),
+        }
         about |= {"cost": cost, "files": {path.name: hash_file(run.path / path.name) for path in found}}
         write_checked(run.path / "manifest.json", about)
         for piece in (*run.work.glob("model-*"), *run.work.glob("adapter-*")):
@@ -408,7 +497,9 @@ def score(config: ScoreConfig, *, on_progress: Progress | None = None) -> tuple[
     check_named(config, "data", "model", "output")
     output = Path(str(config.output))
     if output.suffix != ".parquet":
-        raise ValueError(f"--output {output}: the scores are written as Parquet; name a file that ends in .parquet")
+        raise ValueError(
+            f"--output {output}: the scores are written as Parquet; name a file that ends in .parquet"
+        )
     from staff.models import load as models
 
     source = models.resolve(config.model, "--model")
@@ -420,12 +511,21 @@ def score(config: ScoreConfig, *, on_progress: Progress | None = None) -> tuple[
 
         def unchanged(*names: str) -> None:
             if _content_of(run, source)() != inputs["target"]:
-                raise ValueError(f"--model {config.model} changed while it was read: put it back and go on, or type the same command again")
+                raise ValueError(
+                    f"--model {config.model} changed while it was read: put it back and go on, or type the same command again"
+                )
 
         names = {field.name for field in dataclasses.fields(SelectConfig)}
-        shared = {name: getattr(config, name) for name in names & {field.name for field in dataclasses.fields(config)}}
+        shared = {
+            name: getattr(config, name)
+            for name in names & {field.name for field in dataclasses.fields(config)}
+        }
         stand_in = SelectConfig(**shared)
-        run.begin({name: value for name, value in flat(stand_in).items() if name not in NOT_RESULTS}, inputs, update=True)
+        run.begin(
+            {name: value for name, value in flat(stand_in).items() if name not in NOT_RESULTS},
+            inputs,
+            update=True,
+        )
         work = Work(stand_in, run, rows, {"target": source}, inputs, tell, unchanged)
         found = work.quantities("target")
         columns = {"row": rows.numbers, "id": [example.id for example in rows.examples()], **found}

@@ -127,7 +127,13 @@ def table(job: Job, speeds: Mapping[str, Speed], pruning_rates: tuple[float, ...
         totals = {rate: selection + (1 - rate) * full for rate in pruning_rates}
         break_even_rate = selection / full if selection < full else None
         rows.append(
-            {"method": name, "stages": found, "selection_seconds": selection, "total_seconds": totals, "break_even": break_even_rate}
+            {
+                "method": name,
+                "stages": found,
+                "selection_seconds": selection,
+                "total_seconds": totals,
+                "break_even": break_even_rate,
+            }
         )
     return rows
 
@@ -142,7 +148,10 @@ def advice(job: Job, speeds: Mapping[str, Speed], pruning_rate: float) -> str:
     choices = {name: seconds[name] for name in ("staff", "direct") if name in seconds}
     best = min(choices, key=choices.__getitem__)
     total = choices[best] + (1 - pruning_rate) * full
-    what = {"staff": "use this draft (--method staff)", "direct": "score the target directly (--method direct)"}[best]
+    what = {
+        "staff": "use this draft (--method staff)",
+        "direct": "score the target directly (--method direct)",
+    }[best]
     if total < full:
         other = next((name for name in choices if name != best), None)
         beside = f", {choices[other]:.0f} s with --method {other}" if other else ""

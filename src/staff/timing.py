@@ -27,7 +27,11 @@ def measure(model: Any, pool: Pool, config: PlanConfig) -> plan.Speed:
     rng = np.random.default_rng(config.seed)
     positions = rng.permutation(len(pool))[: 2 * SAMPLES]
     positions = np.resize(positions, 2 * SAMPLES)
-    with_adapter: Any = adapters.add_lora(model, config.lora_rank, config.lora_rank, config.seed) if config.scope == "lora" else None
+    with_adapter: Any = (
+        adapters.add_lora(model, config.lora_rank, config.lora_rank, config.seed)
+        if config.scope == "lora"
+        else None
+    )
     scorer = Scorer(with_adapter or model, config.scope, config.batch_tokens)
     scorer.scores(pool, positions[:SAMPLES])
     began = time.perf_counter()
@@ -64,13 +68,19 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
     device = models.pick_device(config.device)
     dtype = models.pick_dtype(config.dtype, device)
     keep = models.self_blocks(config.draft)
-    names = {"target": config.target} | ({"draft": config.target if keep else config.draft} if config.draft else {})
+    names = {"target": config.target} | (
+        {"draft": config.target if keep else config.draft} if config.draft else {}
+    )
     sources = {label: models.resolve(str(name), f"--{label}") for label, name in names.items()}
     speeds, pools = {}, {}
     for label, source in sources.items():
-        pools[label] = tokenise(rows.examples(), models.load_tokenizer(source, config.trust_remote_code), config.max_length)
+        pools[label] = tokenise(
+            rows.examples(), models.load_tokenizer(source, config.trust_remote_code), config.max_length
+        )
         model = models.load_model(source, dtype, device, config.trust_remote_code, config.load_in)
-        speeds[label] = measure(draft.cut(model, keep) if label == "draft" and keep else model, pools[label], config)
+        speeds[label] = measure(
+            draft.cut(model, keep) if label == "draft" and keep else model, pools[label], config
+        )
     if "draft" in speeds:  # a tokenizer of its own may make more or fewer tokens of the same text
         scale = pools["draft"].lengths.sum() / pools["target"].lengths.sum()
         speeds["draft"] = plan.Speed(speeds["draft"].scoring * scale, speeds["draft"].training * scale)
@@ -97,14 +107,26 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
 def describe(made: dict[str, Any]) -> str:
     """A plan as a person reads it."""
     rates = list(made["methods"][0]["total_seconds"])
-    lines = ["", f"pool       {made['n']} samples, {made['tokens']:,} tokens; predicted seconds on this machine, loading aside", ""]
-    lines.append(f"{'method':20}{'choosing':>10}" + "".join(f"{f'{float(rate):.0%} pruned':>13}" for rate in rates) + f"{'pays from':>11}")
+    lines = [
+        "",
+        f"pool       {made['n']} samples, {made['tokens']:,} tokens; predicted seconds on this machine, loading aside",
+        "",
+    ]
+    lines.append(
+        f"{'method':20}{'choosing':>10}"
+        + "".join(f"{f'{float(rate):.0%} pruned':>13}" for rate in rates)
+        + f"{'pays from':>11}"
+    )
     for row in made["methods"]:
         pays = "never" if row["break_even"] is None else f"{row['break_even']:.0%}"
         totals = "".join(f"{seconds:13.1f}" for seconds in row["total_seconds"].values())
         lines.append(f"{row['method']:20}{row['selection_seconds']:10.1f}{totals}{pays:>11}")
     lines.append(f"{'all data':20}{0:10.1f}" + f"{made['full_seconds']:13.1f}" * len(rates))
-    lines += ["", "with the training on what is kept; verification at its most, num_regions x verification_budget samples", ""]
+    lines += [
+        "",
+        "with the training on what is kept; verification at its most, num_regions x verification_budget samples",
+        "",
+    ]
     lines.append(f"{'method':20}seconds of each stage")
     for row in made["methods"]:
         found = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in row["stages"].items())

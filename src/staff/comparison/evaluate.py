@@ -16,18 +16,31 @@ import numpy as np
 from staff.comparison import metrics
 from staff.config import EvaluateConfig, check_named, flat
 from staff.data import rows as formats
-from staff.runs.store import RunDirectory, fingerprint, hash_file, read_checked, remove, write_aside, write_checked, write_json
+from staff.runs.store import (
+    RunDirectory,
+    fingerprint,
+    hash_file,
+    read_checked,
+    remove,
+    write_aside,
+    write_checked,
+    write_json,
+)
 
 logger = logging.getLogger(__name__)
 
-SHARD = 128  # examples whose answers are written together; a resumed evaluation begins at the first missing shard
+SHARD = (
+    128  # examples whose answers are written together; a resumed evaluation begins at the first missing shard
+)
 UNBOUNDED = 2**31 - 1
 ENGINE = 1  # raised when the same inputs would give other answers than before
 PACKAGES = ("torch", "transformers", "rouge-score", "sacrebleu")
 NOT_RESULTS = ("data", "model", "output", "device", "trust_remote_code")
 
 
-def evaluate(config: EvaluateConfig, *, on_progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
+def evaluate(
+    config: EvaluateConfig, *, on_progress: Callable[[str, int, int], None] | None = None
+) -> dict[str, Any]:
     """Answer every example of a test file and compare with its references; go on where an earlier call was cut off.
 
     Leaves config.output, a row an example: row, id, the metrics (0 to 100), loss (mean over the reference's tokens), prompt_tokens,
@@ -45,7 +58,9 @@ def evaluate(config: EvaluateConfig, *, on_progress: Callable[[str, int, int], N
     check_named(config, "data", "model", "output")
     output = Path(str(config.output))
     if output.suffix not in (".jsonl", ".parquet"):
-        raise ValueError(f"--output {output}: the scores are written a row an example; name a file that ends in .jsonl or .parquet")
+        raise ValueError(
+            f"--output {output}: the scores are written a row an example; name a file that ends in .jsonl or .parquet"
+        )
     from staff.data.tokens import tokenise
     from staff.models import load as models
 
@@ -66,7 +81,12 @@ def evaluate(config: EvaluateConfig, *, on_progress: Callable[[str, int, int], N
             "model": fingerprint({path.name: run.hash_file(path) for path in source.files()}),
         }
         settings = {name: value for name, value in flat(config).items() if name not in NOT_RESULTS}
-        engine = {"engine": ENGINE, "dtype": str(dtype), "device": device.type, "versions": {name: version(name) for name in PACKAGES}}
+        engine = {
+            "engine": ENGINE,
+            "dtype": str(dtype),
+            "device": device.type,
+            "versions": {name: version(name) for name in PACKAGES},
+        }
         made_of = fingerprint({"inputs": inputs, "settings": settings, **engine})
         finished = _finished(output, made_of)
         if finished:
@@ -75,18 +95,26 @@ def evaluate(config: EvaluateConfig, *, on_progress: Callable[[str, int, int], N
         began = time.monotonic()
         tokenizer_source = source
         if source.gguf:
-            source = models.unpack_gguf(source, run.piece("model", {"gguf": inputs["model"], "dtype": str(dtype)}), dtype)
+            source = models.unpack_gguf(
+                source, run.piece("model", {"gguf": inputs["model"], "dtype": str(dtype)}), dtype
+            )
             tokenizer_source = source
         tokenizer = models.load_tokenizer(tokenizer_source, config.trust_remote_code)
         prompts, end = split_prompts(tokenise(examples, tokenizer, UNBOUNDED))
         room = config.max_length - config.max_new_tokens
         shortened = sum(len(prompt) > room for prompt in prompts)
         if shortened:
-            logger.warning("%d prompts lost their start: they leave no room for an answer in --max-length %d", shortened, config.max_length)
+            logger.warning(
+                "%d prompts lost their start: they leave no room for an answer in --max-length %d",
+                shortened,
+                config.max_length,
+            )
         prompts = [prompt[-room:] for prompt in prompts]
         pool = tokenise(examples, tokenizer, config.max_length)
         folder = run.piece("answers", {"made_of": made_of})
-        order = np.argsort([-len(prompt) for prompt in prompts], kind="stable")  # like lengths together: little padding
+        order = np.argsort(
+            [-len(prompt) for prompt in prompts], kind="stable"
+        )  # like lengths together: little padding
         found: dict[str, list] = {"prediction": [], "answer_tokens": [], "cut": [], "loss": []}
         loaded: list[_Answerer] = []
         for start in range(0, len(order), SHARD):
@@ -97,8 +125,13 @@ def evaluate(config: EvaluateConfig, *, on_progress: Callable[[str, int, int], N
                 if not loaded:
                     tell("load the model", 0, 1)
                     model = models.load_model(source, dtype, device, config.trust_remote_code, config.load_in)
-                    loaded.append(_Answerer(model, tokenizer, end, config.max_new_tokens, config.batch_tokens))
-                part = {name: list(values) for name, values in loaded[0].answer([prompts[i] for i in places]).items()}
+                    loaded.append(
+                        _Answerer(model, tokenizer, end, config.max_new_tokens, config.batch_tokens)
+                    )
+                part = {
+                    name: list(values)
+                    for name, values in loaded[0].answer([prompts[i] for i in places]).items()
+                }
                 part["loss"] = loaded[0].losses(pool, places).tolist()
                 write_checked(path, part)
                 run.spend(stage="answer", seconds=time.monotonic() - began, samples=len(places))
@@ -156,7 +189,11 @@ def summary_path(output: str | Path) -> Path:
 def _finished(output: Path, made_of: str) -> dict[str, Any] | None:
     try:
         summary = json.loads(summary_path(output).read_text(encoding="utf-8"))
-        return summary if summary["made_of"] == made_of and hash_file(output) == summary["scores"]["sha256"] else None
+        return (
+            summary
+            if summary["made_of"] == made_of and hash_file(output) == summary["scores"]["sha256"]
+            else None
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -170,7 +207,10 @@ def _write_table(path: Path, table: dict[str, list]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = {name: pa.array(values, pa.string()) if name == "id" else pa.array(values) for name, values in table.items()}
+    columns = {
+        name: pa.array(values, pa.string()) if name == "id" else pa.array(values)
+        for name, values in table.items()
+    }
     write_aside(path, lambda aside: pq.write_table(pa.table(columns), aside))
 
 
@@ -220,12 +260,21 @@ class _Answerer:
         causal: Any = scopes.inner(model)
         known = causal.generation_config.eos_token_id
         stop = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
-        stop |= {end} & {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+        stop |= {end} & {
+            *tokenizer.all_special_ids,
+            *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special),
+        }
         self.stop = sorted(stop - {None})
-        self.pad = self.stop[0] if tokenizer.pad_token_id is None and self.stop else (tokenizer.pad_token_id or 0)
+        self.pad = (
+            self.stop[0] if tokenizer.pad_token_id is None and self.stop else (tokenizer.pad_token_id or 0)
+        )
         # a generation_config.json may ask for sampling or penalties: all of its wishes go
         plain = GenerationConfig(
-            max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=self.stop or None, pad_token_id=self.pad
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=self.stop or None,
+            pad_token_id=self.pad,
         )
         causal.generation_config = plain
 
@@ -234,7 +283,11 @@ class _Answerer:
         from staff.data.tokens import batches
 
         lengths = np.array([len(prompt) for prompt in prompts]) + self.max_new_tokens
-        found: dict[str, list] = {"prediction": [""] * len(prompts), "answer_tokens": [0] * len(prompts), "cut": [False] * len(prompts)}
+        found: dict[str, list] = {
+            "prediction": [""] * len(prompts),
+            "answer_tokens": [0] * len(prompts),
+            "cut": [False] * len(prompts),
+        }
 
         def run(places) -> None:
             for place, tokens in zip(places, self._generate([prompts[i] for i in places]), strict=True):
@@ -258,7 +311,8 @@ class _Answerer:
             attends[row, length - len(prompt) :] = 1
         with torch.inference_mode():
             out = self.model.generate(
-                input_ids=torch.from_numpy(ids).to(self.device), attention_mask=torch.from_numpy(attends).to(self.device)
+                input_ids=torch.from_numpy(ids).to(self.device),
+                attention_mask=torch.from_numpy(attends).to(self.device),
             )
         return out[:, length:].cpu().numpy()
 
@@ -276,14 +330,18 @@ class _Answerer:
         def run(places) -> None:
             with torch.inference_mode():
                 batch = collate(pool, positions[places], self.device)
-                hidden = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state[batch.sample_of, batch.before]
+                hidden = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state[
+                    batch.sample_of, batch.before
+                ]
                 each = response_scores(hidden, head, batch.labels).loss
                 found[places] = mean_by_sample(each, batch.sample_of, batch.counts).cpu().numpy()
 
         self._within_memory(lambda budget: batches(pool.lengths[positions], budget), run)
         return found
 
-    def _within_memory(self, cut: Callable[[int], list[np.ndarray]], run: Callable[[np.ndarray], None]) -> None:
+    def _within_memory(
+        self, cut: Callable[[int], list[np.ndarray]], run: Callable[[np.ndarray], None]
+    ) -> None:
         """Run batch by batch; where memory runs out, all batches again of half the tokens, and no larger ones from there on."""
         from staff.scoring.shards import is_out_of_memory
 
@@ -297,7 +355,9 @@ class _Answerer:
                 if not is_out_of_memory(error):
                     raise
             if all(len(places) == 1 for places in parts):
-                raise ValueError("an example does not fit into memory alone: lower --max-length or --max-new-tokens")
+                raise ValueError(
+                    "an example does not fit into memory alone: lower --max-length or --max-new-tokens"
+                )
             self.batch_tokens //= 2
             logger.warning("out of memory: a batch holds %d tokens at most from here on", self.batch_tokens)
 
@@ -306,8 +366,12 @@ def describe(summary: dict[str, Any], output: str | Path) -> str:
     """A summary as a person reads it."""
     lines = ["", f"examples   {summary['n']}"]
     if summary["cut"]:
-        lines.append(f"           {summary['cut']} answers had not ended after --max-new-tokens {summary['settings']['max_new_tokens']}")
+        lines.append(
+            f"           {summary['cut']} answers had not ended after --max-new-tokens {summary['settings']['max_new_tokens']}"
+        )
     for name, value in summary["metrics"].items():
         lines.append(f"{name:11}{value:6.2f}   {summary['tokenisation'][name]}")
     lines += [f"loss       {summary['loss']:6.3f}   mean over the references' tokens, then over examples"]
-    return "\n".join([*lines, "", f"scores are in {output}, a row an example, the summary in {summary_path(output)}"])
+    return "\n".join(
+        [*lines, "", f"scores are in {output}, a row an example, the summary in {summary_path(output)}"]
+    )

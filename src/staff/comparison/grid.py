@@ -10,7 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from staff.config import EvaluateConfig, FinetuneConfig, Reading, SelectConfig, expand, from_mapping, read_yaml
+from staff.config import (
+    EvaluateConfig,
+    FinetuneConfig,
+    Reading,
+    SelectConfig,
+    expand,
+    from_mapping,
+    read_yaml,
+)
 from staff.methods import METHODS, Method
 
 SETTINGS = (
@@ -87,12 +95,18 @@ class Comparison:
         for seed in self.seeds:
             for task in self.tasks:
                 found += [Cell(task, FULL, None, seed)] if self.full else []
-                found += [Cell(task, name, rate, seed) for name in self.variants for rate in self.pruning_rates]
+                found += [
+                    Cell(task, name, rate, seed) for name in self.variants for rate in self.pruning_rates
+                ]
         return found
 
     def group(self, name: str) -> list[str]:
         """The variants that share a selection run with this one: the same settings but for the method's own."""
-        return [other for other, variant in self.variants.items() if variant.settings == self.variants[name].settings]
+        return [
+            other
+            for other, variant in self.variants.items()
+            if variant.settings == self.variants[name].settings
+        ]
 
 
 def read_comparison(path: str | Path, output: str | None = None) -> Comparison:
@@ -115,16 +129,26 @@ def read_comparison(path: str | Path, output: str | None = None) -> Comparison:
     drafts = values.get("drafts") or ({"": values["draft"]} if values.get("draft") else {})
     if not isinstance(drafts, dict):
         raise ValueError(f"{path}: drafts must be lines of 'name: model'; found {drafts!r}")
-    if len(drafts) == 1:  # a setting of all: methods without a draft then share their run with those that have one
-        values["select"] = {"draft": next(iter(drafts.values())), **_mapping(values.get("select") or {}, f"{path}: select")}
+    if (
+        len(drafts) == 1
+    ):  # a setting of all: methods without a draft then share their run with those that have one
+        values["select"] = {
+            "draft": next(iter(drafts.values())),
+            **_mapping(values.get("select") or {}, f"{path}: select"),
+        }
     rates = tuple(_list(values["pruning_rates"]))
     for rate in rates:
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
-            raise ValueError(f"{path}: pruning_rates are fractions of the pool removed, in [0, 1); found {rate!r}")
+            raise ValueError(
+                f"{path}: pruning_rates are fractions of the pool removed, in [0, 1); found {rate!r}"
+            )
     seeds = tuple(_list(values["seeds"]))
     if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds):
         raise ValueError(f"{path}: seeds must be whole numbers; found {values['seeds']!r}")
-    tasks = {str(name): _task(str(name), given, values, path) for name, given in _mapping(values["tasks"], f"{path}: tasks").items()}
+    tasks = {
+        str(name): _task(str(name), given, values, path)
+        for name, given in _mapping(values["tasks"], f"{path}: tasks").items()
+    }
     methods = values["methods"]
     named = dict.fromkeys(methods) if isinstance(methods, list) else _mapping(methods, f"{path}: methods")
     variants: dict[str, Variant] = {}
@@ -151,12 +175,21 @@ def read_comparison(path: str | Path, output: str | None = None) -> Comparison:
 def select_config(comparison: Comparison, task: Task, name: str, seed: int, output: str) -> SelectConfig:
     """The selection run that makes the coresets of a variant, and of all that share it, at every pruning rate."""
     variant = comparison.variants[name]
-    values = {**task.select, **variant.settings, "data": list(task.train), "target": comparison.target, "seed": seed, "output": output}
+    values = {
+        **task.select,
+        **variant.settings,
+        "data": list(task.train),
+        "target": comparison.target,
+        "seed": seed,
+        "output": output,
+    }
     values |= {"method": comparison.group(name), "pruning_rate": list(comparison.pruning_rates)}
     return from_mapping(SelectConfig, values, f"select of {task.name}")
 
 
-def finetune_config(comparison: Comparison, task: Task, data: tuple[str, ...], seed: int, output: str) -> FinetuneConfig:
+def finetune_config(
+    comparison: Comparison, task: Task, data: tuple[str, ...], seed: int, output: str
+) -> FinetuneConfig:
     values = {**task.finetune, "data": list(data), "model": comparison.target, "seed": seed, "output": output}
     return from_mapping(FinetuneConfig, values, f"finetune of {task.name}")
 
@@ -179,7 +212,10 @@ def _task(name: str, given: Any, values: Mapping[str, Any], path) -> Task:
     _known(reading, [f.name for f in dataclasses.fields(Reading)], f"{where}: reading")
     stages = {}
     for stage in ("select", "finetune", "evaluate"):
-        stages[stage] = {**_mapping(values.get(stage) or {}, f"{path}: {stage}"), **_mapping(given.get(stage) or {}, f"{where}: {stage}")}
+        stages[stage] = {
+            **_mapping(values.get(stage) or {}, f"{path}: {stage}"),
+            **_mapping(given.get(stage) or {}, f"{where}: {stage}"),
+        }
         for own in OWN:
             if own in stages[stage]:
                 raise ValueError(f"{where}: {stage}: {own} is set by the comparison itself; leave it out")
@@ -201,22 +237,39 @@ def _variants(name: str, given: Any, drafts: Mapping[str, str], where: str) -> d
         raise ValueError(f"{where}: a method's name becomes a folder: letters, digits, - and _ alone")
     base = given.pop("method", name)
     if base not in METHODS:
-        raise ValueError(f"{where}: there is no method {base!r}; name one with 'method:', of {', '.join(METHODS)}")
+        raise ValueError(
+            f"{where}: there is no method {base!r}; name one with 'method:', of {', '.join(METHODS)}"
+        )
     method = METHODS[base]
     needs = {**method.needs, **_mapping(given.pop("needs", None) or {}, f"{where}: needs")}
     _known(needs, list(method.needs), f"{where}: needs")
     verify = given.pop("verify", method.verify)
-    method = dataclasses.replace(method, needs=needs, verify=verify) if (needs, verify) != (dict(method.needs), method.verify) else method
+    method = (
+        dataclasses.replace(method, needs=needs, verify=verify)
+        if (needs, verify) != (dict(method.needs), method.verify)
+        else method
+    )
     own = {option: value for option, value in given.items() if option in method.options()}
     settings = {setting: value for setting, value in given.items() if setting not in own}
-    fields = {f.name for f in dataclasses.fields(SelectConfig)} - {*OWN, "target", "method", "pruning_rate", "budget", "reading", "option"}
+    fields = {f.name for f in dataclasses.fields(SelectConfig)} - {
+        *OWN,
+        "target",
+        "method",
+        "pruning_rate",
+        "budget",
+        "reading",
+        "option",
+    }
     _known(settings, sorted({*fields, *method.options(), "method", "needs", "verify"}), where)
     if own:
         method = dataclasses.replace(method, fixed=own)
     speculates = any(need.startswith(("draft", "raw_draft")) for need in needs.values())
     if "draft" in settings or not speculates or len(drafts) <= 1:
         return {name: Variant(name, method, settings)}
-    return {f"{name}@{label}": Variant(f"{name}@{label}", method, {**settings, "draft": draft}) for label, draft in drafts.items()}
+    return {
+        f"{name}@{label}": Variant(f"{name}@{label}", method, {**settings, "draft": draft})
+        for label, draft in drafts.items()
+    }
 
 
 def _known(values: Mapping[str, Any], names, where: str) -> None:

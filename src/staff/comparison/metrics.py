@@ -11,7 +11,9 @@ PER_EXAMPLE = ("rouge1", "rouge2", "rougeL", "bleu", "chrf", "exact")  # all fro
 ENGLISH = 0.995  # share of ASCII among the references' letters from which rouge-score's own tokenizer loses nothing to speak of
 WORD = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*|[\p{L}\p{M}\p{N}_]+"
 OWN_TOKENIZER = "rouge-score's own, without stemming: lower case, all but a-z and 0-9 dropped"
-UNICODE_TOKENIZER = "Unicode: case-folded words of letters, marks and digits; a token a character in scripts without blanks"
+UNICODE_TOKENIZER = (
+    "Unicode: case-folded words of letters, marks and digits; a token a character in scripts without blanks"
+)
 
 
 class UnicodeTokenizer:
@@ -45,7 +47,9 @@ def bleu_tokenizer(references: Sequence[str]) -> str:
     return "zh" if han > 4 * others else "char"
 
 
-def measure(predictions: Sequence[str], references: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, float], dict[str, str]]:
+def measure(
+    predictions: Sequence[str], references: Sequence[str]
+) -> tuple[dict[str, np.ndarray], dict[str, float], dict[str, str]]:
     """Compare answers with their references.
 
     Args:
@@ -63,7 +67,9 @@ def measure(predictions: Sequence[str], references: Sequence[str]) -> tuple[dict
         from rouge_score.rouge_scorer import RougeScorer
         from sacrebleu.metrics import BLEU, CHRF
     except ImportError as error:
-        raise ValueError(f"metrics need the {error.name} package: pip install 'staff-coreset[evaluate]'") from None
+        raise ValueError(
+            f"metrics need the {error.name} package: pip install 'staff-coreset[evaluate]'"
+        ) from None
     english, tokenize = is_english(references), bleu_tokenizer(references)
     names = ["rouge1", "rouge2", "rougeL"]
     rouge = RougeScorer(names, use_stemmer=False, tokenizer=None if english else UnicodeTokenizer())

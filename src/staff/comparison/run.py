@@ -18,14 +18,32 @@ import numpy as np
 from staff import graph, pipeline
 from staff.comparison import evaluate as evaluation
 from staff.comparison import metrics
-from staff.comparison.grid import FULL, UNTOUCHED, Cell, Comparison, Task, evaluate_config, finetune_config, select_config
+from staff.comparison.grid import (
+    FULL,
+    UNTOUCHED,
+    Cell,
+    Comparison,
+    Task,
+    evaluate_config,
+    finetune_config,
+    select_config,
+)
 from staff.config import SelectConfig
 from staff.data import rows as formats
 from staff.methods import Method
 from staff.models import load as models
 from staff.runs.outputs import Run
 from staff.runs.pieces import models_of
-from staff.runs.store import differences, fingerprint, hash_file, read_arrays, read_checked, write_arrays, write_checked, write_text
+from staff.runs.store import (
+    differences,
+    fingerprint,
+    hash_file,
+    read_arrays,
+    read_checked,
+    write_arrays,
+    write_checked,
+    write_text,
+)
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
@@ -93,7 +111,11 @@ def _begin(comparison: Comparison, update: bool) -> None:
     path = comparison.output / "begun.json"
     before = read_checked(path)
     if before is not None and not update:
-        changed = [line for line in differences(before["settings"], now) if line.split(":")[0] in (*comparison.tasks, "target")]
+        changed = [
+            line
+            for line in differences(before["settings"], now)
+            if line.split(":")[0] in (*comparison.tasks, "target")
+        ]
         changed = [line for line in changed if ": None -> " not in line]  # a new task
         if changed:
             raise ValueError(
@@ -125,15 +147,22 @@ class _Grid:
 
     def __init__(self, comparison: Comparison):
         source = models.resolve(comparison.target)
-        self.inputs = {"target": fingerprint({path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in source.files()})}
+        self.inputs = {
+            "target": fingerprint(
+                {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in source.files()}
+            )
+        }
         if source.gguf:  # unpacked once, so that adapters have a base that every library loads
             folder = comparison.output / "models" / self.inputs["target"]
             folder.mkdir(parents=True, exist_ok=True)
             config = finetune_config(comparison, next(iter(comparison.tasks.values())), ("x",), 0, "x")
-            source = models.unpack_gguf(source, folder, models.pick_dtype(config.dtype, models.pick_device(config.device)))
+            source = models.unpack_gguf(
+                source, folder, models.pick_dtype(config.dtype, models.pick_device(config.device))
+            )
         is_here = Path(comparison.target).exists()
         self.comparison = dataclasses.replace(
-            comparison, target=str(source.folder.resolve()) if is_here and not source.adapter else comparison.target
+            comparison,
+            target=str(source.folder.resolve()) if is_here and not source.adapter else comparison.target,
         )
         for task in comparison.tasks.values():
             for name in (*task.train, *task.test):
@@ -194,25 +223,43 @@ class _Grid:
         figures |= {"n": len(tokens), "m": len(chosen) if cell.method != UNTOUCHED else 0}
         model, spent = comparison.target, {}
         if cell.method != UNTOUCHED:
-            reading = task.finetune if data == task.train else {k: v for k, v in task.finetune.items() if k not in WHERE}
+            reading = (
+                task.finetune
+                if data == task.train
+                else {k: v for k, v in task.finetune.items() if k not in WHERE}
+            )
             wanted = finetune_config(
-                comparison, dataclasses.replace(task, finetune=reading), data, int(cell.seed or 0), str(folder / "adapter")
+                comparison,
+                dataclasses.replace(task, finetune=reading),
+                data,
+                int(cell.seed or 0),
+                str(folder / "adapter"),
             )
             model = str(pipeline.finetune(wanted, update=True, on_progress=tell))
             spent = (read_checked(folder / "adapter" / "manifest.json") or {}).get("cost", {})
-            epochs = wanted.epochs if wanted.max_steps is None else wanted.max_steps / -(-len(chosen) // wanted.batch_size)
+            epochs = (
+                wanted.epochs
+                if wanted.max_steps is None
+                else wanted.max_steps / -(-len(chosen) // wanted.batch_size)
+            )
             figures |= {"finetune_seconds": spent.get("seconds"), "finetune_steps": spent.get("steps")}
             figures["finetune_tokens"] = float(tokens[chosen].sum() * epochs)
             rows = formats.read(list(data), **wanted.reading.keywords())
-            figures["distinct2"] = metrics.distinct([example.turns[-1].content for example in rows.examples()])
+            figures["distinct2"] = metrics.distinct(
+                [example.turns[-1].content for example in rows.examples()]
+            )
         if "size" in spent:
             size = models.Size(**spent["size"])
             whole = size.scoring_flops(int(tokens.sum()), int(responses.sum()))
-            figures["finetune_flops"] = size.training_flops(int(tokens[chosen].sum()), int(responses[chosen].sum())) * epochs
+            figures["finetune_flops"] = (
+                size.training_flops(int(tokens[chosen].sum()), int(responses[chosen].sum())) * epochs
+            )
             figures["finetune_passes"] = figures["finetune_flops"] / whole
             figures["select_passes"] = cost.get("flops", 0.0) / whole
             figures["total_passes"] = figures["select_passes"] + figures["finetune_passes"]
-            figures["full_epoch_passes"] = size.training_flops(int(tokens.sum()), int(responses.sum())) / whole
+            figures["full_epoch_passes"] = (
+                size.training_flops(int(tokens.sum()), int(responses.sum())) / whole
+            )
         figures |= {f"select_{name}": cost.get(name, 0.0) for name in ("seconds", "tokens", "flops")}
         figures["total_seconds"] = figures["select_seconds"] + (figures.get("finetune_seconds") or 0.0)
         scores = folder / "scores.jsonl"
@@ -232,9 +279,15 @@ class _Grid:
             with _held(comparison.output / "locks" / ("selection_" + name.replace("/", "_"))) as mine:
                 if not mine:
                     return None
-                self._runs[name, *group] = pipeline.select(config, update=True, on_progress=tell, methods=table)
+                self._runs[name, *group] = pipeline.select(
+                    config, update=True, on_progress=tell, methods=table
+                )
         made = self._runs[name, *group]
-        return next(run for run in made if (run.manifest["method"], run.manifest["pruning_rate"]) == (cell.method, cell.pruning_rate))
+        return next(
+            run
+            for run in made
+            if (run.manifest["method"], run.manifest["pruning_rate"]) == (cell.method, cell.pruning_rate)
+        )
 
     def _selection_name(self, cell: Cell) -> str:
         settings = self.comparison.variants[cell.method].settings
@@ -254,7 +307,9 @@ class _Grid:
             return kept["figures"]
         rows = self._chosen(cell)
         if rows is None:
-            logger.warning("%s: its coreset is not there any more, so how diverse it was is not known", cell.folder)
+            logger.warning(
+                "%s: its coreset is not there any more, so how diverse it was is not known", cell.folder
+            )
             return {}
         try:
             space = self._space(cell.task)
@@ -273,9 +328,15 @@ class _Grid:
         if cell.method == FULL:
             return np.empty(0, np.int64)
         folder = self.comparison.output / "selections" / self._selection_name(cell)
-        for place in (folder / f"{cell.method}-{cell.pruning_rate:g}", folder):  # the run's own folder where it made one coreset alone
+        for place in (
+            folder / f"{cell.method}-{cell.pruning_rate:g}",
+            folder,
+        ):  # the run's own folder where it made one coreset alone
             manifest = read_checked(place / "manifest.json")
-            if manifest and (manifest["method"], manifest["pruning_rate"]) == (cell.method, cell.pruning_rate):
+            if manifest and (manifest["method"], manifest["pruning_rate"]) == (
+                cell.method,
+                cell.pruning_rate,
+            ):
                 return np.load(place / "indices.npy", allow_pickle=False)
         return None
 
@@ -306,12 +367,20 @@ class _Grid:
             from staff.data.tokens import tokenise
 
             config = finetune_config(self.comparison, task, task.train, 0, "x")
-            key = fingerprint([self.inputs["target"], [self.inputs[name] for name in task.train], config.max_length])
+            key = fingerprint(
+                [self.inputs["target"], [self.inputs[name] for name in task.train], config.max_length]
+            )
             path = self.comparison.output / "selections" / task.name / f"lengths-{key}.npz"
             kept = read_arrays(path)
             if kept is None:
-                tokenizer = models.load_tokenizer(models.resolve(self.comparison.target), config.trust_remote_code)
-                pool = tokenise(formats.read(list(task.train), **config.reading.keywords()).examples(), tokenizer, config.max_length)
+                tokenizer = models.load_tokenizer(
+                    models.resolve(self.comparison.target), config.trust_remote_code
+                )
+                pool = tokenise(
+                    formats.read(list(task.train), **config.reading.keywords()).examples(),
+                    tokenizer,
+                    config.max_length,
+                )
                 kept = {"tokens": pool.lengths, "responses": pool.response_tokens()}
                 write_arrays(path, kept)
             self._lengths[task.name] = kept
@@ -338,14 +407,20 @@ def selection_cost(method: Method, config: SelectConfig, run: Run) -> dict[str, 
             continue
         if quantity == "similarity":
             shares["gradients of the validation rows"] = 1.0
-        twin = next((other for other, spec in known.items() if spec == model and other != name), None)  # an untuned draft is the raw one
+        twin = next(
+            (other for other, spec in known.items() if spec == model and other != name), None
+        )  # an untuned draft is the raw one
         for alias in (name, twin):
             stage = f"score on the {str(alias).replace('_', ' ')}"
             if quantity == "unconditional_loss":
                 stage += " without prompts"
             if quantity == "similarity":
                 stage = f"gradients of the {str(alias).replace('_', ' ')}"
-            wanted = {other for other in stages if other.startswith(f"{stage} at ")} if checkpoints else {stage} & stages.keys()
+            wanted = (
+                {other for other in stages if other.startswith(f"{stage} at ")}
+                if checkpoints
+                else {stage} & stages.keys()
+            )
             if wanted:
                 shares |= dict.fromkeys(wanted, 1.0)
                 break

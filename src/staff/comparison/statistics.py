@@ -22,7 +22,9 @@ class Resamples:
     rows: np.ndarray
 
 
-def resample(num_seeds: int, num_rows: int, rng: np.random.Generator, resamples: int = RESAMPLES) -> Resamples:
+def resample(
+    num_seeds: int, num_rows: int, rng: np.random.Generator, resamples: int = RESAMPLES
+) -> Resamples:
     """Draw with replacement on two levels: seeds, then test rows.
 
     Every seed is judged on the same test rows, so one draw of rows serves all seeds of a resample (the two factors are

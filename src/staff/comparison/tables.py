@@ -18,7 +18,10 @@ from staff.runs.store import write_aside, write_text
 
 BASELINE = "random"
 LOWER = ("loss",)  # metrics of which less is better
-OF_SENTENCES = {"bleu": "BLEU", "chrf": "chrF"}  # metrics whose value of a whole file is no mean over its rows
+OF_SENTENCES = {
+    "bleu": "BLEU",
+    "chrf": "chrF",
+}  # metrics whose value of a whole file is no mean over its rows
 LEVEL = 0.95
 DIVERSITY = (
     "Means over seeds; higher is more diverse. The size of a coreset alone moves all three, so compare within a column. "
@@ -81,7 +84,9 @@ def read_results(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def judge(folder: Path, rows: list[dict[str, str]], task: str, metric: str, seed: int = 0) -> dict[Key, Judged]:
+def judge(
+    folder: Path, rows: list[dict[str, str]], task: str, metric: str, seed: int = 0
+) -> dict[Key, Judged]:
     """The cells of a task by method and pruning rate, those of them that have every seed.
 
     Args:
@@ -96,7 +101,9 @@ def judge(folder: Path, rows: list[dict[str, str]], task: str, metric: str, seed
         rate = float(row["pruning_rate"]) if row["pruning_rate"] else None
         values = np.array(read_examples(folder / row["folder"] / "scores.jsonl")[metric], np.float64)
         found.setdefault((row["method"], rate), {})[row["seed"]] = values
-    whole = {key: by_seed for key, by_seed in found.items() if key[0] == UNTOUCHED or len(by_seed) == len(seeds)}
+    whole = {
+        key: by_seed for key, by_seed in found.items() if key[0] == UNTOUCHED or len(by_seed) == len(seeds)
+    }
     if not whole:
         return {}
     num_rows = len(next(iter(next(iter(whole.values())).values())))
@@ -105,7 +112,11 @@ def judge(folder: Path, rows: list[dict[str, str]], task: str, metric: str, seed
 
 
 def _judged(by_seed: Mapping[str, np.ndarray], seeds: list[str], drawn: Resamples) -> Judged:
-    values = np.stack([by_seed[seed] for seed in seeds]) if "" not in by_seed else np.tile(by_seed[""], (drawn.seeds.shape[1], 1))
+    values = (
+        np.stack([by_seed[seed] for seed in seeds])
+        if "" not in by_seed
+        else np.tile(by_seed[""], (drawn.seeds.shape[1], 1))
+    )
     return Judged(values, resampled_means(values, drawn))
 
 
@@ -119,7 +130,18 @@ def compare_cells(judged: Mapping[Key, Judged], task: str, metric: str) -> list[
                 continue
             resampled = sign * (one.resampled - other.resampled)
             difference = sign * (one.mean - other.mean)
-            found.append(Difference(task, metric, rate, first, second, difference, *interval(resampled, LEVEL), p_value(resampled)))
+            found.append(
+                Difference(
+                    task,
+                    metric,
+                    rate,
+                    first,
+                    second,
+                    difference,
+                    *interval(resampled, LEVEL),
+                    p_value(resampled),
+                )
+            )
     return found
 
 
@@ -132,7 +154,10 @@ def corrected(differences: list[Difference]) -> list[Difference]:
     for places in families.values():
         for i, value in zip(places, holm([differences[i].p for i in places]), strict=True):
             values[i] = value
-    return [Difference(**{**vars(found), "corrected": value}) for found, value in zip(differences, values, strict=True)]
+    return [
+        Difference(**{**vars(found), "corrected": value})
+        for found, value in zip(differences, values, strict=True)
+    ]
 
 
 def quality_table(judged: Mapping[Key, Judged], differences: list[Difference], task: str, metric: str) -> str:
@@ -143,8 +168,13 @@ def quality_table(judged: Mapping[Key, Judged], differences: list[Difference], t
     """
     rates = sorted({rate for _, rate in judged if rate is not None})
     names = list(dict.fromkeys(name for name, rate in judged if rate is not None))
-    own = {(d.first, d.second, d.pruning_rate): d for d in differences if (d.task, d.metric) == (task, metric)}
-    lines = [f"| {metric} | " + " | ".join(f"{rate:.0%} pruned" for rate in rates) + " |", "| --- " * (len(rates) + 1) + "|"]
+    own = {
+        (d.first, d.second, d.pruning_rate): d for d in differences if (d.task, d.metric) == (task, metric)
+    }
+    lines = [
+        f"| {metric} | " + " | ".join(f"{rate:.0%} pruned" for rate in rates) + " |",
+        "| --- " * (len(rates) + 1) + "|",
+    ]
     for name in names:
         line = [name]
         for rate in rates:
@@ -153,7 +183,11 @@ def quality_table(judged: Mapping[Key, Judged], differences: list[Difference], t
                 line.append("")
                 continue
             against = [own[name, other, rate] for other in names if (name, other, rate) in own]
-            mark = {"win": " ↑", "loss": " ↓"}.get(own[name, BASELINE, rate].outcome, "") if (name, BASELINE, rate) in own else ""
+            mark = (
+                {"win": " ↑", "loss": " ↓"}.get(own[name, BASELINE, rate].outcome, "")
+                if (name, BASELINE, rate) in own
+                else ""
+            )
             mean = _number(found.mean)
             best = bool(against) and all(difference.outcome == "win" for difference in against)
             low, high = interval(found.resampled, LEVEL)
@@ -163,7 +197,9 @@ def quality_table(judged: Mapping[Key, Judged], differences: list[Difference], t
         found = judged.get((name, None))
         if found:
             low, high = interval(found.resampled, LEVEL)
-            lines.append(f"| {name} | {_number(found.mean)} [{_number(low)}, {_number(high)}]" + " |" * len(rates))
+            lines.append(
+                f"| {name} | {_number(found.mean)} [{_number(low)}, {_number(high)}]" + " |" * len(rates)
+            )
     return "\n".join(lines)
 
 
@@ -179,7 +215,9 @@ def tally(differences: list[Difference], metric: str) -> str:
     for name in dict.fromkeys(d.first for d in against):
         own = [d for d in against if d.first == name]
         counts = [str(sum(d.outcome == outcome for d in own)) for outcome in ("win", "tie", "loss")]
-        below = [f"{d.task} {d.pruning_rate:.0%}" for d in own if d.difference < 0 and d.corrected < 1 - LEVEL]
+        below = [
+            f"{d.task} {d.pruning_rate:.0%}" for d in own if d.difference < 0 and d.corrected < 1 - LEVEL
+        ]
         lines.append(f"| {name} | {' | '.join(counts)} | {', '.join(below) or 'none'} |")
     return "\n".join(lines)
 
@@ -191,10 +229,16 @@ def pair_table(differences: list[Difference], metric: str) -> str:
     outcomes: dict[tuple[str, str], list[str]] = {}
     for d in own:
         outcomes.setdefault((d.first, d.second), []).append(d.outcome)
-    lines = [f"| {metric}: wins-ties-losses against | " + " | ".join(names) + " |", "| --- " * (len(names) + 1) + "|"]
+    lines = [
+        f"| {metric}: wins-ties-losses against | " + " | ".join(names) + " |",
+        "| --- " * (len(names) + 1) + "|",
+    ]
     for name in names:
         pairs = [outcomes.get((name, other)) for other in names]
-        cells = ["-".join(str(pair.count(outcome)) for outcome in ("win", "tie", "loss")) if pair else "" for pair in pairs]
+        cells = [
+            "-".join(str(pair.count(outcome)) for outcome in ("win", "tie", "loss")) if pair else ""
+            for pair in pairs
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -206,8 +250,14 @@ def diversity_table(rows: list[dict[str, str]], task: str) -> str:
 
     def cell(name: str, rate: str) -> str:
         cells = [row for row in own if (row["method"], row["pruning_rate"]) == (name, rate)]
-        distinct2, nearest, clusters = (_mean([row.get(column, "") for row in cells]) for column in ("distinct2", "nearest", "clusters"))
-        found = zip((f"{distinct2:.3f}", f"{nearest:.3f}", f"{clusters:.0%}"), (distinct2, nearest, clusters), strict=True)
+        distinct2, nearest, clusters = (
+            _mean([row.get(column, "") for row in cells]) for column in ("distinct2", "nearest", "clusters")
+        )
+        found = zip(
+            (f"{distinct2:.3f}", f"{nearest:.3f}", f"{clusters:.0%}"),
+            (distinct2, nearest, clusters),
+            strict=True,
+        )
         return " / ".join("?" if math.isnan(value) else text for text, value in found) if cells else ""
 
     header = [f"{rate:.0%} pruned" for rate in rates]
@@ -229,7 +279,8 @@ def cost_table(rows: list[dict[str, str]], task: str) -> str:
     for name in dict.fromkeys(row["method"] for row in own if row["method"] not in (FULL, UNTOUCHED)):
         cells = [row for row in own if row["method"] == name]
         seconds, tokens, flops, passes = (
-            _mean([row[f"select_{kind}"] for row in cells]) for kind in ("seconds", "tokens", "flops", "passes")
+            _mean([row[f"select_{kind}"] for row in cells])
+            for kind in ("seconds", "tokens", "flops", "passes")
         )
         values = [f"{seconds:.1f}", f"{tokens / 1e6:.3f}", f"{flops / 1e12:.3g}", f"{passes:.2f}"]
         values += [_share(flops, full_flops), _share(seconds, full_seconds)]
@@ -255,8 +306,12 @@ def report(folder: Path, metrics_of: Mapping[str, tuple[str, ...]], plots: bool 
     """
     rows = read_results(folder / "results.csv")
     tasks = [task for task in metrics_of if any(row["task"] == task for row in rows)]
-    judged = {(task, metric): judge(folder, rows, task, metric) for task in tasks for metric in metrics_of[task]}
-    differences = corrected([d for (task, metric), cells in judged.items() for d in compare_cells(cells, task, metric)])
+    judged = {
+        (task, metric): judge(folder, rows, task, metric) for task in tasks for metric in metrics_of[task]
+    }
+    differences = corrected(
+        [d for (task, metric), cells in judged.items() for d in compare_cells(cells, task, metric)]
+    )
     seeds = len({row["seed"] for row in rows if row["seed"]})
     about = (
         f"Means over {seeds} seeds and all test rows, with {LEVEL:.0%} intervals over both (two-level bootstrap). Bold: better than "
@@ -264,7 +319,9 @@ def report(folder: Path, metrics_of: Mapping[str, tuple[str, ...]], plots: bool 
     )
     text = ["# Quality", "", about]
     if seeds < 3:
-        text.append(f"Of {seeds} seed{'s' * (seeds > 1)} the spread between runs is hardly known: the intervals are of the test rows.")
+        text.append(
+            f"Of {seeds} seed{'s' * (seeds > 1)} the spread between runs is hardly known: the intervals are of the test rows."
+        )
     for (task, metric), cells in judged.items():
         text += ["", f"## {task}", "", quality_table(cells, differences, task, metric)]
         if metric in OF_SENTENCES:
@@ -276,7 +333,12 @@ def report(folder: Path, metrics_of: Mapping[str, tuple[str, ...]], plots: bool 
         text += ["", tally(differences, metric)]
         if any(d.metric == metric for d in differences):
             text += ["", pair_table(differences, metric)]
-    text += ["", "# Cost of selection", "", "Loading models aside; a method pays in full for what it needs, whoever else used it."]
+    text += [
+        "",
+        "# Cost of selection",
+        "",
+        "Loading models aside; a method pays in full for what it needs, whoever else used it.",
+    ]
     for task in tasks:
         text += ["", f"## {task}", "", cost_table(rows, task)]
     text += ["", "# Diversity", "", DIVERSITY]
@@ -294,7 +356,9 @@ def report(folder: Path, metrics_of: Mapping[str, tuple[str, ...]], plots: bool 
     return markdown
 
 
-def _plot(folder: Path, rows: list[dict[str, str]], judged: Mapping[Key, Judged], task: str, metric: str) -> list[str]:
+def _plot(
+    folder: Path, rows: list[dict[str, str]], judged: Mapping[Key, Judged], task: str, metric: str
+) -> list[str]:
     """Metric against pruning rate and against total cost, as PNG; nothing where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
@@ -304,10 +368,19 @@ def _plot(folder: Path, rows: list[dict[str, str]], judged: Mapping[Key, Judged]
     beside = {name: judged[name, None] for name in (FULL, UNTOUCHED) if (name, None) in judged}
     passes: dict[Key, float] = {}
     for name, rate in judged:
-        own = [r for r in rows if r["task"] == task and r["method"] == name and r["pruning_rate"] == ("" if rate is None else str(rate))]
+        own = [
+            r
+            for r in rows
+            if r["task"] == task
+            and r["method"] == name
+            and r["pruning_rate"] == ("" if rate is None else str(rate))
+        ]
         passes[name, rate] = _mean([row["total_passes"] for row in own])
     names = []
-    for kind, label in (("rate", "pruning rate"), ("cost", "selection and fine-tuning, passes of the target over the pool")):
+    for kind, label in (
+        ("rate", "pruning rate"),
+        ("cost", "selection and fine-tuning, passes of the target over the pool"),
+    ):
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         axes = figure.subplots()
         for place, name in enumerate(methods):
@@ -317,7 +390,9 @@ def _plot(folder: Path, rows: list[dict[str, str]], judged: Mapping[Key, Judged]
             means = np.array([judged[name, rate].mean for rate in rates])[order]
             low, high = np.array([interval(judged[name, rate].resampled, LEVEL) for rate in rates])[order].T
             axes.plot(x[order], means, "o-", color=f"C{place % 10}", label=name)
-            axes.vlines(x[order], low, high, color=f"C{place % 10}", alpha=0.5)  # of one rate alone there is no band
+            axes.vlines(
+                x[order], low, high, color=f"C{place % 10}", alpha=0.5
+            )  # of one rate alone there is no band
             axes.fill_between(x[order], low, high, color=f"C{place % 10}", alpha=0.15, linewidth=0)
         for name, style in ((FULL, "--"), (UNTOUCHED, ":")):
             if name in beside:

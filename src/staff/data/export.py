@@ -29,7 +29,9 @@ FACTORY_TAGS = {
 }
 
 
-def write_coreset(folder: Path, rows: Rows, positions: np.ndarray, model: str, same: bool = False) -> list[str]:
+def write_coreset(
+    folder: Path, rows: Rows, positions: np.ndarray, model: str, same: bool = False
+) -> list[str]:
     """Write the coreset, and what other trainers need to take it.
 
     coreset.jsonl, with `same` also in the format the rows came in; skipped.jsonl where rows were left out; an entry in
@@ -74,7 +76,9 @@ def _write_snippets(folder: Path, coreset: Path, rows: Rows, positions: np.ndarr
         write_text(folder / "train" / name, text)
 
 
-def factory_entry(rows: Rows, coreset: str | os.PathLike, positions: Iterable[int] | None = None) -> dict | None:
+def factory_entry(
+    rows: Rows, coreset: str | os.PathLike, positions: Iterable[int] | None = None
+) -> dict | None:
     """What LLaMA-Factory's dataset_info.json must say about a coreset written by `Rows.write_jsonl`.
 
     Args:
@@ -117,7 +121,11 @@ def factory_entry(rows: Rows, coreset: str | os.PathLike, positions: Iterable[in
     }
     for tag, names in FACTORY_TAGS.items():
         calls = FACTORY_TAGS["function_tag"]
-        found = [n for n in known if n in used and known[n] == ours[tag] and ((n in calls) == (tag == "function_tag"))]
+        found = [
+            n
+            for n in known
+            if n in used and known[n] == ours[tag] and ((n in calls) == (tag == "function_tag"))
+        ]
         if len(found) > 1:
             return None
         tags[tag] = found[0] if found else names[0]
@@ -167,7 +175,9 @@ def push_to_hub(coreset: str | os.PathLike, repository: str, private: bool = Tru
     try:
         hub = HfApi()
         url = hub.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
-        hub.upload_file(path_or_fileobj=str(coreset), path_in_repo="train.jsonl", repo_id=repository, repo_type="dataset")
+        hub.upload_file(
+            path_or_fileobj=str(coreset), path_in_repo="train.jsonl", repo_id=repository, repo_type="dataset"
+        )
     except Exception as error:  # the network and the hub raise whatever they like
         said = " ".join(str(error).split())
         raise ValueError(
@@ -176,7 +186,13 @@ def push_to_hub(coreset: str | os.PathLike, repository: str, private: bool = Tru
     return str(url)
 
 
-def llama_factory(rows: Rows, coreset: str | os.PathLike, model: str, positions: Iterable[int] | None = None, name: str = "coreset") -> str:
+def llama_factory(
+    rows: Rows,
+    coreset: str | os.PathLike,
+    model: str,
+    positions: Iterable[int] | None = None,
+    name: str = "coreset",
+) -> str:
     """A LLaMA-Factory training file (`llamafactory-cli train FILE`) for the coreset; its dataset_info.json entry is in a comment."""
     entry = factory_entry(rows, coreset, positions)
     if entry is None:
@@ -196,10 +212,14 @@ def llama_factory(rows: Rows, coreset: str | os.PathLike, model: str, positions:
     else:
         settings["template"] = "TEMPLATE"
     told = json.dumps({name: entry}, ensure_ascii=False)
-    return f"# dataset_info.json beside the coreset: {told}\n" + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    return f"# dataset_info.json beside the coreset: {told}\n" + yaml.safe_dump(
+        settings, sort_keys=False, allow_unicode=True
+    )
 
 
-def axolotl(rows: Rows, coreset: str | os.PathLike, model: str, positions: Iterable[int] | None = None) -> str:
+def axolotl(
+    rows: Rows, coreset: str | os.PathLike, model: str, positions: Iterable[int] | None = None
+) -> str:
     """An Axolotl configuration (`axolotl train FILE`) for the coreset."""
     layout = rows.layout
     data: dict = {"path": str(coreset), "ds_type": "json"}
@@ -207,9 +227,17 @@ def axolotl(rows: Rows, coreset: str | os.PathLike, model: str, positions: Itera
     if layout.text is not None:
         data |= {"type": "completion", "field": layout.text}
     elif layout.messages is None:
-        instruction = {"field_instruction": layout.prompt, "field_output": layout.response, "format": "{instruction}\n"}
+        instruction = {
+            "field_instruction": layout.prompt,
+            "field_output": layout.response,
+            "format": "{instruction}\n",
+        }
         if layout.query in row:
-            instruction |= {"field_input": layout.query, "format": "{instruction}\n{input}\n", "no_input_format": "{instruction}\n"}
+            instruction |= {
+                "field_input": layout.query,
+                "format": "{instruction}\n{input}\n",
+                "no_input_format": "{instruction}\n",
+            }
         if layout.system in row:
             instruction["field_system"] = layout.system
         data["type"] = instruction
@@ -220,7 +248,10 @@ def axolotl(rows: Rows, coreset: str | os.PathLike, model: str, positions: Itera
             "type": "chat_template",
             "field_messages": layout.messages,
             "message_property_mappings": {"role": role_tag, "content": content_tag},
-            "roles": {ours: [n for n, r in known.items() if r == ours] for ours in ("user", "assistant", "system", "tool")},
+            "roles": {
+                ours: [n for n, r in known.items() if r == ours]
+                for ours in ("user", "assistant", "system", "tool")
+            },
             "roles_to_train": ["assistant"],
         }
     settings = {
@@ -246,14 +277,25 @@ def trl(rows: Rows, coreset: str | os.PathLike, model: str) -> str:
     if layout.text is not None:
         body = f'    return {{"text": row[{layout.text!r}]}}'
     elif layout.messages is not None:
-        body = _TRL_CHAT.format(messages=layout.messages, roles=dict(layout.roles if layout.roles is not None else ROLES))
+        body = _TRL_CHAT.format(
+            messages=layout.messages, roles=dict(layout.roles if layout.roles is not None else ROLES)
+        )
         if layout.system is not None:
             body += f'    if row.get({layout.system!r}) and messages[0]["role"] != "system":\n'
             body += f'        messages.insert(0, {{"role": "system", "content": row[{layout.system!r}]}})\n'
-        body += '    return {"messages": messages}' if all_turns else '    return {"prompt": messages[:-1], "completion": messages[-1:]}'
+        body += (
+            '    return {"messages": messages}'
+            if all_turns
+            else '    return {"prompt": messages[:-1], "completion": messages[-1:]}'
+        )
     else:
         body = _trl_pair(layout)
-    return _TRL.format(body=body, coreset=str(coreset), model=model, options=", assistant_only_loss=True" if all_turns else "")
+    return _TRL.format(
+        body=body,
+        coreset=str(coreset),
+        model=model,
+        options=", assistant_only_loss=True" if all_turns else "",
+    )
 
 
 _TRL = """from datasets import load_dataset
@@ -285,10 +327,15 @@ def _trl_pair(layout: Layout) -> str:
     if layout.query is not None:
         lines.append(f'    prompt = "\\n".join(text for text in (prompt, row.get({layout.query!r})) if text)')
     if layout.system is not None:
-        lines += [f"    if row.get({layout.system!r}):", f'        before.append({{"role": "system", "content": row[{layout.system!r}]}})']
+        lines += [
+            f"    if row.get({layout.system!r}):",
+            f'        before.append({{"role": "system", "content": row[{layout.system!r}]}})',
+        ]
     if layout.history is not None:
         lines.append(f"    for user, assistant in row.get({layout.history!r}) or []:")
-        lines.append('        before += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]')
+        lines.append(
+            '        before += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]'
+        )
     lines.append("    if isinstance(prompt, str):")
     lines.append('        prompt = [{"role": "user", "content": prompt}]')
     lines.append("    if isinstance(response, str):")

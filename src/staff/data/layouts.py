@@ -65,10 +65,16 @@ class Layout:
 LAYOUTS = {
     "messages": Layout("messages", messages="messages", tools="tools"),
     "ShareGPT": Layout("ShareGPT", messages="conversations", system="system", tools="tools"),
-    "Alpaca": Layout("Alpaca", prompt="instruction", query="input", response="output", system="system", history="history"),
+    "Alpaca": Layout(
+        "Alpaca", prompt="instruction", query="input", response="output", system="system", history="history"
+    ),
     "Dolly": Layout("Dolly", prompt="instruction", query="context", response="response"),
-    "prompt/response": Layout("prompt/response", prompt="prompt", response="response", system="system", tools="tools"),
-    "prompt/completion": Layout("prompt/completion", prompt="prompt", response="completion", system="system", tools="tools"),
+    "prompt/response": Layout(
+        "prompt/response", prompt="prompt", response="response", system="system", tools="tools"
+    ),
+    "prompt/completion": Layout(
+        "prompt/completion", prompt="prompt", response="completion", system="system", tools="tools"
+    ),
     "question/answer": Layout("question/answer", prompt="question", response="answer"),
     "text": Layout("text", text="text"),
 }
@@ -146,13 +152,23 @@ def find(columns: Iterable[str], row: Mapping | None = None) -> Layout:
     if not columns:
         raise BadRow("is an empty object; it needs for instance 'prompt' and 'response'")
     for key, value in (row or {}).items():
-        if isinstance(value, list) and value and all(isinstance(v, dict) for v in value[:3]) and len(columns) <= 5:
+        if (
+            isinstance(value, list)
+            and value
+            and all(isinstance(v, dict) for v in value[:3])
+            and len(columns) <= 5
+        ):
             raise BadRow(
                 f"looks like a wrapper: its key {key!r} holds a list of rows; take it out first, as with jq '.{key}' FILE > rows.json"
             )
     wanted = [c for layout in LAYOUTS.values() for c in layout.required()]
     hint = next(
-        (f" {c!r} looks like {m[0]!r}." for c in columns if (m := difflib.get_close_matches(c.strip().lower(), wanted, 1, 0.8))), ""
+        (
+            f" {c!r} looks like {m[0]!r}."
+            for c in columns
+            if (m := difflib.get_close_matches(c.strip().lower(), wanted, 1, 0.8))
+        ),
+        "",
     )
     raise BadRow(
         "has neither 'messages', 'conversations' nor 'text', nor a known pair such as 'prompt' and 'response'; "
@@ -181,14 +197,18 @@ def from_columns(columns: str) -> Layout:
                 f"--columns {columns!r}: {part.strip()!r} is not of the form KEY=COLUMN; write for instance prompt=question,response=answer"
             )
         if key not in COLUMN_KEYS:
-            raise ValueError(f"--columns {columns!r}: no key {key!r}{near(key, COLUMN_KEYS)}; there are {', '.join(COLUMN_KEYS)}")
+            raise ValueError(
+                f"--columns {columns!r}: no key {key!r}{near(key, COLUMN_KEYS)}; there are {', '.join(COLUMN_KEYS)}"
+            )
         if COLUMN_KEYS[key] in fields:
             raise ValueError(f"--columns {columns!r}: {key!r} is named twice; name each column once")
         fields[COLUMN_KEYS[key]] = name
     kinds = ["messages" in fields, "text" in fields, "prompt" in fields or "response" in fields]
     if sum(kinds) != 1 or ("prompt" in fields) != ("response" in fields):
         raise ValueError(f"--columns {columns!r}: name either prompt and response, or messages, or text")
-    named = tuple(name for field, name in fields.items() if field in ("query", "system", "history", "tools", "id"))
+    named = tuple(
+        name for field, name in fields.items() if field in ("query", "system", "history", "tools", "id")
+    )
     return Layout(columns, named=named, **{"id": "id", **fields})  # type: ignore[arg-type]
 
 
@@ -219,15 +239,21 @@ def from_factory(entry: Mapping, where: str) -> Layout:
     """
     formatting = entry.get("formatting", "alpaca")
     if formatting not in _FACTORY_COLUMNS:
-        raise ValueError(f"{where}: formatting is {shown(formatting)}; it can be {', '.join(_FACTORY_COLUMNS)}")
+        raise ValueError(
+            f"{where}: formatting is {shown(formatting)}; it can be {', '.join(_FACTORY_COLUMNS)}"
+        )
     if entry.get("ranking"):
         raise ValueError(
             f"{where}: 'ranking' is set: preference pairs have no single response to learn. Use a data set for supervised fine-tuning"
         )
     columns, tags = entry.get("columns"), entry.get("tags")
     for key, value in (("columns", columns), ("tags", tags)):
-        if value is not None and not (isinstance(value, Mapping) and all(isinstance(v, str | None) for v in value.values())):
-            raise ValueError(f"{where}: {key!r} is {shown(value)}; it must be an object of names, as in {{'prompt': 'instruction'}}")
+        if value is not None and not (
+            isinstance(value, Mapping) and all(isinstance(v, str | None) for v in value.values())
+        ):
+            raise ValueError(
+                f"{where}: {key!r} is {shown(value)}; it must be an object of names, as in {{'prompt': 'instruction'}}"
+            )
     columns = {k: v for k, v in (_FACTORY_COLUMNS[formatting] if columns is None else columns).items() if v}
     media = [k for k in columns if k in ("images", "videos", "audios", "chosen", "rejected", "kto_tag")]
     if media:
@@ -235,11 +261,15 @@ def from_factory(entry: Mapping, where: str) -> Layout:
     known = ("prompt", "query", "response", "history", "messages", "system", "tools")
     for key in columns:
         if key not in known:
-            raise ValueError(f"{where}: unknown column key {key!r}{near(key, known)}; there are {', '.join(known)}")
+            raise ValueError(
+                f"{where}: unknown column key {key!r}{near(key, known)}; there are {', '.join(known)}"
+            )
     common = {"system": columns.get("system"), "tools": columns.get("tools")}
     if formatting == "alpaca":
         if "prompt" not in columns or "response" not in columns:
-            raise ValueError(f"{where}: 'columns' must name 'prompt' and 'response'; found {listed(columns) or 'none'}")
+            raise ValueError(
+                f"{where}: 'columns' must name 'prompt' and 'response'; found {listed(columns) or 'none'}"
+            )
         fields = {k: columns.get(k) for k in ("prompt", "query", "response", "history")}
         return Layout(f"Alpaca ({where.rpartition(', ')[2]})", **fields, **common)  # type: ignore[arg-type]
     tags = dict(tags or {})

@@ -19,7 +19,14 @@ from staff.data.layouts import Layout, from_factory, near, shown
 from staff.data.scanners import suffix_of
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
-NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "package.json", "config.json")
+NOT_DATA = (
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+    "package.json",
+    "config.json",
+)
 SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -77,7 +84,9 @@ def locate(
     given = [os.fspath(d) for d in data] if isinstance(data, list | tuple) else [os.fspath(data)]  # type: ignore[arg-type]
     for name in given:
         if not name or "\0" in name:
-            raise ValueError(f"data is {name!r}; give a file, a folder, a hub data set (owner/name), or - for standard input")
+            raise ValueError(
+                f"data is {name!r}; give a file, a folder, a hub data set (owner/name), or - for standard input"
+            )
     if dataset_info is not None:
         inputs = [_factory(name, Path(dataset_info), split, config, revision) for name in given]
     else:
@@ -86,7 +95,9 @@ def locate(
         return inputs[0]
     for name, found in zip(given, inputs, strict=True):
         if found.hub is not None or found.keep is not None:
-            raise ValueError(f"{name} can't be read together with other data; read it alone, or save it to a file")
+            raise ValueError(
+                f"{name} can't be read together with other data; read it alone, or save it to a file"
+            )
         if (
             found.layout is not None
             and inputs[0].layout is not None
@@ -110,10 +121,14 @@ def _shape(found: Input) -> tuple:
 def _one(name: str, split: str | None, config: str | None, revision: str | None) -> Input:
     if name == "-":
         if sys.stdin is None or sys.stdin.isatty():
-            raise ValueError(f"{STDIN} is a terminal; pipe the rows in, as in: staff select --data - < rows.jsonl")
+            raise ValueError(
+                f"{STDIN} is a terminal; pipe the rows in, as in: staff select --data - < rows.jsonl"
+            )
         return _spooled(sys.stdin.buffer, STDIN)
     if re.match(r"\w+://", name):
-        raise ValueError(f"{name} is an address, not a file: download it first; a hub data set is named owner/name")
+        raise ValueError(
+            f"{name} is an address, not a file: download it first; a hub data set is named owner/name"
+        )
     path = Path(name).expanduser()
     if path.is_fifo():  # such as <(zcat rows.jsonl.gz) gives
         with open(path, "rb") as pipe:
@@ -122,9 +137,15 @@ def _one(name: str, split: str | None, config: str | None, revision: str | None)
         return _folder(path, split)
     if path.exists():
         if split is not None or config is not None or revision is not None:
-            raise ValueError(f"{name} is a file: --split, --dataset-config and --revision are for hub data sets, --split also for folders")
+            raise ValueError(
+                f"{name} is a file: --split, --dataset-config and --revision are for hub data sets, --split also for folders"
+            )
         return Input((path,), (name,))
-    is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) and suffix_of(path) not in SUFFIXES and not path.parent.is_dir()
+    is_id = (
+        re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
+        and suffix_of(path) not in SUFFIXES
+        and not path.parent.is_dir()
+    )
     if is_id:
         return Input(hub=name, config=config, split=split, revision=revision)
     raise _missing(path)
@@ -133,7 +154,11 @@ def _one(name: str, split: str | None, config: str | None, revision: str | None)
 def _missing(path: Path) -> ValueError:
     folder = path.parent
     if not folder.is_dir():
-        near_folder = difflib.get_close_matches(folder.name, _listing(folder.parent), n=1) if folder.parent.is_dir() else []
+        near_folder = (
+            difflib.get_close_matches(folder.name, _listing(folder.parent), n=1)
+            if folder.parent.is_dir()
+            else []
+        )
         hint = f"; did you mean {folder.parent / near_folder[0] / path.name}?" if near_folder else ""
         return ValueError(f"{path}: there is no folder {folder}{hint}")
     match = difflib.get_close_matches(path.name, _listing(folder), n=1, cutoff=0.6)
@@ -163,7 +188,9 @@ def _spooled(stream: IO[bytes], name: str) -> Input:
         with file:
             shutil.copyfileobj(stream, file, 1 << 20)
     except OSError as error:
-        raise ValueError(f"{name} can't be read, or {path.parent} not be written: {error.strerror or error}") from None
+        raise ValueError(
+            f"{name} can't be read, or {path.parent} not be written: {error.strerror or error}"
+        ) from None
     if path.stat().st_size == 0:
         raise ValueError(f"{name} is empty; pipe the rows in, as in: staff select --data - < rows.jsonl")
     return Input((path,), (name,), keep=keep)
@@ -185,7 +212,9 @@ def _folder(path: Path, split: str | None) -> Input:
     if (path / "dataset_dict.json").is_file():
         names = read_json(path / "dataset_dict.json").get("splits")
         if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or not names:
-            raise ValueError(f"{path / 'dataset_dict.json'} lists no splits; save the data set again with save_to_disk")
+            raise ValueError(
+                f"{path / 'dataset_dict.json'} lists no splits; save the data set again with save_to_disk"
+            )
         chosen = split or ("train" if "train" in names else names[0] if len(names) == 1 else None)
         if chosen is None or chosen not in names:
             found = f"has no split {chosen!r}{near(chosen, names)}" if chosen else "holds several splits"
@@ -205,9 +234,13 @@ def _folder(path: Path, split: str | None) -> Input:
     if split is not None:
         wanted = SPLIT_NAMES.get(split, split)
         if wanted not in by_split:
-            raise ValueError(f"{path} has no file of the split {split!r}; its files: {', '.join(p.name for p in files[:12])}")
+            raise ValueError(
+                f"{path} has no file of the split {split!r}; its files: {', '.join(p.name for p in files[:12])}"
+            )
         files = by_split[wanted]
-    elif len([s for s in by_split if s]) > 1:  # a test set must not get into the coreset because it lies beside
+    elif (
+        len([s for s in by_split if s]) > 1
+    ):  # a test set must not get into the coreset because it lies beside
         raise ValueError(
             f"{path} holds files of several splits ({', '.join(sorted(s for s in by_split if s))}); choose with --split, or name the files"
         )
@@ -230,13 +263,19 @@ def _saved(path: Path) -> Input:
         or not all(isinstance(e, Mapping) and isinstance(e.get("filename"), str) for e in entries)
         or not entries
     ):
-        raise ValueError(f"{path / 'state.json'} lists no data files; save the data set again with save_to_disk")
+        raise ValueError(
+            f"{path / 'state.json'} lists no data files; save the data set again with save_to_disk"
+        )
     if state.get("_indices_files"):
-        raise ValueError(f"{path} was saved with an index beside its rows; call flatten_indices() and save it again")
+        raise ValueError(
+            f"{path} was saved with an index beside its rows; call flatten_indices() and save it again"
+        )
     files = [inside(path, e["filename"], path / "state.json") for e in entries]
     gone = next((f for f in files if not f.is_file()), None)
     if gone is not None:
-        raise ValueError(f"{path / 'state.json'} names {gone.name}, which is not there; copy the whole folder, or save the data set again")
+        raise ValueError(
+            f"{path / 'state.json'} names {gone.name}, which is not there; copy the whole folder, or save the data set again"
+        )
     return Input(tuple(files), tuple(str(f) for f in files), saved=path)
 
 
@@ -248,8 +287,14 @@ def inside(folder: Path, name: str, said_by: Path) -> Path:
     """
     joined = os.path.normpath(folder / name)
     root = os.path.normpath(folder)
-    if os.path.isabs(name) or "\0" in name or os.path.commonpath([os.path.abspath(root), os.path.abspath(joined)]) != os.path.abspath(root):
-        raise ValueError(f"{said_by} names {name!r}, which lies outside its folder; move the file there, or give its path as the data")
+    if (
+        os.path.isabs(name)
+        or "\0" in name
+        or os.path.commonpath([os.path.abspath(root), os.path.abspath(joined)]) != os.path.abspath(root)
+    ):
+        raise ValueError(
+            f"{said_by} names {name!r}, which lies outside its folder; move the file there, or give its path as the data"
+        )
     return Path(joined)
 
 
@@ -288,12 +333,18 @@ def _factory(name: str, info: Path, split: str | None, config: str | None, revis
         fits = [
             k
             for k, v in entries.items()
-            if isinstance(v, Mapping) and isinstance(v.get("file_name"), str) and os.path.realpath(info.parent / v["file_name"]) == real
+            if isinstance(v, Mapping)
+            and isinstance(v.get("file_name"), str)
+            and os.path.realpath(info.parent / v["file_name"]) == real
         ]
         if not fits:
-            raise ValueError(f"{info} has no entry {name!r}{near(name, entries)}; its entries: {', '.join(list(entries)[:20])}")
+            raise ValueError(
+                f"{info} has no entry {name!r}{near(name, entries)}; its entries: {', '.join(list(entries)[:20])}"
+            )
         if len(fits) > 1:
-            raise ValueError(f"{info} describes {name} more than once; name the entry as the data: {', '.join(fits)}")
+            raise ValueError(
+                f"{info} describes {name} more than once; name the entry as the data: {', '.join(fits)}"
+            )
         entry_name = fits[0]
     entry, where = entries[entry_name], f"{info}, entry {entry_name!r}"
     if not isinstance(entry, Mapping):
@@ -304,7 +355,9 @@ def _factory(name: str, info: Path, split: str | None, config: str | None, revis
             raise ValueError(f"{where}: {key!r} is {shown(entry[key])}; it must be text")
     notes = []
     if entry.get("num_samples") is not None:
-        notes.append(f"{where}: num_samples ({shown(entry['num_samples'])}) is not applied, all rows are read")
+        notes.append(
+            f"{where}: num_samples ({shown(entry['num_samples'])}) is not applied, all rows are read"
+        )
     if entry.get("hf_hub_url"):
         return Input(
             hub=entry["hf_hub_url"],
@@ -316,7 +369,9 @@ def _factory(name: str, info: Path, split: str | None, config: str | None, revis
             notes=tuple(notes),
         )
     if not entry.get("file_name"):
-        raise ValueError(f"{where} has no 'file_name' (nor 'hf_hub_url'); found {', '.join(entry) or 'nothing'}")
+        raise ValueError(
+            f"{where} has no 'file_name' (nor 'hf_hub_url'); found {', '.join(entry) or 'nothing'}"
+        )
     path = inside(info.parent, entry["file_name"], info)
     if not path.exists():
         raise ValueError(f"{where}: {_missing(path)}")
@@ -333,7 +388,9 @@ def load_hub(found: Input) -> Any:
     try:
         import datasets
     except ImportError:
-        raise ValueError(f"there is no file or folder {name}; to load it from the hub: pip install 'staff-coreset[datasets]'") from None
+        raise ValueError(
+            f"there is no file or folder {name}; to load it from the hub: pip install 'staff-coreset[datasets]'"
+        ) from None
     options: dict[str, Any] = {"revision": found.revision, "split": found.split}
     if found.folder:
         options["data_dir"] = found.folder

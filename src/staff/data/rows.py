@@ -23,7 +23,13 @@ from staff.data.writers import aside, dumps, write_table
 __all__ = ["Example", "Rows", "Turn", "read"]
 
 MEMORY = "the data given"
-USUAL = {".jsonl": ("JSONL",), ".ndjson": ("JSONL",), ".json": ("JSON", "JSONL"), ".csv": ("CSV",), ".tsv": ("CSV",)}
+USUAL = {
+    ".jsonl": ("JSONL",),
+    ".ndjson": ("JSONL",),
+    ".json": ("JSON", "JSONL"),
+    ".csv": ("CSV",),
+    ".tsv": ("CSV",),
+}
 
 
 class MemoryRows:
@@ -93,7 +99,9 @@ class Rows:
 
     def _fetch(self, positions: Iterable[int], columns: list[str] | None = None) -> Iterator[Mapping]:
         if isinstance(self.source, TextRows):
-            return self.source.fetch(positions if isinstance(positions, range) else np.asarray(list(positions), np.int64))
+            return self.source.fetch(
+                positions if isinstance(positions, range) else np.asarray(list(positions), np.int64)
+            )
         if isinstance(positions, range) and positions.step == 1:
             numbers = self.numbers[positions.start : positions.stop]
         else:
@@ -130,7 +138,9 @@ class Rows:
         source = self.source
         if isinstance(source, TextRows):
             file = source.files[0]
-            suffix = {"JSONL": ".jsonl", "JSON": ".json"}.get(source.kind, ".tsv" if file.delimiter == "\t" else ".csv")
+            suffix = {"JSONL": ".jsonl", "JSON": ".json"}.get(
+                source.kind, ".tsv" if file.delimiter == "\t" else ".csv"
+            )
             return suffix + (".gz" if any(f.gzipped for f in source.files) else "")
         if not _is_table(source):
             return ".jsonl"
@@ -231,16 +241,24 @@ def _read_files(found: Input, layout: Layout | None, train_on: str, skip: bool) 
     kinds = [kind_of(head, p, n) for (head, _), p, n in zip(heads, paths, names, strict=True)]
     other = next((i for i, k in enumerate(kinds) if k != kinds[0]), None)
     if other is not None:
-        raise ValueError(f"{names[0]} is {kinds[0]} and {names[other]} is {kinds[other]}; files read together must be of one format")
+        raise ValueError(
+            f"{names[0]} is {kinds[0]} and {names[other]} is {kinds[other]}; files read together must be of one format"
+        )
     kind = kinds[0]
     if kind in ("Parquet", "Arrow"):
         from staff.data.tables import open_tables
 
         gzipped = next((n for n, (_, g) in zip(names, heads, strict=True) if g), None)
         if gzipped is not None:
-            raise ValueError(f"{gzipped} is {kind} inside gzip; unpack it with gunzip ({kind} compresses its own columns)")
+            raise ValueError(
+                f"{gzipped} is {kind} inside gzip; unpack it with gunzip ({kind} compresses its own columns)"
+            )
         return _read_table(open_tables(kind, paths, names, found.saved), layout, train_on, skip, paths, notes)
-    known = [c for each in LAYOUTS.values() for c in each.required()] if layout is None else list(layout.columns())
+    known = (
+        [c for each in LAYOUTS.values() for c in each.required()]
+        if layout is None
+        else list(layout.columns())
+    )
     files = tuple(
         TextFile(p, n, kind, g, find_delimiter(head, p, known) if kind == "CSV" else ",", stamp(p))
         for p, n, (head, g) in zip(paths, names, heads, strict=True)
@@ -269,11 +287,17 @@ def _read_text(source: TextRows, layout: Layout | None, train_on: str, skip: boo
                 build(layout, row, train_on)
             except BadRow as error:
                 reason = str(error)
-                lacks = not isinstance(found.value, BadRow) and layout is not None and not all(c in found.value for c in layout.required())
+                lacks = (
+                    not isinstance(found.value, BadRow)
+                    and layout is not None
+                    and not all(c in found.value for c in layout.required())
+                )
                 if found_in and lacks and layout is not None:
                     reason += f" (the format, {layout.name}, was found in {found_in}; rows of two formats don't mix)"
                 if not skip:
-                    raise ValueError(f"{file.name}: row {number - first} (line {found.line}) {reason}{_skip_cure()}") from None
+                    raise ValueError(
+                        f"{file.name}: row {number - first} (line {found.line}) {reason}{_skip_cure()}"
+                    ) from None
                 skipped.append((number, reason))
             else:
                 spans.append(found.start)
@@ -299,16 +323,27 @@ def _check_some(rows: int, skipped: list[tuple[int, str]], name: str) -> None:
     if rows == 0:
         raise ValueError(f"{name} has no rows; it should hold at least one")
     if len(skipped) == rows:
-        raise ValueError(f"{name}: none of the {rows} rows can be used; the first one, row {skipped[0][0]}, {skipped[0][1]}")
+        raise ValueError(
+            f"{name}: none of the {rows} rows can be used; the first one, row {skipped[0][0]}, {skipped[0][1]}"
+        )
 
 
 def _check_named(layout: Layout, seen: set[str], name: str, columns: Sequence[str] = ()) -> None:
     for column in layout.named:
         if column not in seen:
-            raise ValueError(f"{name}: no row has the column {column!r} that --columns names{near(column, columns)}; correct the name")
+            raise ValueError(
+                f"{name}: no row has the column {column!r} that --columns names{near(column, columns)}; correct the name"
+            )
 
 
-def _read_table(source: Any, layout: Layout | None, train_on: str, skip: bool, paths: tuple[Path, ...], notes: Sequence[str]) -> Rows:
+def _read_table(
+    source: Any,
+    layout: Layout | None,
+    train_on: str,
+    skip: bool,
+    paths: tuple[Path, ...],
+    notes: Sequence[str],
+) -> Rows:
     from staff.data.tables import check_types, plain
 
     name = source.names[0]
@@ -317,7 +352,9 @@ def _read_table(source: Any, layout: Layout | None, train_on: str, skip: bool, p
         layout = find(columns) if layout is None else layout
         missing = next((c for c in layout.required() if c not in columns), None)
         if missing is not None:
-            raise BadRow(f"has no column {missing!r}{near(missing, columns)}; found {', '.join(map(repr, columns))}")
+            raise BadRow(
+                f"has no column {missing!r}{near(missing, columns)}; found {', '.join(map(repr, columns))}"
+            )
     except BadRow as error:
         raise ValueError(f"{name} {error}") from None
     check_types(source.schema, layout, name)
@@ -342,10 +379,14 @@ def _read_table(source: Any, layout: Layout | None, train_on: str, skip: bool, p
     _check_some(len(source), skipped, ", ".join(source.names))
     number = int(np.concatenate(numbers)[0])
     try:
-        dumps(next(source.fetch(np.array([number]))))  # a column that Python can't take must show now, not when the coreset is written
+        dumps(
+            next(source.fetch(np.array([number])))
+        )  # a column that Python can't take must show now, not when the coreset is written
     except Exception as error:  # time zones, extension types: pyarrow raises whatever its conversions raise
         said = " ".join(str(error).split())
-        raise ValueError(f"{source.where(number)} can't be written as JSON ({shown(said, 160)}); cast or drop that column") from None
+        raise ValueError(
+            f"{source.where(number)} can't be written as JSON ({shown(said, 160)}); cast or drop that column"
+        ) from None
     return Rows(source, layout, train_on, np.concatenate(numbers).astype(np.int64), skipped, paths, notes)
 
 
@@ -355,7 +396,9 @@ def _read_memory(rows: Sequence, layout: Layout | None, train_on: str, skip: boo
     for number, row in enumerate(rows):
         try:
             if not isinstance(row, Mapping):
-                raise BadRow(f"is {shown(row)}, not a dict; a row looks like {{'prompt': '...', 'response': '...'}}")
+                raise BadRow(
+                    f"is {shown(row)}, not a dict; a row looks like {{'prompt': '...', 'response': '...'}}"
+                )
             layout = find(row, row) if layout is None else layout
             build(layout, row, train_on)
         except BadRow as error:
@@ -382,9 +425,13 @@ def _read_object(data: Any, layout: Layout | None, train_on: str, skip: bool, sp
     if kind == "DatasetDict":
         data = _split_of(data, split, MEMORY)
     if kind == "IterableDataset":
-        raise ValueError(f"{MEMORY} is an IterableDataset, which can be read only once; make it a Dataset, or write it to a file")
+        raise ValueError(
+            f"{MEMORY} is an IterableDataset, which can be read only once; make it a Dataset, or write it to a file"
+        )
     if not (hasattr(data, "with_format") and hasattr(data, "features")):
-        raise ValueError(f"data is {shown(data)}; it can be a path, several, a list of dicts, a datasets.Dataset or a pandas DataFrame")
+        raise ValueError(
+            f"data is {shown(data)}; it can be a path, several, a list of dicts, a datasets.Dataset or a pandas DataFrame"
+        )
     from staff.data.tables import open_dataset
 
     return _read_table(open_dataset(data, MEMORY), layout, train_on, skip, (), [])
@@ -399,5 +446,7 @@ def _split_of(data: Any, split: str | None, name: str) -> Any:
         return data[names[0]]
     chosen = split or "train"
     if chosen not in names:
-        raise ValueError(f"{name} has no split {chosen!r}{near(chosen, names)}; name one with --split: {', '.join(names)}")
+        raise ValueError(
+            f"{name} has no split {chosen!r}{near(chosen, names)}; name one with --split: {', '.join(names)}"
+        )
     return data[chosen]

@@ -43,7 +43,9 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict:
     return row
 
 
-decode_json = json.JSONDecoder(object_pairs_hook=_pairs).raw_decode  # a key given twice would silently lose a value
+decode_json = json.JSONDecoder(
+    object_pairs_hook=_pairs
+).raw_decode  # a key given twice would silently lose a value
 
 
 def _json_row(text: str, last: bool = False) -> Mapping | BadRow:
@@ -68,12 +70,18 @@ def _object(value: object) -> Mapping | BadRow:
     if isinstance(value, dict):
         return value
     kind = {list: "a list", str: "a text", bool: "a boolean", type(None): "null"}.get(type(value), "a number")
-    return BadRow(f'is {kind}, {shown(value)}, not an object; a row looks like {{"prompt": "...", "response": "..."}}')
+    return BadRow(
+        f'is {kind}, {shown(value)}, not an object; a row looks like {{"prompt": "...", "response": "..."}}'
+    )
 
 
 def _json_reason(error: json.JSONDecodeError, last: bool = False) -> str:
     text, at = error.doc, error.pos
-    found = f"column {at + 1}: {shown(text[at : at + 24])}" if at < len(text) else f"column {at + 1}, the end of the row"
+    found = (
+        f"column {at + 1}: {shown(text[at : at + 24])}"
+        if at < len(text)
+        else f"column {at + 1}, the end of the row"
+    )
     reason = f"is not valid JSON ({error.msg} at {found})"
     if text[:2] in ("{'", "['") or text[at : at + 1] == "'":
         return f"{reason}; JSON wants double quotation marks: write rows with json.dumps, not str"
@@ -107,7 +115,9 @@ def scan_jsonl(stream: IO[bytes], name: str) -> Iterator[Found]:
             line, start = line[3:], 3
         ended = line.endswith(b"\n")
         if not ended and len(line) >= LONGEST_ROW:
-            raise ValueError(f"{name}: line {line_number} is longer than {LONGEST_ROW >> 20} MiB; JSON Lines has one row a line")
+            raise ValueError(
+                f"{name}: line {line_number} is longer than {LONGEST_ROW >> 20} MiB; JSON Lines has one row a line"
+            )
         if line.isspace():
             continue
         value: Mapping | BadRow
@@ -136,7 +146,9 @@ def scan_json(stream: IO[bytes], name: str) -> Iterator[Found]:
             return False
         if len(text) - at >= LONGEST_ROW:
             raise fail(f"is longer than {LONGEST_ROW >> 20} MiB")
-        block = stream.read(max(BLOCK, len(text) - at))  # at least twice as much as before, so that a long row costs no square
+        block = stream.read(
+            max(BLOCK, len(text) - at)
+        )  # at least twice as much as before, so that a long row costs no square
         ended = not block
         try:
             new = decoder.decode(block, final=ended)
@@ -175,7 +187,9 @@ def scan_json(stream: IO[bytes], name: str) -> Iterator[Found]:
     else:
         while True:
             if space() == "":
-                raise fail("is missing: the list is not closed, the file seems cut off; fetch or write it again")
+                raise fail(
+                    "is missing: the list is not closed, the file seems cut off; fetch or write it again"
+                )
             while True:
                 try:
                     value, to = decode_json(text, at)
@@ -184,7 +198,9 @@ def scan_json(stream: IO[bytes], name: str) -> Iterator[Found]:
                     found: Mapping | BadRow = _object(value)
                     break
                 except json.JSONDecodeError as error:
-                    if (error.msg.startswith(("Unterminated", "Invalid \\")) or error.pos >= len(text) - 16) and more():
+                    if (
+                        error.msg.startswith(("Unterminated", "Invalid \\")) or error.pos >= len(text) - 16
+                    ) and more():
                         continue
                     row_text = text[at : at + 10_000_000]
                     local = json.JSONDecodeError(error.msg, row_text, min(error.pos - at, len(row_text)))
@@ -219,9 +235,13 @@ def scan_json(stream: IO[bytes], name: str) -> Iterator[Found]:
             if mark == "]":
                 break
             if space() == "]":
-                raise ValueError(f"{name}: line {line}: a comma before the closing bracket is no JSON; take it away")
+                raise ValueError(
+                    f"{name}: line {line}: a comma before the closing bracket is no JSON; take it away"
+                )
     if space() != "":
-        raise ValueError(f"{name}: line {line}: {shown(text[at : at + 24])} after the closing bracket; one file holds one list")
+        raise ValueError(
+            f"{name}: line {line}: {shown(text[at : at + 24])} after the closing bracket; one file holds one list"
+        )
 
 
 # ---- CSV ----
@@ -254,7 +274,9 @@ class _Lines:
         if not line:
             raise StopIteration
         if len(line) >= LONGEST_ROW:
-            raise ValueError(f"{self.name}: line {self.line + 1} is longer than {LONGEST_ROW >> 20} MiB; is it CSV?")
+            raise ValueError(
+                f"{self.name}: line {self.line + 1} is longer than {LONGEST_ROW >> 20} MiB; is it CSV?"
+            )
         self.position += len(line)
         self.line += 1
         if self.line == 1:
@@ -331,10 +353,14 @@ def scan_csv(stream: IO[bytes], name: str, delimiter: str) -> Iterator[Found]:
         except StopIteration:
             return
         except csv.Error as error:
-            if "unexpected end" in str(error) or "field larger" in str(error):  # it swallowed the rest of the file: not one row's fault
+            if "unexpected end" in str(error) or "field larger" in str(
+                error
+            ):  # it swallowed the rest of the file: not one row's fault
                 raise ValueError(f"{name}: row {row} (line {first_line}) {_csv_cure(error)}") from None
             row += 1
-            yield Found(BadRow(f"is not valid CSV ({error}); {_csv_cure(error)}"), first_line, start, lines.position)
+            yield Found(
+                BadRow(f"is not valid CSV ({error}); {_csv_cure(error)}"), first_line, start, lines.position
+            )
             continue
         if not record:
             continue

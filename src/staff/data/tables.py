@@ -17,7 +17,16 @@ import pyarrow.parquet as pq
 from staff.data.layouts import ROLES, Layout, shown
 
 ROWS_A_BATCH = 4096
-ARROW_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError, IndexError, KeyError, TypeError)
+ARROW_ERRORS = (
+    pa.ArrowException,
+    OSError,
+    UnicodeDecodeError,
+    OverflowError,
+    MemoryError,
+    IndexError,
+    KeyError,
+    TypeError,
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,9 @@ class TableRows:
         """Number of the first row of a file, counted over all files."""
         return next((u.first for u in self.units if u.file == file), 0)
 
-    def batches(self, columns: Sequence[str] | None = None, wanted: np.ndarray | None = None) -> Iterator[tuple[int, Any]]:
+    def batches(
+        self, columns: Sequence[str] | None = None, wanted: np.ndarray | None = None
+    ) -> Iterator[tuple[int, Any]]:
         """Batches in order, with the row number of each one's first row.
 
         Args:
@@ -85,7 +96,10 @@ class TableRows:
             ValueError: a file is damaged or has changed.
         """
         for unit in self.units:
-            if wanted is not None and np.diff(np.searchsorted(wanted, [unit.first, unit.first + unit.rows])) == 0:
+            if (
+                wanted is not None
+                and np.diff(np.searchsorted(wanted, [unit.first, unit.first + unit.rows])) == 0
+            ):
                 continue
             at = unit.first
             for batch in self._load(unit, columns):
@@ -112,11 +126,19 @@ class TableRows:
         name, path = self.names[unit.file], self.files[unit.file]
         first = unit.first - self.first_row(unit.file)
         with _readable(f"{name}, rows {first} to {first + unit.rows - 1}"):
-            if self.stamps and (status := os.stat(path)) and (status.st_size, status.st_mtime_ns) != self.stamps[unit.file]:
-                raise ValueError(f"{name} changed while it was in use; start again, on a copy that nothing writes to")
+            if (
+                self.stamps
+                and (status := os.stat(path))
+                and (status.st_size, status.st_mtime_ns) != self.stamps[unit.file]
+            ):
+                raise ValueError(
+                    f"{name} changed while it was in use; start again, on a copy that nothing writes to"
+                )
             if self.kind == "Parquet":
                 with pq.ParquetFile(path) as file:
-                    for batch in file.iter_batches(ROWS_A_BATCH, row_groups=[unit.index], columns=columns, use_threads=False):
+                    for batch in file.iter_batches(
+                        ROWS_A_BATCH, row_groups=[unit.index], columns=columns, use_threads=False
+                    ):
                         batch.validate(full=True)  # Parquet texts are bytes that nobody has looked at yet
                         yield batch
             else:
@@ -151,8 +173,13 @@ def _microseconds(batch: Any) -> Any:
     """Python's times end there; with pandas installed pyarrow would give other objects than without."""
     for i, column in enumerate(batch.schema):
         if getattr(column.type, "unit", None) == "ns":
-            kind = {pa.lib.Type_TIMESTAMP: pa.timestamp("us", getattr(column.type, "tz", None)), pa.lib.Type_DURATION: pa.duration("us")}
-            batch = batch.set_column(i, column.name, batch.column(i).cast(kind.get(column.type.id, pa.time64("us")), safe=False))
+            kind = {
+                pa.lib.Type_TIMESTAMP: pa.timestamp("us", getattr(column.type, "tz", None)),
+                pa.lib.Type_DURATION: pa.duration("us"),
+            }
+            batch = batch.set_column(
+                i, column.name, batch.column(i).cast(kind.get(column.type.id, pa.time64("us")), safe=False)
+            )
     return batch
 
 
@@ -162,7 +189,9 @@ def _readable(name: str) -> Iterator[None]:
         yield
     except ARROW_ERRORS as error:
         said = " ".join(str(error).split())
-        raise ValueError(f"{name}: the data is cut or damaged ({shown(said, 160)}); write or fetch the file again") from None
+        raise ValueError(
+            f"{name}: the data is cut or damaged ({shown(said, 160)}); write or fetch the file again"
+        ) from None
 
 
 def _arrow_batches(file: Any, index: int) -> Iterator[pa.RecordBatch]:
@@ -174,7 +203,9 @@ def _arrow_batches(file: Any, index: int) -> Iterator[pa.RecordBatch]:
         yield from pa.ipc.open_stream(file)
 
 
-def open_tables(kind: str, files: Sequence[Path], names: Sequence[str], saved: Path | None = None) -> TableRows:
+def open_tables(
+    kind: str, files: Sequence[Path], names: Sequence[str], saved: Path | None = None
+) -> TableRows:
     """Parquet or Arrow files as rows.
 
     Raises:
@@ -189,7 +220,9 @@ def open_tables(kind: str, files: Sequence[Path], names: Sequence[str], saved: P
             if kind == "Parquet":
                 with pq.ParquetFile(path) as parquet:
                     found = parquet.schema_arrow
-                    sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
+                    sizes = [
+                        parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)
+                    ]
             else:
                 with pa.memory_map(str(path)) as file:
                     is_file = file.read(6) == b"ARROW1"
@@ -205,7 +238,11 @@ def open_tables(kind: str, files: Sequence[Path], names: Sequence[str], saved: P
         if schema is None:
             schema = found
         elif not schema.equals(found):
-            other = [f"{f.name}: {f.type}" for f in found if f.name not in schema.names or schema.field(f.name).type != f.type]
+            other = [
+                f"{f.name}: {f.type}"
+                for f in found
+                if f.name not in schema.names or schema.field(f.name).type != f.type
+            ]
             missing = [n for n in schema.names if n not in found.names]
             raise ValueError(
                 f"{name} has other columns than {names[0]} ({', '.join(other + ['no ' + m for m in missing]) or 'in another order'}); "
@@ -215,7 +252,9 @@ def open_tables(kind: str, files: Sequence[Path], names: Sequence[str], saved: P
             units.append(Unit(number, index, first, rows))
             first += rows
     assert schema is not None
-    return TableRows(kind, tuple(files), tuple(names), schema, tuple(units), None, tuple(stamps), stream, saved)
+    return TableRows(
+        kind, tuple(files), tuple(names), schema, tuple(units), None, tuple(stamps), stream, saved
+    )
 
 
 def open_dataset(data: Any, name: str) -> TableRows:
@@ -246,7 +285,9 @@ def check_types(schema: pa.Schema, layout: Layout, name: str) -> None:
                     f"{name}: column {column!r} is of type {found}, not a list of turns; store it as a list of role and content"
                 )
         elif not (_is_text(found) or (_is_list(found) and column in (layout.prompt, layout.response))):
-            raise ValueError(f"{name}: column {column!r} is of type {found}, not text; cast it to string, or name another with --columns")
+            raise ValueError(
+                f"{name}: column {column!r} is of type {found}, not text; cast it to string, or name another with --columns"
+            )
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -265,7 +306,9 @@ def plain(batch: Any, layout: Layout) -> np.ndarray:
     """
     names = batch.schema.names
     none = np.zeros(batch.num_rows, bool)
-    if not all(c in names for c in layout.required()) or any(c in names for c in (layout.history, layout.tools) if c is not None):
+    if not all(c in names for c in layout.required()) or any(
+        c in names for c in (layout.history, layout.tools) if c is not None
+    ):
         return none
     for column in (layout.query, layout.system):
         if column in names and not _is_text(batch.schema.field(column).type):
@@ -288,12 +331,16 @@ def _plain_text(values: pa.Array) -> np.ndarray:
 def _plain_chat(values: pa.Array, layout: Layout) -> np.ndarray:
     """Rows whose turns are user and assistant in known roles, with text in all of them, the last one the assistant's."""
     none = np.zeros(len(values), bool)
-    if not (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)) or not pa.types.is_struct(values.type.value_type):
+    if not (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)) or not pa.types.is_struct(
+        values.type.value_type
+    ):
         return none
     fields = [f.name for f in values.type.value_type]
     tags = (layout.role_tag, layout.content_tag)
     pairs = [("role", "content"), ("from", "value")] if tags == (None, None) else [tags]
-    tag = next((p for p in pairs if set(fields) == set(p)), None)  # weights, tool calls and the like: one by one
+    tag = next(
+        (p for p in pairs if set(fields) == set(p)), None
+    )  # weights, tool calls and the like: one by one
     if tag is None:
         return none
     turns = values.flatten()
@@ -305,7 +352,9 @@ def _plain_chat(values: pa.Array, layout: Layout) -> np.ndarray:
     if not _is_text(role.type) or len(turns) == 0:
         return none
     good = _plain_text(turns.field(tag[1]))
-    good &= pc.fill_null(pc.is_in(role, pa.array(list(role_names), role.type)), False).to_numpy(zero_copy_only=False)
+    good &= pc.fill_null(pc.is_in(role, pa.array(list(role_names), role.type)), False).to_numpy(
+        zero_copy_only=False
+    )
     good &= pc.is_valid(turns).to_numpy(zero_copy_only=False)
     assistant = pa.array([k for k, v in role_names.items() if v == "assistant"], role.type)
     is_assistant = pc.fill_null(pc.is_in(role, assistant), False).to_numpy(zero_copy_only=False)

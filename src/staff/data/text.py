@@ -17,7 +17,18 @@ from typing import IO
 import numpy as np
 
 from staff.data.layouts import shown
-from staff.data.scanners import BLOCK, DELIMITERS, Found, csv_header, csv_reader, decode_json, scan_csv, scan_json, scan_jsonl, suffix_of
+from staff.data.scanners import (
+    BLOCK,
+    DELIMITERS,
+    Found,
+    csv_header,
+    csv_reader,
+    decode_json,
+    scan_csv,
+    scan_json,
+    scan_jsonl,
+    suffix_of,
+)
 
 GZIP_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
 
@@ -68,8 +79,14 @@ class TextFile:
         """The file's (unpacked) bytes. Errors of the system and of gzip come out as ValueError."""
         try:
             if stamp(self.path) != self.stamp:
-                raise ValueError(f"{self.name} changed while it was in use; start again, on a copy that nothing writes to")
-            with gzip.open(self.path, "rb") if self.gzipped else open(self.path, "rb", buffering=BLOCK) as stream:
+                raise ValueError(
+                    f"{self.name} changed while it was in use; start again, on a copy that nothing writes to"
+                )
+            with (
+                gzip.open(self.path, "rb")
+                if self.gzipped
+                else open(self.path, "rb", buffering=BLOCK) as stream
+            ):
                 yield stream  # type: ignore[misc]
         except GZIP_ERRORS as error:
             raise ValueError(
@@ -102,7 +119,9 @@ def peek(path: Path, name: str, size: int = 1 << 16) -> tuple[bytes, bool]:
             with gzip.open(path, "rb") as unpacked:
                 head = unpacked.read(size)
     except GZIP_ERRORS as error:
-        raise ValueError(f"{name}: the gzip data is cut or damaged ({error}); fetch or pack the file again (gzip -t checks it)") from None
+        raise ValueError(
+            f"{name}: the gzip data is cut or damaged ({error}); fetch or pack the file again (gzip -t checks it)"
+        ) from None
     except OSError as error:
         raise ValueError(f"{name} can't be read: {error.strerror or error}") from None
     if not head:
@@ -124,14 +143,18 @@ def kind_of(head: bytes, path: Path, name: str) -> str:
     suffix = suffix_of(path)
     if head.startswith(b"PAR1"):
         return "Parquet"
-    if head.startswith(b"ARROW1") or (head.startswith(b"\xff\xff\xff\xff") and suffix in (".arrow", ".feather", ".ipc", "")):
+    if head.startswith(b"ARROW1") or (
+        head.startswith(b"\xff\xff\xff\xff") and suffix in (".arrow", ".feather", ".ipc", "")
+    ):
         return "Arrow"
     if suffix == ".parquet":
         raise ValueError(
             f"{name} is no Parquet file: it begins with {shown(head[:8])}, not with b'PAR1'; name it after what it is, or fetch it again"
         )
     if suffix in (".arrow", ".feather"):
-        raise ValueError(f"{name} is no Arrow file: it begins with {shown(head[:8])}; name it after what it is, or fetch it again")
+        raise ValueError(
+            f"{name} is no Arrow file: it begins with {shown(head[:8])}; name it after what it is, or fetch it again"
+        )
     text = head.removeprefix(codecs.BOM_UTF8).lstrip()
     if not text:
         raise ValueError(f"{name} holds nothing but white space; it should hold at least one row")
@@ -149,7 +172,9 @@ def kind_of(head: bytes, path: Path, name: str) -> str:
             return "JSONL"
     if text.startswith(b"[") and (suffix not in (".csv", ".tsv") or text[1:].lstrip().startswith(b"{")):
         return "JSONL" if whole and rest.strip() else "JSON"
-    if suffix in (".jsonl", ".ndjson", ".json") or (whole and first.strip()[:1] in b'"0123456789tfn-' and suffix not in (".csv", ".tsv")):
+    if suffix in (".jsonl", ".ndjson", ".json") or (
+        whole and first.strip()[:1] in b'"0123456789tfn-' and suffix not in (".csv", ".tsv")
+    ):
         return "JSONL"
     if suffix in (".csv", ".tsv") or any(d.encode() in first for d in DELIMITERS):
         return "CSV"
@@ -218,7 +243,9 @@ class TextRows:
         with stack:
             current, stream, at = -1, None, 0
             for position in positions:
-                number = int(np.searchsorted(self.first, position, side="right")) - 1 if len(self.files) > 1 else 0
+                number = (
+                    int(np.searchsorted(self.first, position, side="right")) - 1 if len(self.files) > 1 else 0
+                )
                 if number != current:
                     stack.close()
                     stream, current, at = stack.enter_context(self.files[number].open()), number, 0
@@ -234,7 +261,9 @@ class TextRows:
         for number, data in self.very_bytes(positions):
             if self.kind == "CSV":
                 text = data.decode().removeprefix("\ufeff")
-                record = next(r for r in csv_reader(io.StringIO(text, newline="\n"), self.files[number].delimiter) if r)
+                record = next(
+                    r for r in csv_reader(io.StringIO(text, newline="\n"), self.files[number].delimiter) if r
+                )
                 yield dict(zip(self.headers[number], record, strict=True))
             else:
                 yield decode_json(data.decode().strip())[0]

@@ -54,7 +54,9 @@ class Pool:
         keep = self.is_response.copy()
         keep[:-1] |= self.is_response[1:]
         starts = self.offsets[1:-1]
-        crosses = starts[self.is_response[starts] & ~self.is_response[starts - 1]] - 1  # the token before belongs to another sample
+        crosses = (
+            starts[self.is_response[starts] & ~self.is_response[starts - 1]] - 1
+        )  # the token before belongs to another sample
         keep[crosses] = False
         offsets = np.concatenate([[0], np.cumsum(keep)])[self.offsets]
         return Pool(self.input_ids[keep], self.is_response[keep], offsets)
@@ -97,7 +99,9 @@ class Batch:
     counts: Any
 
 
-def tokenise(examples: Iterable, tokenizer, max_length: int, on_progress: Callable[[int], None] | None = None) -> Pool:
+def tokenise(
+    examples: Iterable, tokenizer, max_length: int, on_progress: Callable[[int], None] | None = None
+) -> Pool:
     """Make a pool of examples with the model's own chat template where it has one.
 
     The template's text up to a trained turn and that turn's text are tokenised apart, as the model will see them when
@@ -130,7 +134,9 @@ def tokenise(examples: Iterable, tokenizer, max_length: int, on_progress: Callab
                 mask += (b"\1" if trained else b"\0") * len(piece)
             if len(tokens) > max_length:
                 first = mask.index(1)
-                if len(tokens) - first >= max_length:  # the response alone fills it: one token of the prompt to predict from
+                if (
+                    len(tokens) - first >= max_length
+                ):  # the response alone fills it: one token of the prompt to predict from
                     start = max(first - 1, 0)
                     cut_responses += 1
                 else:
@@ -151,7 +157,11 @@ def _encode(examples: Iterator, render, tokenizer) -> Iterator[tuple[list, Itera
     """Parts of [(example, its pieces of text), ...], each with the tokens of all its pieces in order."""
 
     def encode(texts: list[str]) -> Iterator[list[int]]:
-        return iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
+        return iter(
+            tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+                "input_ids"
+            ]
+        )
 
     ahead: deque = deque()
     with ThreadPoolExecutor(1) as thread:  # the tokenizer lets go of the interpreter while it works
@@ -163,7 +173,9 @@ def _encode(examples: Iterator, render, tokenizer) -> Iterator[tuple[list, Itera
                 if letters >= LETTERS_AT_ONCE:
                     break
             if part:
-                ahead.append((part, thread.submit(encode, [text for _, sample in part for text, _ in sample])))
+                ahead.append(
+                    (part, thread.submit(encode, [text for _, sample in part for text, _ in sample]))
+                )
             if ahead and (len(ahead) == 2 or not part):
                 done, encoded = ahead.popleft()
                 yield done, encoded.result()
@@ -179,14 +191,19 @@ def control_tokens(tokenizer) -> re.Pattern | None:
     but never silently: such rows are counted.
     """
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    tokens = {*getattr(tokenizer, "all_special_tokens", []), *(token.content for token in added if token.special)}
+    tokens = {
+        *getattr(tokenizer, "all_special_tokens", []),
+        *(token.content for token in added if token.special),
+    }
     tokens = {token for token in tokens if token and not token.isspace()}
     return re.compile("|".join(map(re.escape, sorted(tokens)))) if tokens else None
 
 
 def spells(control: re.Pattern | None, example) -> bool:
     """Does an example spell one where the template should have the only ones? A bare text column may: it is as the model sees it."""
-    return control is not None and any(turn.role != "text" and control.search(turn.content) for turn in example.turns)
+    return control is not None and any(
+        turn.role != "text" and control.search(turn.content) for turn in example.turns
+    )
 
 
 def _renderer(tokenizer) -> Callable[[Any], list[tuple[str, bool]]]:
@@ -209,7 +226,9 @@ def _renderer(tokenizer) -> Callable[[Any], list[tuple[str, bool]]]:
         return plain
 
     def apply(messages, tools=None, prompt=False) -> str:
-        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+        return tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=prompt
+        )
 
     merges_system = _refuses_system(apply)
     # what the template puts behind an answer: an end of turn, which is learnt, and blanks, which are not
@@ -225,7 +244,10 @@ def _renderer(tokenizer) -> Callable[[Any], list[tuple[str, bool]]]:
         shift = 0
         if merges_system and messages[0]["role"] == "system" and len(messages) > 1:
             first, second, *rest = messages
-            messages = [{"role": second["role"], "content": first["content"] + "\n\n" + second["content"]}, *rest]
+            messages = [
+                {"role": second["role"], "content": first["content"] + "\n\n" + second["content"]},
+                *rest,
+            ]
             shift = 1
         tools = _tools(example)
         pieces, done = [], 0
@@ -251,7 +273,9 @@ def _refuses_system(apply) -> bool:
     from jinja2 import TemplateError
 
     try:
-        return "SYSTEM-PROBE" not in apply([{"role": "system", "content": "SYSTEM-PROBE"}, {"role": "user", "content": "question"}])
+        return "SYSTEM-PROBE" not in apply(
+            [{"role": "system", "content": "SYSTEM-PROBE"}, {"role": "user", "content": "question"}]
+        )
     except TemplateError:
         return True
 
@@ -284,7 +308,12 @@ def batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
 
 
 def collate(
-    pool: Pool, positions: Sequence[int] | np.ndarray, device="cpu", pad_token_id: int = 0, padding_side: str = "right", skip: int = 0
+    pool: Pool,
+    positions: Sequence[int] | np.ndarray,
+    device="cpu",
+    pad_token_id: int = 0,
+    padding_side: str = "right",
+    skip: int = 0,
 ) -> Batch:
     """Samples of a pool as one padded batch. Padded tokens are never attended to and never labels.
 

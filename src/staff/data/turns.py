@@ -11,7 +11,9 @@ from typing import NamedTuple
 from staff.data.layouts import ROLES, BadRow, Layout, listed, near, shown
 
 
-class Turn(NamedTuple):  # a frozen dataclass takes three times as long to make, and a million rows make three million
+class Turn(
+    NamedTuple
+):  # a frozen dataclass takes three times as long to make, and a million rows make three million
     """One turn of a chat.
 
     Attributes:
@@ -66,8 +68,16 @@ def build(layout: Layout, row: Mapping, train_on: str = "last") -> Example:
                 return Example((Turn("user", prompt, False), Turn("assistant", response, True)), label)
     if layout.text is not None:
         return Example((Turn("text", _text(row, layout.text), True),), label)
-    turns = _pair(layout, row) if layout.messages is None else _chat(layout, _value(row, layout.messages), layout.messages)
-    if layout.system is not None and (system := _optional(row, layout.system)) and (not turns or turns[0].role != "system"):
+    turns = (
+        _pair(layout, row)
+        if layout.messages is None
+        else _chat(layout, _value(row, layout.messages), layout.messages)
+    )
+    if (
+        layout.system is not None
+        and (system := _optional(row, layout.system))
+        and (not turns or turns[0].role != "system")
+    ):
         turns.insert(0, Turn("system", system, False))
     return Example(_trained(turns, train_on), label, _tools(row, layout.tools))
 
@@ -79,11 +89,15 @@ def _pair(layout: Layout, row: Mapping) -> list[Turn]:
     if layout.history is not None and (history := row.get(layout.history)):
         for i, pair in enumerate(history if isinstance(history, list | tuple) else [history]):
             if not (isinstance(pair, list | tuple) and len(pair) == 2):
-                raise BadRow(f"{layout.history!r}: entry {i} is {shown(pair)}; it must be a pair of texts, [user, assistant]")
+                raise BadRow(
+                    f"{layout.history!r}: entry {i} is {shown(pair)}; it must be a pair of texts, [user, assistant]"
+                )
             turns.append(Turn("user", _said(pair[0], f"{layout.history!r}, entry {i}, user"), False))
             turns.append(Turn("assistant", _said(pair[1], f"{layout.history!r}, entry {i}, assistant"), True))
     prompt, response = _value(row, layout.prompt), _value(row, layout.response)
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):  # TRL's conversational prompt and completion
+    if (
+        isinstance(prompt, list) and prompt and isinstance(prompt[0], dict)
+    ):  # TRL's conversational prompt and completion
         turns += [t._replace(train=False) for t in _chat(layout, prompt, layout.prompt)]
     else:
         query = _optional(row, layout.query) if layout.query is not None else ""
@@ -117,7 +131,9 @@ def _value(row: Mapping, column: str) -> object:
     try:
         return row[column]
     except KeyError:
-        raise BadRow(f"has no {column!r}{near(column, (c for c in row if isinstance(c, str)))}; found {listed(row)}") from None
+        raise BadRow(
+            f"has no {column!r}{near(column, (c for c in row if isinstance(c, str)))}; found {listed(row)}"
+        ) from None
 
 
 def _text(row: Mapping, column: str) -> str:
@@ -185,31 +201,47 @@ def _text_cure(value: object) -> str:
 def _chat(layout: Layout, messages: object, column: str) -> list[Turn]:
     """The turns of a messages or conversations column; `train` is set on assistant turns unless their weight is 0."""
     if isinstance(messages, str):
-        raise BadRow(f"{column!r} is text, {shown(messages)}; it must be a list of turns (where it holds JSON, parse it first)")
+        raise BadRow(
+            f"{column!r} is text, {shown(messages)}; it must be a list of turns (where it holds JSON, parse it first)"
+        )
     if not isinstance(messages, list | tuple):
-        raise BadRow(f"{column!r} is {_kind(messages)}; it must be a list of turns such as {{'role': 'user', 'content': '...'}}")
+        raise BadRow(
+            f"{column!r} is {_kind(messages)}; it must be a list of turns such as {{'role': 'user', 'content': '...'}}"
+        )
     if not messages:
         raise BadRow(f"{column!r} is an empty list; fill it in")
     roles = layout.roles if layout.roles is not None else ROLES
     turns = []
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise BadRow(f"{column!r}: turn {i} is {_kind(message)}; it must be an object such as {{'role': 'user', 'content': '...'}}")
+            raise BadRow(
+                f"{column!r}: turn {i} is {_kind(message)}; it must be an object such as {{'role': 'user', 'content': '...'}}"
+            )
         role_tag = layout.role_tag or ("role" if "role" in message or "from" not in message else "from")
-        content_tag = layout.content_tag or ("content" if "content" in message or "value" not in message else "value")
+        content_tag = layout.content_tag or (
+            "content" if "content" in message or "value" not in message else "value"
+        )
         name = message.get(role_tag)
         if not isinstance(name, str):
-            found = f"has no {role_tag!r}; found {listed(message)}" if name is None else f"has the role {shown(name)}, which is no text"
+            found = (
+                f"has no {role_tag!r}; found {listed(message)}"
+                if name is None
+                else f"has the role {shown(name)}, which is no text"
+            )
             raise BadRow(f"{column!r}: turn {i} {found}")
         role = roles.get(name)
         if role is None:
-            raise BadRow(f"{column!r}: turn {i} has the unknown role {shown(name)}{near(name, roles)}; known: {', '.join(roles)}")
+            raise BadRow(
+                f"{column!r}: turn {i} has the unknown role {shown(name)}{near(name, roles)}; known: {', '.join(roles)}"
+            )
         if content_tag not in message and not message.get("tool_calls"):
             raise BadRow(f"{column!r}: turn {i} ({name}) has no {content_tag!r}; found {listed(message)}")
         what = f"{column!r}: turn {i} ({name})"
         content = _content(message.get(content_tag), what)
         if calls := message.get("tool_calls"):
-            content = "\n".join(c for c in (content if isinstance(content, str) else "", _calls(calls, what)) if c)
+            content = "\n".join(
+                c for c in (content if isinstance(content, str) else "", _calls(calls, what)) if c
+            )
         if role in ("user", "assistant"):
             content = _said(content, what)
         elif content is None:
@@ -232,7 +264,9 @@ def _content(content: object, what: str) -> object:
             parts.append(part)
             continue
         if not isinstance(part, Mapping):
-            raise BadRow(f"{what} has a part that is {_kind(part)}; a part is {{'type': 'text', 'text': '...'}}")
+            raise BadRow(
+                f"{what} has a part that is {_kind(part)}; a part is {{'type': 'text', 'text': '...'}}"
+            )
         if part.get("type", "text") != "text":
             raise BadRow(f"{what} has a part of type {shown(part.get('type'))}; only text can be used")
         text = part.get("text") if part.get("text") is not None else part.get("value")
@@ -253,7 +287,9 @@ def _calls(calls: object, what: str) -> str:
             raise BadRow(f"{what}: a tool call has no name; found {shown(call)}")
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
-            with contextlib.suppress(ValueError, RecursionError):  # a model's malformed call is still what it said
+            with contextlib.suppress(
+                ValueError, RecursionError
+            ):  # a model's malformed call is still what it said
                 arguments = json.loads(arguments)
         lines.append(_dumps({"name": function["name"], "arguments": arguments}, what))
     return "\n".join(lines)
@@ -265,7 +301,9 @@ def _weight(message: Mapping, what: str) -> bool:
         if value is None:
             continue
         if isinstance(value, str | list | dict) or value not in (0, 1):
-            raise BadRow(f"{what}: {key!r} is {shown(value)}; only 0 (no loss on this turn) and 1 can be used")
+            raise BadRow(
+                f"{what}: {key!r} is {shown(value)}; only 0 (no loss on this turn) and 1 can be used"
+            )
         return bool(value)
     return True
 
@@ -282,7 +320,9 @@ def _tools(row: Mapping, column: str | None) -> str | None:
         except (ValueError, RecursionError) as error:
             if isinstance(error, BadRow):
                 raise
-            raise BadRow(f"{column!r} is not valid JSON: {shown(value)}; it must be a JSON list of tools or left away") from None
+            raise BadRow(
+                f"{column!r} is not valid JSON: {shown(value)}; it must be a JSON list of tools or left away"
+            ) from None
         return value
     if isinstance(value, list | dict):
         return _dumps(value, repr(column))

@@ -89,22 +89,31 @@ def _write_saved(path: Path, source: Any, numbers: np.ndarray, batches: Iterable
     import pyarrow as pa
 
     if path.exists():
-        raise ValueError(f"{path} is there already; a data set saved to disk is a folder of its own: name a new one")
+        raise ValueError(
+            f"{path} is there already; a data set saved to disk is a folder of its own: name a new one"
+        )
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
-        with open(partial / "data-00000-of-00001.arrow", "wb") as file, pa.ipc.new_stream(file, source.schema) as arrow:
+        with (
+            open(partial / "data-00000-of-00001.arrow", "wb") as file,
+            pa.ipc.new_stream(file, source.schema) as arrow,
+        ):
             for batch in batches:
                 arrow.write_batch(batch)
         state = read_json(source.saved / "state.json")
         state["_data_files"] = [{"filename": "data-00000-of-00001.arrow"}]
         # the library caches by fingerprint: other rows need another one
-        state["_fingerprint"] = hashlib.sha256(str(state.get("_fingerprint")).encode() + numbers.tobytes()).hexdigest()[:16]
+        state["_fingerprint"] = hashlib.sha256(
+            str(state.get("_fingerprint")).encode() + numbers.tobytes()
+        ).hexdigest()[:16]
         (partial / "state.json").write_text(json.dumps(state, indent=2))
         if (source.saved / "dataset_info.json").is_file():
             info = read_json(source.saved / "dataset_info.json")
-            info = {k: v for k, v in info.items() if k not in ("splits", "dataset_size", "size_in_bytes")}  # sizes of the whole
+            info = {
+                k: v for k, v in info.items() if k not in ("splits", "dataset_size", "size_in_bytes")
+            }  # sizes of the whole
             (partial / "dataset_info.json").write_text(json.dumps(info, indent=2))
         os.replace(partial, path)
     except OSError as error:

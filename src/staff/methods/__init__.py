@@ -71,21 +71,38 @@ class Method:
             if name != "scores" and arguments.get(name) is None:
                 raise ValueError(f"{self.function.__name__} needs {name} ({need}), and was given none")
         if not 0 <= budget <= len(scores):
-            raise ValueError(f"the budget must be between 0 and the pool's {len(scores)} samples; found {budget}")
+            raise ValueError(
+                f"the budget must be between 0 and the pool's {len(scores)} samples; found {budget}"
+            )
         if "verify" not in inspect.signature(self.function).parameters:
-            arguments.pop("verify", None)  # a method that asks the target nothing may be offered it all the same
+            arguments.pop(
+                "verify", None
+            )  # a method that asks the target nothing may be offered it all the same
         selection = self.function(scores, budget=budget, rng=rng, **arguments, **self.fixed)
-        assert len(selection.indices) == budget, f"{self.function.__name__} returned {len(selection.indices)} of {budget} samples"
+        assert len(selection.indices) == budget, (
+            f"{self.function.__name__} returned {len(selection.indices)} of {budget} samples"
+        )
         return selection
 
 
 METHODS: dict[str, Method] = {
     "random": Method(random, about="drawn uniformly: the one to beat"),
-    "direct": Method(staff, needs={"scores": "target/effort"}, about="STAFF's regions on the released target's own effort; no draft"),
-    "grand": Method(top, needs={"scores": "tuned_target/effort"}, paper="arXiv:2107.07075", about="highest gradient norm"),
-    "el2n": Method(top, needs={"scores": "tuned_target/el2n"}, paper="arXiv:2107.07075", about="highest error norm"),
+    "direct": Method(
+        staff,
+        needs={"scores": "target/effort"},
+        about="STAFF's regions on the released target's own effort; no draft",
+    ),
+    "grand": Method(
+        top, needs={"scores": "tuned_target/effort"}, paper="arXiv:2107.07075", about="highest gradient norm"
+    ),
+    "el2n": Method(
+        top, needs={"scores": "tuned_target/el2n"}, paper="arXiv:2107.07075", about="highest error norm"
+    ),
     "ccs": Method(
-        ccs, needs={"scores": "tuned_target/el2n"}, paper="arXiv:2210.15809", about="evenly over strata of difficulty, hardest cut"
+        ccs,
+        needs={"scores": "tuned_target/el2n"},
+        paper="arXiv:2210.15809",
+        about="evenly over strata of difficulty, hardest cut",
     ),
     "d2": Method(
         d2,
@@ -104,16 +121,25 @@ METHODS: dict[str, Method] = {
         about="at a middling distance from the cluster's centre",
     ),
     "loss": Method(top, needs={"scores": "draft/loss"}, about="highest loss"),
-    "perplexity": Method(perplexity, needs={"scores": "draft/loss"}, paper="arXiv:2309.04564", about="middling perplexity"),
+    "perplexity": Method(
+        perplexity, needs={"scores": "draft/loss"}, paper="arXiv:2309.04564", about="middling perplexity"
+    ),
     "entropy": Method(top, needs={"scores": "draft/entropy"}, about="highest entropy of the predictions"),
-    "length": Method(top, needs={"scores": "pool/tokens"}, paper="arXiv:2402.04833", about="longest response"),
+    "length": Method(
+        top, needs={"scores": "pool/tokens"}, paper="arXiv:2402.04833", about="longest response"
+    ),
     "ifd": Method(
         ifd,
         needs={"scores": "raw_draft/loss", "unconditional_loss": "raw_draft/unconditional_loss"},
         paper="arXiv:2402.00530",
         about="hardest to follow of those whose prompt helps",
     ),
-    "kcenter": Method(kcenter, needs={"features": "draft/features"}, paper="arXiv:1708.00489", about="no sample far from a kept one"),
+    "kcenter": Method(
+        kcenter,
+        needs={"features": "draft/features"},
+        paper="arXiv:1708.00489",
+        about="no sample far from a kept one",
+    ),
     "facility_location": Method(
         facility_location,
         needs={"features": "draft/features", "neighbours": "draft/features.neighbours"},
@@ -126,7 +152,12 @@ METHODS: dict[str, Method] = {
         paper="arXiv:2403.07384",
         about="evenly over clusters of loss trajectories",
     ),
-    "less": Method(top, needs={"scores": "draft/similarity"}, paper="arXiv:2402.04333", about="gradient most like some validation rows'"),
+    "less": Method(
+        top,
+        needs={"scores": "draft/similarity"},
+        paper="arXiv:2402.04333",
+        about="gradient most like some validation rows'",
+    ),
     "staff": Method(
         staff,
         needs={"scores": "draft/effort"},
@@ -177,9 +208,14 @@ def methods_table(methods: Mapping[str, Method] = METHODS) -> list[MethodRow]:
     """What there is, what each needs and what that costs; one row a method, in the table's order."""
     rows = []
     for name, method in methods.items():
-        needs = [*dict.fromkeys(method.needs.values()), *([f"{method.verify} (drawn samples)"] if method.verify else [])]
+        needs = [
+            *dict.fromkeys(method.needs.values()),
+            *([f"{method.verify} (drawn samples)"] if method.verify else []),
+        ]
         options = ", ".join(f"{option}={default!r}" for option, default in method.options().items())
-        rows.append(MethodRow(name, method.about, ", ".join(needs), cost(method), method.paper or "", options))
+        rows.append(
+            MethodRow(name, method.about, ", ".join(needs), cost(method), method.paper or "", options)
+        )
     return rows
 
 

@@ -8,7 +8,14 @@ from staff.methods.strata import allocate, check_scores, members_of, set_hardest
 from staff.types import Region, Selection
 
 
-def ccs(scores: np.ndarray, *, budget: int, rng: np.random.Generator, num_strata: int = 50, hard_cutoff: float = 0.1) -> Selection:
+def ccs(
+    scores: np.ndarray,
+    *,
+    budget: int,
+    rng: np.random.Generator,
+    num_strata: int = 50,
+    hard_cutoff: float = 0.1,
+) -> Selection:
     """Cut the hardest samples off, then take as many from every stratum as evenness allows (CCS, Algorithm 1).
 
     1. The hardest floor(beta * n) samples are set aside (beta is `hard_cutoff`): many of them are mislabelled.
@@ -39,19 +46,33 @@ def ccs(scores: np.ndarray, *, budget: int, rng: np.random.Generator, num_strata
     members = [kept[places] for places in members_of(stratum_of, num_strata)]
     sizes = np.array([len(positions) for positions in members])
     budgets = allocate(np.full(num_strata, np.nan), sizes, budget)
-    chosen = [rng.choice(positions, share, replace=False) for positions, share in zip(members, budgets, strict=True) if share]
+    chosen = [
+        rng.choice(positions, share, replace=False)
+        for positions, share in zip(members, budgets, strict=True)
+        if share
+    ]
     back = take_back(scores, cut, budget - int(budgets.sum()))
     region_of = np.full(len(scores), -1, np.int64)
     region_of[kept] = stratum_of
     regions = tuple(
-        Region(float(edges[i]), float(edges[i + 1]), int(sizes[i]), 0, np.nan, int(budgets[i]), int(budgets[i])) for i in range(num_strata)
+        Region(
+            float(edges[i]), float(edges[i + 1]), int(sizes[i]), 0, np.nan, int(budgets[i]), int(budgets[i])
+        )
+        for i in range(num_strata)
     )
-    return Selection(np.sort(np.concatenate([*chosen, back])).astype(np.int64), regions, region_of, filled_from_cut=len(back))
+    return Selection(
+        np.sort(np.concatenate([*chosen, back])).astype(np.int64),
+        regions,
+        region_of,
+        filled_from_cut=len(back),
+    )
 
 
 def _split(scores, num_strata):
     if len(scores) == 0:
         return np.zeros(num_strata + 1), np.empty(0, np.int64)
     highest = scores.max()
-    edges = np.linspace(scores.min(), highest + 0.0001 * abs(highest), num_strata + 1)  # 1.0001 * highest, below 0 too
+    edges = np.linspace(
+        scores.min(), highest + 0.0001 * abs(highest), num_strata + 1
+    )  # 1.0001 * highest, below 0 too
     return edges, np.searchsorted(edges[1:-1], scores, side="right")

@@ -60,7 +60,9 @@ def d2(
     """
     scores = check_scores(scores)
     if reverse_message not in REVERSE_MESSAGES:
-        raise ValueError(f"reverse_message must be one of {', '.join(REVERSE_MESSAGES)}; found {reverse_message!r}")
+        raise ValueError(
+            f"reverse_message must be one of {', '.join(REVERSE_MESSAGES)}; found {reverse_message!r}"
+        )
     if unit_distance not in (None, "median"):
         raise ValueError(f"unit_distance must be 'median' or None; found {unit_distance!r}")
     features = check_features(features, len(scores))

@@ -13,12 +13,16 @@ from staff.types import Selection
 
 log = logging.getLogger(__name__)
 
-SLOW_PAIRS = 1_000_000_000  # distances between samples and picks from which k-center says what it is about to do
+SLOW_PAIRS = (
+    1_000_000_000  # distances between samples and picks from which k-center says what it is about to do
+)
 ROWS_AT_ONCE = 4096
 FARTHEST_FEW = 2048  # samples that k-center keeps up to date between two looks at the whole pool
 
 
-def moderate(scores: np.ndarray, *, budget: int, rng: np.random.Generator, features: np.ndarray, clusters: np.ndarray) -> Selection:
+def moderate(
+    scores: np.ndarray, *, budget: int, rng: np.random.Generator, features: np.ndarray, clusters: np.ndarray
+) -> Selection:
     """Keep the samples at a middling distance from their cluster's centre (Moderate-DS, Xia et al. 2023, ICLR 2023).
 
     A centre is the median of its cluster's features, coordinate by coordinate, as released. Samples are put in the order
@@ -59,12 +63,21 @@ def s2l(scores: np.ndarray, *, budget: int, rng: np.random.Generator, clusters: 
     members = members_of(clusters, int(clusters.max(initial=-1)) + 1)
     sizes = np.array([len(positions) for positions in members])
     budgets = allocate(np.full(len(members), np.nan), sizes, budget)
-    chosen = [rng.choice(positions, share, replace=False) for positions, share in zip(members, budgets, strict=True) if share]
+    chosen = [
+        rng.choice(positions, share, replace=False)
+        for positions, share in zip(members, budgets, strict=True)
+        if share
+    ]
     return Selection(np.sort(np.concatenate([np.empty(0, np.int64), *chosen])))
 
 
 def kcenter(
-    scores: np.ndarray, *, budget: int, rng: np.random.Generator, features: np.ndarray, num_candidates: int | None = None
+    scores: np.ndarray,
+    *,
+    budget: int,
+    rng: np.random.Generator,
+    features: np.ndarray,
+    num_candidates: int | None = None,
 ) -> Selection:
     """Pick the sample farthest from all picks so far, again and again (k-center greedy, Sener and Savarese 2018, arXiv 1708.00489).
 
@@ -111,7 +124,9 @@ def _farthest_first(features, count, first):
     squares = np.einsum("nd,nd->n", features, features)
     chosen = [first]
     waiting = [first]  # picks that the distances below do not know of yet
-    distances = np.full(len(features), np.inf, features.dtype)  # squared, to the nearest pick; -1 for the picks themselves
+    distances = np.full(
+        len(features), np.inf, features.dtype
+    )  # squared, to the nearest pick; -1 for the picks themselves
     while True:
         _lower(distances, features, squares, waiting)
         distances[waiting] = -1
@@ -169,11 +184,17 @@ def facility_location(
         neighbours: (n, k) int positions of each sample's nearest others; -1 for none.
     """
     features = check_features(features, len(scores))
-    neighbours = check_neighbours(neighbours, len(scores), neighbours.shape[1] if np.ndim(neighbours) == 2 else 0)
+    neighbours = check_neighbours(
+        neighbours, len(scores), neighbours.shape[1] if np.ndim(neighbours) == 2 else 0
+    )
     n, k = neighbours.shape
     if 0 < budget * (k + 1) < n:
         log.warning(
-            "%d picks with %d neighbours each reach at most %d of %d samples: give facility_location more", budget, k, budget * (k + 1), n
+            "%d picks with %d neighbours each reach at most %d of %d samples: give facility_location more",
+            budget,
+            k,
+            budget * (k + 1),
+            n,
         )
     distances = neighbour_distances(features, neighbours)
     is_edge = neighbours >= 0
@@ -184,7 +205,10 @@ def facility_location(
 
     # all pairs, both ways and with oneself, by the sample that would be picked; a pair in both lists counts twice but
     # to no effect, since what is summed below is taken per covered sample
-    picks, covered = np.concatenate([rows, columns, np.arange(n)]), np.concatenate([columns, rows, np.arange(n)])
+    picks, covered = (
+        np.concatenate([rows, columns, np.arange(n)]),
+        np.concatenate([columns, rows, np.arange(n)]),
+    )
     values = np.concatenate([similarity, similarity, np.ones(n)])
     unique, at = np.unique(picks * n + covered, return_index=True)
     covered, values = unique % n, values[at]
@@ -230,7 +254,9 @@ def check_features(features: np.ndarray, n: int) -> np.ndarray:
         raise ValueError(f"features must be one row a sample, ({n}, d); found shape {features.shape}")
     bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
     if len(bad):
-        raise ValueError(f"{len(bad)} of {n} samples have features that are nan or infinite (positions {bad[:5].tolist()})")
+        raise ValueError(
+            f"{len(bad)} of {n} samples have features that are nan or infinite (positions {bad[:5].tolist()})"
+        )
     return features
 
 
@@ -241,7 +267,9 @@ def check_clusters(clusters: np.ndarray, n: int) -> np.ndarray:
         raise ValueError(f"clusters must be one label a sample, ({n},); found shape {clusters.shape}")
     bad = np.flatnonzero(~(clusters >= 0) | (clusters != np.floor(clusters)))
     if len(bad):
-        raise ValueError(f"{len(bad)} of {n} samples have no cluster, an integer from 0 on (positions {bad[:5].tolist()})")
+        raise ValueError(
+            f"{len(bad)} of {n} samples have no cluster, an integer from 0 on (positions {bad[:5].tolist()})"
+        )
     return np.unique(clusters, return_inverse=True)[1].astype(np.int64)
 
 
@@ -251,7 +279,9 @@ def check_neighbours(neighbours: np.ndarray, n: int, num_neighbours: int) -> np.
     if neighbours.ndim != 2 or len(neighbours) != n:
         raise ValueError(f"neighbours must be one row a sample, ({n}, k); found shape {neighbours.shape}")
     if neighbours.shape[1] < min(num_neighbours, n - 1):
-        raise ValueError(f"num_neighbours is {num_neighbours}, and the graph has only {neighbours.shape[1]} a sample")
+        raise ValueError(
+            f"num_neighbours is {num_neighbours}, and the graph has only {neighbours.shape[1]} a sample"
+        )
     neighbours = neighbours[:, :num_neighbours]
     if neighbours.size and not (neighbours.min() >= -1 and neighbours.max() < n):  # nan fails too
         bad = np.flatnonzero(~((neighbours >= -1) & (neighbours < n)).all(axis=1))

@@ -30,7 +30,13 @@ def share_by_size(sizes: np.ndarray, budget: int) -> np.ndarray:
 
 
 def select_by_group(
-    method: Method, groups: Sequence | np.ndarray, scores: np.ndarray, *, budget: int, rng: np.random.Generator, **arguments
+    method: Method,
+    groups: Sequence | np.ndarray,
+    scores: np.ndarray,
+    *,
+    budget: int,
+    rng: np.random.Generator,
+    **arguments,
 ) -> Selection:
     """Run a method inside each group, with a budget in proportion to the group's size.
 
@@ -54,7 +60,9 @@ def select_by_group(
     """
     labels, group_of = np.unique(np.asarray(groups), return_inverse=True)
     if np.ndim(groups) != 1 or len(group_of) != len(scores):
-        raise ValueError(f"groups must be one label a sample, ({len(scores)},); found shape {np.shape(groups)}")
+        raise ValueError(
+            f"groups must be one label a sample, ({len(scores)},); found shape {np.shape(groups)}"
+        )
     if not 0 <= budget <= len(scores):
         raise ValueError(f"the budget must be between 0 and the pool's {len(scores)} samples; found {budget}")
     verify = arguments.pop("verify", None)
@@ -66,9 +74,13 @@ def select_by_group(
         if verify is not None:
             own["verify"] = lambda positions, members=members: verify(members[positions])
         try:
-            parts.append((members, method.select(np.asarray(scores)[members], budget=int(share), rng=own_rng, **own)))
+            parts.append(
+                (members, method.select(np.asarray(scores)[members], budget=int(share), rng=own_rng, **own))
+            )
         except ValueError as error:
-            raise ValueError(f"group {str(labels[group])!r} ({len(members)} samples, positions counted inside it): {error}") from error
+            raise ValueError(
+                f"group {str(labels[group])!r} ({len(members)} samples, positions counted inside it): {error}"
+            ) from error
 
     regions = tuple(region for _, part in parts for region in part.regions)
     region_of = np.full(len(scores), -1, np.int64) if regions else None

@@ -60,7 +60,10 @@ def likeness(coresets: Mapping[str, np.ndarray], n: int) -> list[Likeness]:
         coresets: name -> (m,) unique pool positions; of one pruning rate, to be worth reading.
         n: the pool's size, in samples.
     """
-    return [compare(first, coresets[first], second, coresets[second], n) for first, second in combinations(coresets, 2)]
+    return [
+        compare(first, coresets[first], second, coresets[second], n)
+        for first, second in combinations(coresets, 2)
+    ]
 
 
 def nestedness(coresets: Mapping[str, np.ndarray], n: int) -> list[Likeness]:

@@ -6,7 +6,15 @@ from collections.abc import Callable
 
 import numpy as np
 
-from staff.methods.strata import allocate, check_scores, highest, members_of, set_hardest_aside, split, take_back
+from staff.methods.strata import (
+    allocate,
+    check_scores,
+    highest,
+    members_of,
+    set_hardest_aside,
+    split,
+    take_back,
+)
 from staff.types import Region, Selection
 
 PICKS = ("top", "random")
@@ -112,7 +120,11 @@ def _verify_regions(scores, members, verify, verification_budget, normalise, dra
     """Draw b_v samples of every region that has more, score them all in one call, return (verified, ratios)."""
     if verify is None:
         return np.empty(0, np.int64), np.ones(len(members))
-    drawn = {i: _draw(positions, verification_budget, draws) for i, positions in enumerate(members) if len(positions) > verification_budget}
+    drawn = {
+        i: _draw(positions, verification_budget, draws)
+        for i, positions in enumerate(members)
+        if len(positions) > verification_budget
+    }
     ratios = np.full(len(members), np.nan)
     if not drawn:
         return np.empty(0, np.int64), ratios
@@ -120,12 +132,16 @@ def _verify_regions(scores, members, verify, verification_budget, normalise, dra
     asked = np.arange(len(scores)) if normalise == "minmax" else verified
     answer = np.asarray(verify(asked))
     if answer.shape != asked.shape:
-        raise ValueError(f"verify was asked for {len(asked)} positions and must give one score for each; found shape {answer.shape}")
+        raise ValueError(
+            f"verify was asked for {len(asked)} positions and must give one score for each; found shape {answer.shape}"
+        )
     target_scores = np.full(len(scores), np.nan)
     target_scores[asked] = answer
     if not np.isfinite(target_scores[asked]).all() or (target_scores[asked] < 0).any():
         bad = asked[~(target_scores[asked] >= 0) | np.isinf(target_scores[asked])]
-        raise ValueError(f"the target gave no usable score to {len(bad)} of {len(asked)} samples (positions {bad[:5].tolist()})")
+        raise ValueError(
+            f"the target gave no usable score to {len(bad)} of {len(asked)} samples (positions {bad[:5].tolist()})"
+        )
     if normalise == "minmax":
         scores, target_scores = _minmax(scores), _minmax(target_scores)
     for i, positions in drawn.items():

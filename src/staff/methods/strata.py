@@ -19,7 +19,9 @@ def check_scores(scores: np.ndarray) -> np.ndarray:
     bad = np.flatnonzero(~np.isfinite(scores))
     if len(bad):
         named = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
-        raise ValueError(f"{len(bad)} of {len(scores)} scores are nan or infinite (positions {named}): score them again or leave them out")
+        raise ValueError(
+            f"{len(bad)} of {len(scores)} scores are nan or infinite (positions {named}): score them again or leave them out"
+        )
     return scores
 
 
@@ -51,7 +53,9 @@ def set_hardest_aside(scores: np.ndarray, hard_cutoff: float) -> tuple[np.ndarra
         (kept, cut): positions, ascending. Of equal scores the later positions are cut.
     """
     if not 0 <= hard_cutoff < 1:
-        raise ValueError(f"hard_cutoff is the fraction of the pool set aside as hardest, in [0, 1); found {hard_cutoff}")
+        raise ValueError(
+            f"hard_cutoff is the fraction of the pool set aside as hardest, in [0, 1); found {hard_cutoff}"
+        )
     # 1e-9: 0.29 * 100 is 28.999999999999996, and 29 samples
     num_cut = min(int(hard_cutoff * len(scores) + 1e-9), len(scores) - 1)
     if num_cut <= 0:
@@ -88,7 +92,9 @@ def split(scores: np.ndarray, num_regions: int) -> tuple[np.ndarray, np.ndarray]
     if edges[-1] == edges[0]:
         return edges, np.zeros(len(scores), np.int64)
     # a division says where each score should fall, the edges where it does: three times as fast as a search for each
-    region_of = np.clip(((scores - edges[0]) / (edges[-1] - edges[0]) * num_regions).astype(np.int64), 0, num_regions - 1)
+    region_of = np.clip(
+        ((scores - edges[0]) / (edges[-1] - edges[0]) * num_regions).astype(np.int64), 0, num_regions - 1
+    )
     is_off = (scores <= edges[region_of]) | (scores > edges[region_of + 1])
     region_of[is_off] = np.searchsorted(edges[1:], scores[is_off], side="left")
     return edges, region_of
@@ -106,7 +112,9 @@ def members_of(region_of: np.ndarray, num_regions: int) -> list[np.ndarray]:
     """
     # numpy sorts integers of 8 and 16 bits by radix, ten times faster than wider ones
     order = np.argsort(region_of.astype(np.min_scalar_type(num_regions)), kind="stable")
-    return np.split(order, np.cumsum(np.bincount(region_of, minlength=num_regions))[:-1]) if num_regions else []
+    return (
+        np.split(order, np.cumsum(np.bincount(region_of, minlength=num_regions))[:-1]) if num_regions else []
+    )
 
 
 def allocate(ratios: np.ndarray, sizes: np.ndarray, budget: int, rule: str = "released") -> np.ndarray:
@@ -136,7 +144,9 @@ def allocate(ratios: np.ndarray, sizes: np.ndarray, budget: int, rule: str = "re
         raise ValueError(f"allocation must be one of {', '.join(ALLOCATIONS)}; found {rule!r}")
     bad = np.flatnonzero(np.isinf(ratios) | (ratios < 0))
     if len(bad):
-        raise ValueError(f"region {bad[0]} has the verification ratio {ratios[bad[0]]}; it must be finite and not negative")
+        raise ValueError(
+            f"region {bad[0]} has the verification ratio {ratios[bad[0]]}; it must be finite and not negative"
+        )
     order = np.argsort(sizes, kind="stable")  # smallest first: what a region can't use flows on
     order = order[sizes[order] > 0]
     weights = np.nan_to_num(ratios[order], nan=0.0)

@@ -57,7 +57,9 @@ def top(scores: np.ndarray, *, budget: int, rng: np.random.Generator, part: str 
     return Selection(np.flatnonzero(is_kept))
 
 
-def perplexity(scores: np.ndarray, *, budget: int, rng: np.random.Generator, part: str = "middle") -> Selection:
+def perplexity(
+    scores: np.ndarray, *, budget: int, rng: np.random.Generator, part: str = "middle"
+) -> Selection:
     """Keep the samples of middling perplexity, the best of the three parts in Marion et al. 2023 (arXiv 2309.04564).
 
     The perplexity of a response is exp of its loss and orders samples as the loss does, so the loss is what is taken;
@@ -72,7 +74,9 @@ def perplexity(scores: np.ndarray, *, budget: int, rng: np.random.Generator, par
     return top(scores, budget=budget, rng=rng, part=part)
 
 
-def ifd(scores: np.ndarray, *, budget: int, rng: np.random.Generator, unconditional_loss: np.ndarray) -> Selection:
+def ifd(
+    scores: np.ndarray, *, budget: int, rng: np.random.Generator, unconditional_loss: np.ndarray
+) -> Selection:
     """Keep the highest instruction-following difficulty below 1 (Superfiltering, Li et al. 2024, arXiv 2402.00530).
 
     IFD = ppl(response given prompt) / ppl(response). At 1 or more the prompt did not help at all: such samples are
@@ -89,8 +93,12 @@ def ifd(scores: np.ndarray, *, budget: int, rng: np.random.Generator, unconditio
         Selection; `filled_from_cut` counts samples kept with an IFD of 1 or more.
     """
     if np.shape(unconditional_loss) != np.shape(scores):
-        raise ValueError(f"unconditional_loss must be one number a sample, {np.shape(scores)}; found shape {np.shape(unconditional_loss)}")
-    log_ifd = check_scores(scores) - check_scores(unconditional_loss)  # the ratio of perplexities, in logarithms: it can't overflow
+        raise ValueError(
+            f"unconditional_loss must be one number a sample, {np.shape(scores)}; found shape {np.shape(unconditional_loss)}"
+        )
+    log_ifd = check_scores(scores) - check_scores(
+        unconditional_loss
+    )  # the ratio of perplexities, in logarithms: it can't overflow
     follows = np.flatnonzero(log_ifd < 0)
     chosen = follows[highest(log_ifd[follows], min(budget, len(follows)))]
     dropped = np.flatnonzero(log_ifd >= 0)

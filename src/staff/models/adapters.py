@@ -21,12 +21,17 @@ def add_lora(model: torch.nn.Module, rank: int, alpha: int, seed: int) -> torch.
     from peft import LoraConfig, get_peft_model
 
     if hasattr(model, "peft_config"):
-        raise ValueError("quantised weights can't take in the model's own adapter, nor carry a second one: merge it first")
+        raise ValueError(
+            "quantised weights can't take in the model's own adapter, nor carry a second one: merge it first"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # GPT-2's transposed weights: peft sees to them and says so
-            return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"))
+            return get_peft_model(
+                model,
+                LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"),
+            )
 
 
 def load_adapter(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
@@ -56,11 +61,20 @@ def joined_products(model: nn.Module) -> Iterator[None]:
 def _is_plain(layer) -> bool:
     """One adapter that is merely added, over weights that are numbers, with nothing hooked in between."""
     names = list(layer.lora_A)
-    if len(names) != 1 or layer.active_adapters != names or layer.lora_variant or layer.merged or layer.disable_adapters:
+    if (
+        len(names) != 1
+        or layer.active_adapters != names
+        or layer.lora_variant
+        or layer.merged
+        or layer.disable_adapters
+    ):
         return False
     parts = (layer.base_layer, layer.lora_A[names[0]], layer.lora_B[names[0]])
     return (
-        all(type(part) is nn.Linear and not part._forward_hooks and not part._forward_pre_hooks for part in parts)
+        all(
+            type(part) is nn.Linear and not part._forward_hooks and not part._forward_pre_hooks
+            for part in parts
+        )
         and parts[1].bias is None
         and parts[2].bias is None
         and isinstance(layer.lora_dropout[names[0]], nn.Identity)
@@ -100,7 +114,14 @@ class _Product(torch.autograd.Function):
         grad_inner = out @ b  # (T, R), to be scaled
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (out @ weight).addmm_(grad_inner, a, alpha=ctx.scale).view(*grad.shape[:-1], -1).to(ctx.dtypes[0])
+            grad_x = (
+                (out @ weight)
+                .addmm_(grad_inner, a, alpha=ctx.scale)
+                .view(*grad.shape[:-1], -1)
+                .to(ctx.dtypes[0])
+            )
         grad_a = (grad_inner.mT @ rows).to(ctx.dtypes[1]).mul_(ctx.scale)
-        grad_b = (inner.mT @ out).mT.to(ctx.dtypes[2]).mul_(ctx.scale)  # (R, O) first: the flat product is several times faster
+        grad_b = (
+            (inner.mT @ out).mT.to(ctx.dtypes[2]).mul_(ctx.scale)
+        )  # (R, O) first: the flat product is several times faster
         return grad_x, None, None, grad_a, grad_b, None

@@ -15,7 +15,10 @@ from staff.scoring import scopes
 
 SHORT = 256  # tokens; above, (T, T) matrices no longer stay in cache and the library's tiled kernel wins
 CHANGES = ("position_bias", "cache", "softcap")  # arguments that make it another function
-WINDOWS = ("sliding_window", "attention_chunk_size")  # settings of models in which a token does not see all before it
+WINDOWS = (
+    "sliding_window",
+    "attention_chunk_size",
+)  # settings of models in which a token does not see all before it
 
 
 @contextlib.contextmanager
@@ -30,15 +33,29 @@ def short_samples(lengths: Sequence[int] | None = None) -> Iterator[None]:
 
     library = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
-    def choose(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **others):
+    def choose(
+        module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **others
+    ):
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         plain = not dropout and all(others.get(name) is None for name in CHANGES)
         pays = query.device.type == "cpu" and query.dtype == key.dtype == value.dtype == torch.bfloat16
         if plain and pays and query.shape[2] > 1 and key.shape[2] <= SHORT:
             hidden = _hidden(attention_mask, causal, query, key)
             if hidden is not None:
-                return attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, hidden).transpose(1, 2), None
-        return library(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **others)
+                return attend(
+                    query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, hidden
+                ).transpose(1, 2), None
+        return library(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **others,
+        )
 
     if lengths is not None:
         place, groups = _groups(np.asarray(lengths))
@@ -50,8 +67,15 @@ def short_samples(lengths: Sequence[int] | None = None) -> Iterator[None]:
         parts = []
         for states in (query, key, value):
             spread = _Spread.apply(states[0].transpose(0, 1), rows, sum(ends)).split(ends)
-            parts.append([p.view(*group, *p.shape[1:]).transpose(1, 2) for p, group in zip(spread, groups, strict=True)])
-        found = [choose(module, q, k, v, None, **settings)[0].flatten(0, 1) for q, k, v in zip(*parts, strict=True)]
+            parts.append(
+                [
+                    p.view(*group, *p.shape[1:]).transpose(1, 2)
+                    for p, group in zip(spread, groups, strict=True)
+                ]
+            )
+        found = [
+            choose(module, q, k, v, None, **settings)[0].flatten(0, 1) for q, k, v in zip(*parts, strict=True)
+        ]
         return _Collect.apply(torch.cat(found), rows)[None], None
 
     ALL_ATTENTION_FUNCTIONS["sdpa"] = choose if lengths is None else choose_for_each
@@ -80,7 +104,9 @@ def _groups(lengths: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:
         first_row[members] = row + longest * np.arange(len(members))
         groups.append((len(members), longest))
         row, start = row + longest * len(members), start + len(members)
-    return np.concatenate([first + np.arange(length) for first, length in zip(first_row, lengths, strict=True)]), groups
+    return np.concatenate(
+        [first + np.arange(length) for first, length in zip(first_row, lengths, strict=True)]
+    ), groups
 
 
 class _Spread(torch.autograd.Function):
@@ -133,7 +159,10 @@ def can_pack(model: torch.nn.Module, samples: Sequence[np.ndarray], longest: int
     """
     decoder, config = scopes.decoder(model), scopes.text_config(model)
     windows = [getattr(config, name, None) for name in WINDOWS]
-    if "position_ids" not in inspect.signature(decoder.forward).parameters or getattr(config, "_attn_implementation", None) != "sdpa":
+    if (
+        "position_ids" not in inspect.signature(decoder.forward).parameters
+        or getattr(config, "_attn_implementation", None) != "sdpa"
+    ):
         return False
     if any(window and window < longest for window in windows):
         return False
@@ -141,16 +170,30 @@ def can_pack(model: torch.nn.Module, samples: Sequence[np.ndarray], longest: int
     model.eval()
     try:
         with short_samples([len(sample) for sample in samples]):
-            together = decoder(**{name: part.to(parameter.device) for name, part in packed(samples).items()}, use_cache=False)
+            together = decoder(
+                **{name: part.to(parameter.device) for name, part in packed(samples).items()}, use_cache=False
+            )
         alone = [
-            decoder(input_ids=torch.as_tensor(np.array(sample), dtype=torch.int64, device=parameter.device)[None], use_cache=False)
+            decoder(
+                input_ids=torch.as_tensor(np.array(sample), dtype=torch.int64, device=parameter.device)[None],
+                use_cache=False,
+            )
             for sample in samples
         ]
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):  # a model that makes more of its mask
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        IndexError,
+        AttributeError,
+    ):  # a model that makes more of its mask
         return False
     finally:
         model.train(was_training)
-    found, wanted = together.last_hidden_state[0].float(), torch.cat([one.last_hidden_state[0] for one in alone]).float()
+    found, wanted = (
+        together.last_hidden_state[0].float(),
+        torch.cat([one.last_hidden_state[0] for one in alone]).float(),
+    )
     off = torch.linalg.vector_norm(found - wanted, dim=-1) / torch.linalg.vector_norm(wanted, dim=-1)
     return bool(off.max() < torch.finfo(parameter.dtype).eps ** 0.5)
 
@@ -160,7 +203,11 @@ def _hidden(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Te
     tokens, keys = query.shape[2], key.shape[2]
     if mask is None and causal and tokens == keys:
         return query.new_full((tokens, keys), -torch.inf).triu_(1)
-    if mask is None or mask.dtype != torch.bool or any(mask.shape[axis] > 1 and mask.stride(axis) for axis in (0, 1)):
+    if (
+        mask is None
+        or mask.dtype != torch.bool
+        or any(mask.shape[axis] > 1 and mask.stride(axis) for axis in (0, 1))
+    ):
         return None
     return query.new_zeros(tokens, keys).masked_fill_(~mask[0, 0], -torch.inf)
 

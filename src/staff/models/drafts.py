@@ -46,7 +46,9 @@ def cut(model: nn.Module, keep: int, which: str = "first") -> nn.Module:
     """
     blocks = scopes.blocks(model)
     if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
-        raise ValueError(f"--draft self:{keep}: {type(model).__name__} shares keys and values between its blocks, so none can be left out")
+        raise ValueError(
+            f"--draft self:{keep}: {type(model).__name__} shares keys and values between its blocks, so none can be left out"
+        )
     chosen = chosen_blocks(len(blocks), keep, which)
     kept = [blocks[i] for i in chosen]
     config = model.config.get_text_config()

@@ -47,13 +47,19 @@ class Source:
     @property
     def tokenizer(self) -> Path:
         """The folder of the tokenizer: an adapter may bring its own."""
-        return self.adapter if self.adapter and (self.adapter / "tokenizer_config.json").is_file() else self.folder
+        return (
+            self.adapter
+            if self.adapter and (self.adapter / "tokenizer_config.json").is_file()
+            else self.folder
+        )
 
     def files(self) -> list[Path]:
         """The files that make the model what it is, adapter included; no two have the same name."""
         files = [self.folder / self.gguf] if self.gguf else _matching(self.folder, (*WEIGHTS, *DESCRIBES))
         if self.adapter:
-            own = _matching(self.adapter, (*ADAPTER, *TOKENIZER) if self.tokenizer == self.adapter else ADAPTER)
+            own = _matching(
+                self.adapter, (*ADAPTER, *TOKENIZER) if self.tokenizer == self.adapter else ADAPTER
+            )
             names = {path.name for path in own}
             files = [path for path in files if path.name not in names] + own
         return files
@@ -80,7 +86,9 @@ def resolve(name: str, flag: str = "--target") -> Source:
     if path.is_dir():
         return _in_folder(name, path, flag)
     if path.exists() or not HUB_ID.fullmatch(name) or name.startswith((".", "/", "~")):
-        raise ValueError(f"{flag} {name}: there is no such folder or .gguf file, and it is not a hub id (owner/model)")
+        raise ValueError(
+            f"{flag} {name}: there is no such folder or .gguf file, and it is not a hub id (owner/model)"
+        )
     return _in_folder(name, fetch(name, flag), flag)
 
 
@@ -91,7 +99,9 @@ def _in_folder(name: str, folder: Path, flag: str) -> Source:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{flag} {name}: the folder has no config.json; name the folder that holds it")
     if not has_weights:
-        raise ValueError(f"{flag} {name}: the folder has no .safetensors weights; convert the model (pickled weights are not read)")
+        raise ValueError(
+            f"{flag} {name}: the folder has no .safetensors weights; convert the model (pickled weights are not read)"
+        )
     return Source(name, folder)
 
 
@@ -102,19 +112,27 @@ def _with_base(name: str, folder: Path, flag: str) -> Source:
     except ValueError as error:
         raise ValueError(f"{flag} {name}: its adapter_config.json is not valid JSON ({error})") from None
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{flag} {name}: its adapter is of type {config.get('peft_type')}; only LoRA adapters are read")
+        raise ValueError(
+            f"{flag} {name}: its adapter is of type {config.get('peft_type')}; only LoRA adapters are read"
+        )
     if not (folder / "adapter_model.safetensors").is_file():
-        raise ValueError(f"{flag} {name}: the adapter has no adapter_model.safetensors (pickled weights are not read)")
+        raise ValueError(
+            f"{flag} {name}: the adapter has no adapter_model.safetensors (pickled weights are not read)"
+        )
     base = config.get("base_model_name_or_path")
     if not base:
-        raise ValueError(f"{flag} {name}: its adapter_config.json names no base model; write it there as base_model_name_or_path")
+        raise ValueError(
+            f"{flag} {name}: its adapter_config.json names no base model; write it there as base_model_name_or_path"
+        )
     beside = folder / base
     try:
         found = resolve(str(beside) if beside.exists() else base, "its base model,")
     except ValueError as error:
         raise ValueError(f"{flag} {name}: {error}") from None
     if found.adapter:
-        raise ValueError(f"{flag} {name}: its base model, {base}, is an adapter itself; merge that one into its own base first")
+        raise ValueError(
+            f"{flag} {name}: its base model, {base}, is an adapter itself; merge that one into its own base first"
+        )
     return Source(name, found.folder, found.gguf, folder)
 
 
@@ -138,7 +156,11 @@ def check_quantised(source: Source, load_in: str | None = None) -> str | None:
         ValueError: the library for it, or for `load_in`, is missing; or it is asked for twice.
     """
     config = source.folder / "config.json"
-    settings = json.loads(config.read_text(encoding="utf-8")).get("quantization_config") if config.is_file() else None
+    settings = (
+        json.loads(config.read_text(encoding="utf-8")).get("quantization_config")
+        if config.is_file()
+        else None
+    )
     method = settings.get("quant_method", "bitsandbytes") if settings else None
     if method and load_in:
         raise ValueError(f"{source.name} is quantised already ({method}): leave --load-in {load_in} away")

@@ -66,7 +66,15 @@ class _Positions(Dataset):
 class _ResponseTrainer(Trainer):
     """The Trainer with our order of samples, and a head that sees response tokens alone."""
 
-    def __init__(self, *args, head: Head, order: _Shuffled, running: Running | None = None, running_from: int = 0, **kwargs):
+    def __init__(
+        self,
+        *args,
+        head: Head,
+        order: _Shuffled,
+        running: Running | None = None,
+        running_from: int = 0,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self._head, self._order, self._running, self._running_from = head, order, running, running_from
         self.loss_is_scaled_for_ga = False
@@ -191,8 +199,15 @@ def finetune(
     efforts = None
     if running:
         if next(model.parameters()).dtype == torch.float16:
-            raise ValueError("effort_running needs gradients as they are, and float16 has them scaled: use --dtype bfloat16 or float32")
-        efforts = Running(model, running, positions, (read_arrays(Path(begun) / RUNNING) or {}).get("effort") if begun else None)
+            raise ValueError(
+                "effort_running needs gradients as they are, and float16 has them scaled: use --dtype bfloat16 or float32"
+            )
+        efforts = Running(
+            model,
+            running,
+            positions,
+            (read_arrays(Path(begun) / RUNNING) or {}).get("effort") if begun else None,
+        )
     halves = next(model.parameters()).dtype
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
@@ -247,7 +262,12 @@ def finetune(
         efforts.save(output)
     parts = [RUNNING] if efforts else []
     parts += sorted(str(part.relative_to(output)) for part in output.glob("snapshots/*/*") if part.is_file())
-    seal(output, [*ADAPTER, *parts], samples=len(positions), epochs=steps / steps_an_epoch if max_steps else epochs)
+    seal(
+        output,
+        [*ADAPTER, *parts],
+        samples=len(positions),
+        epochs=steps / steps_an_epoch if max_steps else epochs,
+    )
     shutil.rmtree(checkpoints, ignore_errors=True)
     return model.eval().requires_grad_(False)
 
@@ -272,7 +292,11 @@ def step_of(pool: Pool, places: Sequence[int], packs: bool) -> dict:
         starts = torch.as_tensor(np.cumsum([0, *lengths[:-1]]))
         step = attention.packed(samples) | {"lengths": lengths}
         step |= {"row": torch.zeros_like(batch.sample_of), "before": starts[batch.sample_of] + batch.before}
-    return step | {"response_ids": batch.labels, "sample_of": batch.sample_of, "positions": torch.as_tensor(places)}
+    return step | {
+        "response_ids": batch.labels,
+        "sample_of": batch.sample_of,
+        "positions": torch.as_tensor(places),
+    }
 
 
 def _last_finished(checkpoints: Path) -> str | None:

@@ -22,13 +22,21 @@ if TYPE_CHECKING:  # models are found and identified without torch: a finished r
 
 # family -> (what its names look like, model types in a config.json, siblings smallest first)
 FAMILIES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
-    "Qwen3": (r"qwen3(?!\.)", ("qwen3",), ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B", "Qwen/Qwen3-8B", "Qwen/Qwen3-14B")),
+    "Qwen3": (
+        r"qwen3(?!\.)",
+        ("qwen3",),
+        ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B", "Qwen/Qwen3-8B", "Qwen/Qwen3-14B"),
+    ),
     "Qwen2.5": (
         r"qwen2\.5",
         ("qwen2",),
         ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-14B"),
     ),
-    "Llama 3": (r"llama-?3", (), ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-3B", "meta-llama/Llama-3.1-8B")),
+    "Llama 3": (
+        r"llama-?3",
+        (),
+        ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-3B", "meta-llama/Llama-3.1-8B"),
+    ),
     "Llama 2": (r"llama-?2", (), ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-13b-hf")),
     "Gemma 3": (
         r"gemma-?3(?!n)",
@@ -39,14 +47,26 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "Gemma": (r"gemma-\d+b", ("gemma",), ("google/gemma-2b", "google/gemma-7b")),
     "Mistral": (r"mistral|ministral", ("mistral",), ("mistralai/Mistral-7B-v0.3",)),
     "Phi-3": (r"phi-?3", ("phi3",), ("microsoft/Phi-3-mini-4k-instruct",)),
-    "SmolLM2": (r"smollm2", (), ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-360M", "HuggingFaceTB/SmolLM2-1.7B")),
+    "SmolLM2": (
+        r"smollm2",
+        (),
+        ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-360M", "HuggingFaceTB/SmolLM2-1.7B"),
+    ),
     "Pythia": (
         r"pythia",
         ("gpt_neox",),
         ("EleutherAI/pythia-70m", "EleutherAI/pythia-160m", "EleutherAI/pythia-410m", "EleutherAI/pythia-1b"),
     ),
-    "GPT-2": (r"gpt-?2", ("gpt2",), ("openai-community/gpt2", "openai-community/gpt2-medium", "openai-community/gpt2-large")),
-    "OPT": (r"opt-", ("opt",), ("facebook/opt-125m", "facebook/opt-350m", "facebook/opt-1.3b", "facebook/opt-2.7b")),
+    "GPT-2": (
+        r"gpt-?2",
+        ("gpt2",),
+        ("openai-community/gpt2", "openai-community/gpt2-medium", "openai-community/gpt2-large"),
+    ),
+    "OPT": (
+        r"opt-",
+        ("opt",),
+        ("facebook/opt-125m", "facebook/opt-350m", "facebook/opt-1.3b", "facebook/opt-2.7b"),
+    ),
     "OLMo 2": (r"olmo-?2", ("olmo2",), ("allenai/OLMo-2-0425-1B", "allenai/OLMo-2-1124-7B")),
 }
 
@@ -94,7 +114,9 @@ def pick_device(device: str) -> torch.device:
     import torch
 
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
     try:
         torch.empty(0, device=device)
         return torch.device(device)
@@ -120,7 +142,9 @@ def _cpu_multiplies_bfloat16() -> bool:
 
     capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()
     if capabilities:
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("arm_bf16"))
+        return bool(
+            capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("arm_bf16")
+        )
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
 
 
@@ -150,7 +174,10 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False):
     from transformers import AutoTokenizer
 
     extra = {"gguf_file": source.gguf} if source.gguf and source.tokenizer == source.folder else {}
-    return _quietly(lambda: AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=trust_remote_code, **extra), source)
+    return _quietly(
+        lambda: AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=trust_remote_code, **extra),
+        source,
+    )
 
 
 def check(source: Source, scope: str, load_in: str | None = None, trust_remote_code: bool = False) -> None:
@@ -212,20 +239,28 @@ def load_model(
         _check_gguf()
         extra = {"gguf_file": source.gguf, "quantization_config": GgufConfig(dequantize=True)}
         if load_in:
-            raise ValueError(f"{source.name}: --load-in {load_in} can't be had of a .gguf file itself: unpack it first")
+            raise ValueError(
+                f"{source.name}: --load-in {load_in} can't be had of a .gguf file itself: unpack it first"
+            )
     elif load_in == "8bit":
         extra["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     elif load_in == "4bit":
-        extra["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        extra["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
     if is_quantised:
         extra["device_map"] = {"": device}
 
     def load():
-        return AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, trust_remote_code=trust_remote_code, **extra)
+        return AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=dtype, trust_remote_code=trust_remote_code, **extra
+        )
 
     model = _quietly(load, source)
     if is_quantised:
-        for module in model.modules():  # else bitsandbytes repacks 4-bit weights on a CPU so that no gradient gets through
+        for module in (
+            model.modules()
+        ):  # else bitsandbytes repacks 4-bit weights on a CPU so that no gradient gets through
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     else:
@@ -241,7 +276,9 @@ def _put_on(model: torch.nn.Module, adapter: Path, merge: bool) -> torch.nn.Modu
 
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")  # it fits another model
-        warnings.filterwarnings("ignore", message=".*fan_in_fan_out")  # GPT-2's transposed weights: peft sees to them
+        warnings.filterwarnings(
+            "ignore", message=".*fan_in_fan_out"
+        )  # GPT-2's transposed weights: peft sees to them
         try:
             wrapped = PeftModel.from_pretrained(model, str(adapter))
         except UserWarning as warning:
@@ -253,7 +290,9 @@ def _check_gguf() -> None:
     try:
         import gguf  # noqa: F401
     except ImportError:
-        raise ValueError("reading .gguf files needs the gguf package: pip install 'staff-coreset[gguf]'") from None
+        raise ValueError(
+            "reading .gguf files needs the gguf package: pip install 'staff-coreset[gguf]'"
+        ) from None
 
 
 def unpack_gguf(source: Source, folder: Path, dtype: torch.dtype) -> Source:
@@ -320,7 +359,11 @@ def measure(model: torch.nn.Module) -> Size:
             if scopes.is_linear(module):  # a quantised weight is packed: its own size says little
                 total += math.prod(scopes.weight_shape(module))
             else:
-                total += sum(p.numel() * (share if p.ndim >= 3 else 1) for p in module.parameters(recurse=False) if p.ndim >= 2)
+                total += sum(
+                    p.numel() * (share if p.ndim >= 3 else 1)
+                    for p in module.parameters(recurse=False)
+                    if p.ndim >= 2
+                )
         return round(total)
 
     each = [count(block) for block in scopes.blocks(model)]

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 # what the summed cross-entropy of a sample's response tokens is divided by: their number to this power
 LOSSES = {"mean": 1.0, "sum": 0.0, "sqrt": 0.5}
-CHUNK_BYTES = 32 * 2**20  # float32 working memory of one step of a chunked product: on a CPU it stays near the cache
+CHUNK_BYTES = (
+    32 * 2**20
+)  # float32 working memory of one step of a chunked product: on a CPU it stays near the cache
 
 
 @cache
@@ -127,7 +129,9 @@ class record_sites:
         leaves = []
         for place, (site, calls) in enumerate(zip(self._sites, self._calls, strict=True)):
             if not calls:
-                raise ValueError(f"{site.name or 'a site'} was not reached by the forward pass: no gradient to measure")
+                raise ValueError(
+                    f"{site.name or 'a site'} was not reached by the forward pass: no gradient to measure"
+                )
             for call, (_, output) in enumerate(calls):
                 if output.is_leaf:
                     leaves.append((place, call, output))
@@ -138,7 +142,10 @@ class record_sites:
             arrived(place, call, torch.zeros_like(output) if grad is None else grad)
         for place, calls in enumerate(self._calls):
             if waiting[place]:  # some of its calls do not matter to the loss
-                known = [torch.zeros_like(out) if g is None else g for g, (_, out) in zip(waiting[place], calls, strict=True)]
+                known = [
+                    torch.zeros_like(out) if g is None else g
+                    for g, (_, out) in zip(waiting[place], calls, strict=True)
+                ]
                 found[place] = of_site(place, known)
         return found
 
@@ -184,7 +191,9 @@ def inner_products(directions: Sequence[Tensor]) -> Callable[[int, Tensor, Tenso
 
     def measure(place: int, layer_input: Tensor, grad_output: Tensor) -> Tensor:
         direction = directions[place]
-        along = torch.linalg.vecdot(layer_input.to(direction.dtype) @ direction.mT, grad_output.to(direction.dtype)).sum(1)
+        along = torch.linalg.vecdot(
+            layer_input.to(direction.dtype) @ direction.mT, grad_output.to(direction.dtype)
+        ).sum(1)
         return torch.stack([along, squared_norm_of_products(layer_input, grad_output).to(direction.dtype)], 1)
 
     return measure
@@ -237,7 +246,9 @@ class TokenScores:
     entropy: Tensor
 
 
-def response_scores(hidden: Tensor, head: Head, labels: Tensor, chunk_bytes: int | None = None, grad_scale: float = 1.0) -> TokenScores:
+def response_scores(
+    hidden: Tensor, head: Head, labels: Tensor, chunk_bytes: int | None = None, grad_scale: float = 1.0
+) -> TokenScores:
     """Cross-entropy, EL2N and entropy of response tokens, the gradient in closed form.
 
     With p = softmax(W h), dloss/dh = W^T (p - onehot). Both are taken chunk by chunk, so that no (tokens x vocabulary)
@@ -257,7 +268,9 @@ def response_scores(hidden: Tensor, head: Head, labels: Tensor, chunk_bytes: int
     weight = head.module.weight
     bias = getattr(head.module, "bias", None)
     room = chunk_bytes or chunk_bytes_on(hidden.device)
-    return TokenScores(*_ResponseScores.apply(hidden, weight, bias, labels, head.scale, head.cap, room, grad_scale))
+    return TokenScores(
+        *_ResponseScores.apply(hidden, weight, bias, labels, head.scale, head.cap, room, grad_scale)
+    )
 
 
 class _ResponseScores(torch.autograd.Function):
@@ -280,7 +293,9 @@ class _ResponseScores(torch.autograd.Function):
                 if cap is not None:
                     logits.div_(cap).tanh_().mul_(cap)
                 top = logits.amax(-1, keepdim=True)
-                slope = None if cap is None or grad is None else 1 - (logits / cap).square()  # of the soft cap
+                slope = (
+                    None if cap is None or grad is None else 1 - (logits / cap).square()
+                )  # of the soft cap
                 logits -= top
                 # e = exp(z - max z), the label's apart: p is e / total, and 1 - p(label) keeps its digits near 0
                 log_e_label = logits.gather(-1, label)
@@ -289,7 +304,9 @@ class _ResponseScores(torch.autograd.Function):
                 others = e.sum(-1, keepdim=True)
                 total = others + e_label
                 loss[part] = (total.log() - log_e_label)[:, 0]
-                entropy[part] = (total.log() - (torch.linalg.vecdot(e, logits)[:, None] + e_label * log_e_label) / total)[:, 0]
+                entropy[part] = (
+                    total.log() - (torch.linalg.vecdot(e, logits)[:, None] + e_label * log_e_label) / total
+                )[:, 0]
                 el2n[part] = torch.hypot(others[:, 0], torch.linalg.vector_norm(e, dim=-1)) / total[:, 0]
                 if grad is not None:
                     of_label = weight[label[:, 0]].to(wide) * (others / total)

@@ -50,7 +50,9 @@ class Likeness:
         self._scorer, self._directions = scorer, directions
         self.first_tokens, self.batch_tokens = scorer.first_tokens, scorer.batch_tokens
 
-    def scores(self, pool: Pool, positions: np.ndarray, on_samples: Callable[[int], None] | None = None) -> dict[str, np.ndarray]:
+    def scores(
+        self, pool: Pool, positions: np.ndarray, on_samples: Callable[[int], None] | None = None
+    ) -> dict[str, np.ndarray]:
         """Of some samples of a pool.
 
         Args:
@@ -63,7 +65,9 @@ class Likeness:
         found = np.zeros(len(positions), np.float32)
         for places in batches(pool.lengths[positions], self.batch_tokens):
             batch = collate(pool, positions[places], self._scorer.device)
-            both = self._scorer.measure(batch, inner_products(self._directions))  # a (B, 2) for each site: with the direction, with itself
+            both = self._scorer.measure(
+                batch, inner_products(self._directions)
+            )  # a (B, 2) for each site: with the direction, with itself
             dot, square = torch.stack(both).sum(0).unbind(1)
             found[places] = torch.where(square > 0, dot / square.sqrt(), 0.0).float().cpu().numpy()
             if on_samples:

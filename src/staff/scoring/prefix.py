@@ -21,7 +21,13 @@ from staff.scoring import scopes
 from staff.scoring.gradnorm import Site
 
 LEAST = 8  # tokens from which it pays
-FIXED_ROPE = ("default", "linear", "llama3", "yarn", None)  # positions turn by the same angle however long a sample is
+FIXED_ROPE = (
+    "default",
+    "linear",
+    "llama3",
+    "yarn",
+    None,
+)  # positions turn by the same angle however long a sample is
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +63,10 @@ class Prefix:
         _, groups, tokens, width = values[self.place].shape
         values[self.place] = of_values.view(size, tokens, groups, width).transpose(1, 2)
         cache = Cache(
-            layers=[_Start(k.expand(size, -1, -1, -1), v.expand(size, -1, -1, -1)) for k, v in zip(self.keys, values, strict=True)]
+            layers=[
+                _Start(k.expand(size, -1, -1, -1), v.expand(size, -1, -1, -1))
+                for k, v in zip(self.keys, values, strict=True)
+            ]
         )
         return cache, self.layer_input.expand(size, -1, -1), leaf
 
@@ -82,7 +91,9 @@ def length_of(pool: Pool) -> int:
     starts, lengths = pool.offsets[:-1], pool.lengths
     common = int(lengths.min()) - 1
     for place in range(common):
-        if (pool.input_ids[starts + place] != pool.input_ids[starts[0] + place]).any() or pool.is_response[starts + place + 1].any():
+        if (pool.input_ids[starts + place] != pool.input_ids[starts[0] + place]).any() or pool.is_response[
+            starts + place + 1
+        ].any():
             return place
     return max(common, 0)
 
@@ -103,7 +114,9 @@ def find(model: torch.nn.Module, site: Site, pool: Pool) -> Prefix | None:
     handle = site.module.register_forward_hook(lambda module, args, output: calls.append((args[0], output)))
     cache = DynamicCache(config=config)
     try:
-        ids = torch.as_tensor(np.array(pool.ids(0)[:length]), dtype=torch.int64, device=next(model.parameters()).device)[None]
+        ids = torch.as_tensor(
+            np.array(pool.ids(0)[:length]), dtype=torch.int64, device=next(model.parameters()).device
+        )[None]
         scopes.decoder(model)(input_ids=ids, past_key_values=cache, use_cache=True)
     finally:
         handle.remove()
@@ -114,7 +127,10 @@ def find(model: torch.nn.Module, site: Site, pool: Pool) -> Prefix | None:
     if not plain or len(calls) != 1 or calls[0][0].shape[:-1].numel() != length:
         return None
     layer_input, output = (part.reshape(length, -1) for part in calls[0])
-    keys, kept = ([part for layer in layers if (part := getattr(layer, name)) is not None] for name in ("keys", "values"))
+    keys, kept = (
+        [part for layer in layers if (part := getattr(layer, name)) is not None]
+        for name in ("keys", "values")
+    )
     values = kept[place][0].transpose(0, 1).reshape(length, -1)  # with the adapter's part, where there is one
     if values.shape[1] != (output.shape[1] if site.rows is None else len(site.rows)):
         return None

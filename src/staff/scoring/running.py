@@ -30,13 +30,17 @@ class Running:
         kept: of a run that was cut off, its efforts so far; nan where there is none yet.
     """
 
-    def __init__(self, model: torch.nn.Module, scope: str, positions: np.ndarray, kept: np.ndarray | None = None):
+    def __init__(
+        self, model: torch.nn.Module, scope: str, positions: np.ndarray, kept: np.ndarray | None = None
+    ):
         self.positions = positions
         self.efforts = np.full(len(positions), np.nan, np.float32) if kept is None else kept
         wrapped = {id(layer.base_layer): layer for layer in model.modules() if hasattr(layer, "base_layer")}
         self._batch: tuple[Tensor, Tensor, np.ndarray, list[int] | None] | None = None
         self._squares: Tensor | None = None
-        for site in scopes.sites(model, scope):  # an adapter adds to what its layer gives: the gradient there is the same
+        for site in scopes.sites(
+            model, scope
+        ):  # an adapter adds to what its layer gives: the gradient there is the same
             wrapped.get(id(site.module), site.module).register_forward_hook(self._watch(site))
 
     def begin(self, sample_of: Tensor, positions: Tensor, lengths: list[int] | None) -> None:
@@ -67,7 +71,9 @@ class Running:
                 """(B, T, width), zero behind a sample's end."""
                 if lengths is None:
                     return states.reshape(len(counts), -1, states.shape[-1])
-                return torch.nn.utils.rnn.pad_sequence(states.reshape(-1, states.shape[-1]).split(lengths), batch_first=True)
+                return torch.nn.utils.rnn.pad_sequence(
+                    states.reshape(-1, states.shape[-1]).split(lengths), batch_first=True
+                )
 
             def arrived(grad: Tensor) -> None:
                 of_rows = grad if site.rows is None else grad[..., site.rows]

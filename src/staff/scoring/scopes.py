@@ -49,7 +49,9 @@ def decoder(model: nn.Module) -> nn.Module:
     found = causal.get_decoder()
     if found is causal:  # Llama 4 finds no further than itself
         within = blocks(model)
-        found = next(child for child in causal.children() if any(module is within for module in child.modules()))
+        found = next(
+            child for child in causal.children() if any(module is within for module in child.modules())
+        )
     return found
 
 
@@ -60,7 +62,11 @@ def blocks(model: nn.Module) -> nn.ModuleList:
         ValueError: there is none.
     """
     causal, config = inner(model), text_config(model)
-    lists = [(name.count("."), module) for name, module in causal.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [
+        (name.count("."), module)
+        for name, module in causal.named_modules()
+        if isinstance(module, nn.ModuleList)
+    ]
     fitting = [(depth, module) for depth, module in lists if len(module) == config.num_hidden_layers]
     if not fitting:
         raise ValueError(
@@ -121,7 +127,9 @@ def _is_softmax(kind: str) -> bool:
     return kind in ("attention", "hybrid") or (kind.endswith("_attention") and not kind.startswith("linear"))
 
 
-def _moves_last_token(model: nn.Module, block: nn.Module, modules: list[nn.Module], num_tokens: int) -> dict[int, Tensor]:
+def _moves_last_token(
+    model: nn.Module, block: nn.Module, modules: list[nn.Module], num_tokens: int
+) -> dict[int, Tensor]:
     """Which outputs of each module, at the first token, move what comes out of their block at the last token.
 
     Returns:
@@ -189,7 +197,11 @@ def sites(model: nn.Module, scope: str, seed: int = 0) -> list[Site]:
     if scope == "released":
         return [_released(model, seed)]
     if scope == "lora":
-        found = [(name, m) for name, m in model.named_modules() if is_linear(m) and (".lora_A." in name or ".lora_B." in name)]
+        found = [
+            (name, m)
+            for name, m in model.named_modules()
+            if is_linear(m) and (".lora_A." in name or ".lora_B." in name)
+        ]
         if not found:
             raise ValueError("scope 'lora' needs a model with a LoRA adapter; this one has none")
     else:
@@ -215,7 +227,9 @@ def check(model: nn.Module, scope: str) -> None:
     for block_name, block in _counted_blocks(model, scope).items():
         for name, module in block.named_modules():
             routed = isinstance(module, nn.ModuleList) and "expert" in name
-            fused = "expert" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
+            fused = "expert" in type(module).__name__.lower() and any(
+                True for _ in module.parameters(recurse=False)
+            )
             cubes = [p for p in module.parameters(recurse=False) if p.ndim >= 3]
             if routed or fused or (cubes and not isinstance(module, (nn.Conv1d, nn.Conv2d))):
                 raise ValueError(
@@ -230,7 +244,9 @@ def _counted_blocks(model: nn.Module, scope: str) -> dict[str, nn.Module]:
     return every if scope == "linear" else dict([list(every.items())[-1]])
 
 
-def _that_run(model: nn.Module, found: list[tuple[str, nn.Module]], scope: str) -> list[tuple[str, nn.Module]]:
+def _that_run(
+    model: nn.Module, found: list[tuple[str, nn.Module]], scope: str
+) -> list[tuple[str, nn.Module]]:
     """Those layers that a forward pass calls, each with all tokens of the batch in order.
 
     Raises:
@@ -246,7 +262,10 @@ def _that_run(model: nn.Module, found: list[tuple[str, nn.Module]], scope: str) 
 
     handles = [module.register_forward_hook(keep(name)) for name, module in found]
     samples, tokens = PROBE
-    ids = torch.arange(3, 3 + samples * tokens, device=next(model.parameters()).device) % text_config(model).vocab_size
+    ids = (
+        torch.arange(3, 3 + samples * tokens, device=next(model.parameters()).device)
+        % text_config(model).vocab_size
+    )
     try:
         with torch.no_grad():
             decoder(model)(input_ids=ids.reshape(PROBE), use_cache=False)
@@ -255,7 +274,9 @@ def _that_run(model: nn.Module, found: list[tuple[str, nn.Module]], scope: str) 
             handle.remove()
     for name, shape in shapes.items():
         if shape[0] != samples and shape[:-1] != (samples * tokens,):
-            raise ValueError(f"scope {scope!r} can't be had: {name} sees {tuple(shape)} of a batch of {samples} x {tokens} tokens")
+            raise ValueError(
+                f"scope {scope!r} can't be had: {name} sees {tuple(shape)} of a batch of {samples} x {tokens} tokens"
+            )
     return [(name, module) for name, module in found if name in shapes]
 
 
@@ -284,7 +305,11 @@ def drop_tuned_queries_and_values(model: nn.Module) -> list[str]:
     Returns:
         the names of the layers; none where the model has no adapter.
     """
-    tuned = {name: module for name, module in model.named_modules() if hasattr(module, "lora_B") and hasattr(module, "base_layer")}
+    tuned = {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_B") and hasattr(module, "base_layer")
+    }
     if not tuned:
         return []
     wanted = {"q_proj", "v_proj", value_projection(model).name.removesuffix(".base_layer").rsplit(".", 1)[-1]}
@@ -303,7 +328,9 @@ def head_of(model: nn.Module) -> Head:
     """
     causal = inner(model)
     config = text_config(model)
-    scale = (getattr(config, "logit_scale", None) or 1.0) * (getattr(config, "lm_head_multiplier", None) or 1.0)
+    scale = (getattr(config, "logit_scale", None) or 1.0) * (
+        getattr(config, "lm_head_multiplier", None) or 1.0
+    )
     scale /= getattr(config, "logits_scaling", None) or 1.0
     head = Head(causal.get_output_embeddings(), scale, getattr(config, "final_logit_softcapping", None))
     with torch.no_grad():
@@ -315,5 +342,7 @@ def head_of(model: nn.Module) -> Head:
         if head.cap is not None:
             ours = torch.tanh(ours / head.cap) * head.cap
     if not torch.allclose(ours, logits, atol=0.02 * logits.abs().max().item(), rtol=0):
-        raise ValueError(f"{type(causal).__name__} makes its logits in a way that is not known here: it can't be scored")
+        raise ValueError(
+            f"{type(causal).__name__} makes its logits in a way that is not known here: it can't be scored"
+        )
     return head

@@ -22,7 +22,10 @@ if TYPE_CHECKING:  # it needs transformers' cache
 
 logger = logging.getLogger(__name__)
 QUANTITIES = ("effort", "loss", "el2n", "entropy")
-FLOAT16_SCALES = (2.0**8, 2.0**-4)  # what gradients are multiplied by on their way; the second for samples that overflow
+FLOAT16_SCALES = (
+    2.0**8,
+    2.0**-4,
+)  # what gradients are multiplied by on their way; the second for samples that overflow
 CPU_TOKENS, MOST_TOKENS = 2048, 65536
 CALIBRATION = 128  # samples that a model's layer means are taken over where it never sees the whole pool
 
@@ -76,7 +79,9 @@ class Scorer:
         seed: int = 0,
     ):
         self.model = model.eval().requires_grad_(False)
-        self.first_tokens = self.batch_tokens = settled_tokens(model, scope) if batch_tokens is None else batch_tokens
+        self.first_tokens = self.batch_tokens = (
+            settled_tokens(model, scope) if batch_tokens is None else batch_tokens
+        )
         self.padding_side, self.loss, self.balance = padding_side, loss, balance
         self.device = next(model.parameters()).device
         self.head = scopes.head_of(model)
@@ -102,7 +107,10 @@ class Scorer:
         return self.site_means
 
     def scores(
-        self, pool: Pool, positions: Sequence[int] | np.ndarray, on_samples: Callable[[int], None] | None = None
+        self,
+        pool: Pool,
+        positions: Sequence[int] | np.ndarray,
+        on_samples: Callable[[int], None] | None = None,
     ) -> dict[str, np.ndarray]:
         """Score some samples of a pool.
 
@@ -142,14 +150,23 @@ class Scorer:
         parts = []
         for places in cut:
             skip = start.tokens if start else 0
-            parts.append(self._batch(collate(pool, positions[places], self.device, 0, self.padding_side, skip), grad_scale, start))
+            parts.append(
+                self._batch(
+                    collate(pool, positions[places], self.device, 0, self.padding_side, skip),
+                    grad_scale,
+                    start,
+                )
+            )
             if on_samples:
                 on_samples(len(places))
         order = np.argsort(np.concatenate(cut)) if cut else np.empty(0, np.int64)
         empty = {name: np.empty(0, np.float32) for name in QUANTITIES}
         empty |= {"site_norms": np.empty((0, len(self.sites)), np.float32)} if self.balance else {}
         empty |= {"features": np.empty((0, 0), np.float32)} if self.with_features else {}
-        return {name: torch.cat([part[name] for part in parts]).cpu().numpy()[order] if parts else none for name, none in empty.items()}
+        return {
+            name: torch.cat([part[name] for part in parts]).cpu().numpy()[order] if parts else none
+            for name, none in empty.items()
+        }
 
     def _start_of(self, pool: Pool, grad_scale: float | None) -> Prefix | None:
         """What a pool's samples begin with, once it has been seen that the model scores a sample the same with it."""
@@ -161,11 +178,20 @@ class Scorer:
             start = prefix.find(self.model, self.sites[0], pool)
             for probe in (int(np.argmin(pool.lengths)), int(np.argmax(pool.lengths))) if start else ():
                 plain, reused = (
-                    self._batch(collate(pool, [probe], self.device, skip=given.tokens if given else 0), grad_scale, given)["effort"]
+                    self._batch(
+                        collate(pool, [probe], self.device, skip=given.tokens if given else 0),
+                        grad_scale,
+                        given,
+                    )["effort"]
                     for given in (None, start)
                 )
-                if not torch.allclose(plain, reused, rtol=torch.finfo(next(self.model.parameters()).dtype).eps ** 0.5, atol=0):
-                    logger.warning("%s scores differently with a cache: the samples' common start is computed anew each time", self._name())
+                if not torch.allclose(
+                    plain, reused, rtol=torch.finfo(next(self.model.parameters()).dtype).eps ** 0.5, atol=0
+                ):
+                    logger.warning(
+                        "%s scores differently with a cache: the samples' common start is computed anew each time",
+                        self._name(),
+                    )
                     start = None
                     break
             self._prefix = (weakref.ref(pool), start)
@@ -182,7 +208,9 @@ class Scorer:
         with attention.short_samples():
             return scopes.decoder(self.model)(input_ids=batch.input_ids, **extra).last_hidden_state
 
-    def _batch(self, batch: Batch, grad_scale: float | None, start: Prefix | None = None) -> dict[str, torch.Tensor]:
+    def _batch(
+        self, batch: Batch, grad_scale: float | None, start: Prefix | None = None
+    ) -> dict[str, torch.Tensor]:
         states: list[torch.Tensor] = []
         cache, also = None, []
         if start:
@@ -199,11 +227,15 @@ class Scorer:
         found = efforts(forward, self.head, self.sites, batch, self.loss, grad_scale, also)
         return found | ({"features": states[0]} if states else {})
 
-    def measure(self, batch: Batch, measure: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+    def measure(
+        self, batch: Batch, measure: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+    ) -> list[torch.Tensor]:
         """What a function makes of each site's gradients of a batch; see `gradnorm.record_sites`."""
         with torch.enable_grad(), record_sites(self.sites, measure) as recorded:
             hidden = self._forward(batch)[batch.sample_of, batch.before]
-            losses = mean_by_sample(response_scores(hidden, self.head, batch.labels).loss, batch.sample_of, batch.counts)
+            losses = mean_by_sample(
+                response_scores(hidden, self.head, batch.labels).loss, batch.sample_of, batch.counts
+            )
             return recorded.measured(losses)
 
 
@@ -258,7 +290,10 @@ def score_shards(
             sums = part["site_norms"].sum(0, dtype=np.float64) + (sums if number else 0)
         parts.append({name: values for name, values in part.items() if name != "site_norms"})
     names = parts[0] if parts else QUANTITIES
-    found = {name: np.concatenate([part[name] for part in parts]) if parts else np.empty(0, np.float32) for name in names}
+    found = {
+        name: np.concatenate([part[name] for part in parts]) if parts else np.empty(0, np.float32)
+        for name in names
+    }
     if len(sums):  # a second walk over the shards: all norms at once may not fit
         means = sums / len(pool)
         shards = (load(number) for number in range(len(parts)))

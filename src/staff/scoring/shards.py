@@ -49,7 +49,11 @@ class Budgets:
     def lower(self, shard: int, tokens: int) -> None:
         """From this shard on at most `tokens`; shards before it keep what they had."""
         later = [[start, min(least, tokens)] for start, least in self._steps if start > shard]
-        self._steps = [*(step for step in self._steps if step[0] < shard or step == self._steps[0]), [shard, tokens], *later]
+        self._steps = [
+            *(step for step in self._steps if step[0] < shard or step == self._steps[0]),
+            [shard, tokens],
+            *later,
+        ]
         self._write()
 
 
@@ -108,7 +112,9 @@ def score_within(
         largest = max(len(places) * int(lengths[places].max()) for places in cut)
         lowered = min(budget, largest) // 2
         budgets.lower(shard, lowered)
-        logger.warning("out of memory: from shard %d on a batch holds %d tokens at most, not %d", shard, lowered, budget)
+        logger.warning(
+            "out of memory: from shard %d on a batch holds %d tokens at most, not %d", shard, lowered, budget
+        )
 
 
 class Fitting:
@@ -122,7 +128,9 @@ class Fitting:
     def __init__(self, scorer: Any, budgets: Budgets, name_of: Callable[[int], str]):
         self._scorer, self._budgets, self._name_of = scorer, budgets, name_of
 
-    def scores(self, pool: Pool, positions: np.ndarray, on_samples: Callable[[int], None] | None = None) -> dict[str, np.ndarray]:
+    def scores(
+        self, pool: Pool, positions: np.ndarray, on_samples: Callable[[int], None] | None = None
+    ) -> dict[str, np.ndarray]:
         shard = int(positions[0]) // SHARD
         return score_within(self._scorer, pool, positions, self._budgets, shard, self._name_of, on_samples)
 
