@@ -21,7 +21,7 @@ import torch
 
 import staff
 from family import SETTINGS, finish, make_rows, results, start, write_pool
-from staff import cli, pipeline
+from staff import cli, files, pipeline
 from staff.config import FinetuneConfig
 from staff.data import tokens as tokenising
 from staff.models import finetune as training
@@ -330,7 +330,7 @@ def test_files_that_were_cut_off_or_emptied_are_mended(copy, again):
 def test_no_flipped_bit_of_a_file_of_scores_goes_unseen(tmp_path, caplog):
     arrays = {"effort": np.arange(5, dtype=np.float32), "loss": np.ones(5, np.float32)}
     path = tmp_path / "scores.npz"
-    store.write_arrays(path, arrays)
+    files.write_arrays(path, arrays)
     content = path.read_bytes()
     caplog.set_level(logging.ERROR)
     for at in range(len(content)):
@@ -338,7 +338,7 @@ def test_no_flipped_bit_of_a_file_of_scores_goes_unseen(tmp_path, caplog):
             damaged = bytearray(content)
             damaged[at] ^= 1 << bit
             path.write_bytes(damaged)
-            read = store.read_arrays(path)
+            read = files.read_arrays(path)
             assert read is None or {name: (a.dtype, a.tolist()) for name, a in read.items()} == {
                 name: (a.dtype, a.tolist()) for name, a in arrays.items()
             }
@@ -579,7 +579,7 @@ def test_gradients_against_validation_rows_halve_their_batches_and_go_on_where_t
     for name in ("coreset.jsonl", piece.format("similarity.npz")):
         ((a,), (b,)) = ((tmp_path / run).glob(name) for run in "ab")
         assert a.read_bytes() == b.read_bytes()
-    assert store.read_arrays(b)["similarity"].std() > 0
+    assert files.read_arrays(b)["similarity"].std() > 0
 
 
 def test_a_budget_that_was_lowered_counts_from_its_shard_on(tmp_path):

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from staff.files import SEAL
 from staff.models import attention
 from staff.models import finetune as training
 from staff.models.adapters import add_lora
 from staff.models.finetune import finetune, sample_order
-from staff.runs.store import SEAL
 from tiny import LAYOUTS, make_model, make_pool
 
 LENGTHS = tuple(np.random.default_rng(3).integers(4, 30, 44).tolist())

@@ -19,15 +19,12 @@ ROWS = [
     ["models"],
     ["methods", "graph"],
     ["data"],
-    ["config", "types"],
+    ["config", "types", "files"],
 ]
 # what is lower than its chapter for now
 EXCEPTIONS = {
     ("models", "scoring"),
-    ("data", "runs"),
     ("graph", "comparison"),
-    ("scoring", "runs"),
-    ("models", "runs"),
 }
 HUGGING_FACE = {"transformers", "peft", "datasets", "huggingface_hub", "accelerate", "tokenizers"}
 KNOWS_HUGGING_FACE = {"data", "models", "scoring/prefix", "comparison/evaluate"}

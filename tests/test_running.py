@@ -10,10 +10,10 @@ import torch
 import staff
 from family import SETTINGS, write_pool
 from staff.config import SelectConfig
+from staff.files import SEAL, read_arrays
 from staff.methods import METHODS, cost
 from staff.models.finetune import finetune
 from staff.pipeline import select
-from staff.runs.store import SEAL, read_arrays
 from staff.scoring.scorer import Scorer
 from test_finetune import LENGTHS, finish
 from tiny import make_model, make_pool

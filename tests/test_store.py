@@ -6,28 +6,29 @@ import sys
 import numpy as np
 import pytest
 
+from staff import files
 from staff.runs import store
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
     path = tmp_path / "a.txt"
-    store.write_text(path, "old")
+    files.write_text(path, "old")
 
     def fails(aside):
         aside.write_text("half")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        store.write_aside(path, fails)
+        files.write_whole(path, fails)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_arrays_come_back_as_they_were_and_equal_arrays_make_equal_bytes(tmp_path):
     arrays = {"a": np.arange(5, dtype=np.float32), "b": np.array([True, False])}
-    store.write_arrays(tmp_path / "1.npz", arrays)
-    store.write_arrays(tmp_path / "2.npz", arrays)
-    back = store.read_arrays(tmp_path / "1.npz")
+    files.write_arrays(tmp_path / "1.npz", arrays)
+    files.write_arrays(tmp_path / "2.npz", arrays)
+    back = files.read_arrays(tmp_path / "1.npz")
     assert {name: (array.dtype, array.tolist()) for name, array in back.items()} == {
         n: (a.dtype, a.tolist()) for n, a in arrays.items()
     }
@@ -37,24 +38,24 @@ def test_arrays_come_back_as_they_were_and_equal_arrays_make_equal_bytes(tmp_pat
 @pytest.mark.parametrize("harm", ["flip", "cut", "empty"])
 def test_a_damaged_file_of_arrays_counts_as_absent(tmp_path, harm):
     path = tmp_path / "a.npz"
-    store.write_arrays(path, {"a": np.arange(1000)})
+    files.write_arrays(path, {"a": np.arange(1000)})
     whole = bytearray(path.read_bytes())
     whole[len(whole) // 2] ^= 0xFF
     path.write_bytes({"flip": bytes(whole), "cut": bytes(whole[:-200]), "empty": b""}[harm])
-    assert store.read_arrays(path) is None
-    assert store.read_arrays(tmp_path / "never.npz") is None
+    assert files.read_arrays(path) is None
+    assert files.read_arrays(tmp_path / "never.npz") is None
 
 
 def test_a_files_hash_is_remembered_until_it_changes(tmp_path, monkeypatch):
     path = tmp_path / "weights"
     path.write_bytes(b"one")
     remembered = {}
-    first = store.hash_file(path, remembered)
-    monkeypatch.setattr(store.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
-    assert store.hash_file(path, remembered) == first
+    first = files.hash_file(path, remembered)
+    monkeypatch.setattr(files.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+    assert files.hash_file(path, remembered) == first
     monkeypatch.undo()
     path.write_bytes(b"three")
-    assert store.hash_file(path, remembered) != first
+    assert files.hash_file(path, remembered) != first
 
 
 def test_a_second_run_in_a_folder_is_told_who_holds_it(tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 import staff
 from staff import pipeline, plan
 from staff.config import FinetuneConfig, PlanConfig
-from staff.runs.store import read_checked
+from staff.files import read_checked
 from staff.timing import make_plan
 
 TASKS = {

@@ -17,8 +17,8 @@ from scipy.stats import spearmanr
 
 from staff.data import rows as formats
 from staff.data.tokens import tokenise
+from staff.files import read_arrays
 from staff.models.finetune import finetune
-from staff.runs.store import read_arrays
 from staff.scoring.scorer import Scorer
 
 EPOCHS, SCOPE = (1, 3), "last-value"

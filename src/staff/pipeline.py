@@ -21,13 +21,7 @@ import numpy as np
 from staff.config import FinetuneConfig, ScoreConfig, SelectConfig, check_named, flat, to_yaml, yaml_value
 from staff.data import rows as formats
 from staff.data.locate import locate
-from staff.methods import METHODS, Method
-from staff.methods.groups import select_by_group
-from staff.runs.outputs import Cell, Run, find_finished, pushed, warn, write, write_tables
-from staff.runs.pieces import PACKAGES, TRAINING, Progress, Work, check_running, commit, version_of
-from staff.runs.scorefile import read_scores, write_scores
-from staff.runs.store import (
-    RunDirectory,
+from staff.files import (
     changed_files,
     failures_are_said,
     fingerprint,
@@ -35,11 +29,17 @@ from staff.runs.store import (
     read_checked,
     remove,
     sealed,
-    write_aside,
     write_checked,
     write_json,
     write_text,
+    write_whole,
 )
+from staff.methods import METHODS, Method
+from staff.methods.groups import select_by_group
+from staff.runs.outputs import Cell, Run, find_finished, pushed, warn, write, write_tables
+from staff.runs.pieces import PACKAGES, TRAINING, Progress, Work, check_running, commit, version_of
+from staff.runs.scorefile import read_scores, write_scores
+from staff.runs.store import RunDirectory
 from staff.types import Selection
 
 logger = logging.getLogger(__name__)
@@ -451,7 +451,7 @@ def finetune(config: FinetuneConfig, *, update: bool = False, on_progress: Progr
         tokenizer.save_pretrained(folder / "tokenizer")
         found = [*(folder / name for name in training.ADAPTER), *sorted((folder / "tokenizer").iterdir())]
         for path in found:
-            write_aside(run.path / path.name, partial(shutil.copyfile, path))
+            write_whole(run.path / path.name, partial(shutil.copyfile, path))
         if not given.adapter:
             _name_base(run.path / "adapter_config.json", config.model)
         write_text(run.path / "config.yaml", to_yaml(config))

@@ -16,16 +16,8 @@ import numpy as np
 from staff.comparison import metrics
 from staff.config import EvaluateConfig, check_named, flat
 from staff.data import rows as formats
-from staff.runs.store import (
-    RunDirectory,
-    fingerprint,
-    hash_file,
-    read_checked,
-    remove,
-    write_aside,
-    write_checked,
-    write_json,
-)
+from staff.files import fingerprint, hash_file, read_checked, remove, write_checked, write_json, write_whole
+from staff.runs.store import RunDirectory
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +194,7 @@ def _write_table(path: Path, table: dict[str, list]) -> None:
     if path.suffix == ".jsonl":
         lines = (dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True))
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_aside(path, lambda aside: aside.write_bytes(text.encode("utf-8", "replace")))
+        write_whole(path, lambda aside: aside.write_bytes(text.encode("utf-8", "replace")))
         return
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -211,7 +203,7 @@ def _write_table(path: Path, table: dict[str, list]) -> None:
         name: pa.array(values, pa.string()) if name == "id" else pa.array(values)
         for name, values in table.items()
     }
-    write_aside(path, lambda aside: pq.write_table(pa.table(columns), aside))
+    write_whole(path, lambda aside: pq.write_table(pa.table(columns), aside))
 
 
 def read_examples(path: str | Path) -> dict[str, list]:

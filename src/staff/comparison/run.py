@@ -30,12 +30,7 @@ from staff.comparison.grid import (
 )
 from staff.config import SelectConfig
 from staff.data import rows as formats
-from staff.methods import Method
-from staff.models import load as models
-from staff.runs.outputs import Run
-from staff.runs.pieces import models_of
-from staff.runs.store import (
-    differences,
+from staff.files import (
     fingerprint,
     hash_file,
     read_arrays,
@@ -44,6 +39,11 @@ from staff.runs.store import (
     write_checked,
     write_text,
 )
+from staff.methods import Method
+from staff.models import load as models
+from staff.runs.outputs import Run
+from staff.runs.pieces import models_of
+from staff.runs.store import differences
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]

@@ -14,7 +14,7 @@ import numpy as np
 from staff.comparison.evaluate import read_examples
 from staff.comparison.grid import FULL, UNTOUCHED
 from staff.comparison.statistics import Resamples, holm, interval, p_value, resample, resampled_means
-from staff.runs.store import write_aside, write_text
+from staff.files import write_text, write_whole
 
 BASELINE = "random"
 LOWER = ("loss",)  # metrics of which less is better
@@ -402,7 +402,7 @@ def _plot(
         axes.set(xlabel=label, ylabel=metric, title=task)
         axes.legend(fontsize="small")
         names.append(f"{task}-{metric}-by-{kind}.png")
-        write_aside(folder / names[-1], partial(figure.savefig, dpi=150, format="png"))
+        write_whole(folder / names[-1], partial(figure.savefig, dpi=150, format="png"))
     return names
 
 

@@ -15,7 +15,7 @@ from staff.data.layouts import ROLES, Layout
 from staff.data.locate import read_json
 from staff.data.rows import Rows
 from staff.data.writers import aside
-from staff.runs.store import remove, write_aside, write_text
+from staff.files import remove, write_text, write_whole
 
 ROWS_LOOKED_AT = 1_000
 
@@ -52,16 +52,16 @@ def write_coreset(
     for old in [folder / "skipped.jsonl", *folder.glob("coreset.*")]:  # of a run with other settings
         old.unlink(missing_ok=True)
     remove(folder / "coreset")
-    write_aside(coreset, lambda aside: rows.write_jsonl(aside, positions))
+    write_whole(coreset, lambda aside: rows.write_jsonl(aside, positions))
     files = [coreset]
     if same and rows.suffix == "":
         rows.write_same(folder / "coreset", positions)
         files += sorted((folder / "coreset").iterdir())
     elif same and rows.suffix != ".jsonl":
         files.append(folder / f"coreset{rows.suffix}")
-        write_aside(files[-1], lambda aside: rows.write_same(aside, positions))
+        write_whole(files[-1], lambda aside: rows.write_same(aside, positions))
     if rows.skipped:
-        write_aside(folder / "skipped.jsonl", rows.write_skipped)
+        write_whole(folder / "skipped.jsonl", rows.write_skipped)
     if len(positions):
         _write_snippets(folder, coreset, rows, positions, model)
     return [path.relative_to(folder).as_posix() for path in files]

@@ -14,9 +14,9 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from staff.data.tokens import Pool, collate
+from staff.files import SEAL, is_out_of_memory, read_arrays, seal, sealed
 from staff.models import attention
 from staff.models.adapters import add_lora, joined_products
-from staff.runs.store import SEAL, is_out_of_memory, read_arrays, seal, sealed
 from staff.scoring import scopes
 from staff.scoring.gradnorm import Head, response_scores
 from staff.scoring.running import FILE as RUNNING

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from staff.files import remove, seal, sealed
 from staff.models.files import Source as Source
 from staff.models.files import check_quantised
 from staff.models.files import resolve as resolve
-from staff.runs.store import remove, seal, sealed
 
 if TYPE_CHECKING:  # models are found and identified without torch: a finished run is recognised in no time
     import torch

@@ -21,18 +21,8 @@ from staff.config import SelectConfig, flat, from_mapping, read_yaml
 from staff.methods import Method
 from staff.methods.likeness import Likeness, likeness, nestedness
 from staff.runs.scorefile import write_scores
-from staff.runs.store import (
-    Ledger,
-    changed_files,
-    hash_file,
-    read_arrays,
-    read_checked,
-    write_arrays,
-    write_aside,
-    write_checked,
-    write_json,
-    write_text,
-)
+from staff.files import changed_files, hash_file, read_arrays, read_checked, write_arrays, write_checked, write_json, write_text, write_whole
+from staff.runs.store import Ledger
 from staff.types import Region, Selection
 from staff.runs.pieces import PACKAGES, Work, commit, version_of
 
@@ -88,7 +78,7 @@ def write(config, run, cell: Cell, method: Method, rows: formats.Rows, selection
     indices = rows.numbers[selection.indices]
     model = config.target if config.target and not config.target.endswith(".gguf") else "MODEL"
     files = export.write_coreset(folder, rows, selection.indices, model, same=config.format == "same")
-    write_aside(folder / "indices.npy", lambda aside: _save_array(aside, indices))
+    write_whole(folder / "indices.npy", lambda aside: _save_array(aside, indices))
     if selection.regions:
         names = [field.name for field in dataclasses.fields(Region)]
         lines = [",".join(["region", *names])]
@@ -187,7 +177,7 @@ def warn(rows: formats.Rows, pool, max_length: int, skipped: Path) -> None:
     for remark in remarks(facts_of(rows, pool), max_length):
         logger.warning(remark)
     if rows.skipped:
-        write_aside(skipped, rows.write_skipped)
+        write_whole(skipped, rows.write_skipped)
         logger.warning("they are listed in %s", skipped)
 
 

@@ -19,7 +19,8 @@ from staff.data import rows as formats
 from staff.config import SelectConfig
 from staff.scoring.shards import Budgets, Fitting, score_within
 from staff.methods import Method
-from staff.runs.store import SEAL, Ledger, RunDirectory, fingerprint, read_arrays, read_checked, sealed, write_arrays, write_checked
+from staff.files import SEAL, fingerprint, read_arrays, read_checked, sealed, write_arrays, write_checked
+from staff.runs.store import Ledger, RunDirectory
 from staff.types import Selection
 
 Progress = Callable[[str, int, int], None]  # stage, done, in all

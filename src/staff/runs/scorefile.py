@@ -16,10 +16,10 @@ def write_scores(path: Path, columns: Mapping[str, Any]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from staff.runs.store import write_aside
+    from staff.files import write_whole
 
     table = pa.table({name: pa.array(values, pa.string()) if name == "id" else values for name, values in columns.items()})
-    write_aside(path, lambda aside: pq.write_table(table, aside))
+    write_whole(path, lambda aside: pq.write_table(table, aside))
 
 
 def read_scores(path: str | Path, numbers: np.ndarray, ids: list[str | None]) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from staff.runs.store import write_arrays
+from staff.files import write_arrays
 from staff.scoring import scopes
 from staff.scoring.gradnorm import Site, squared_norm_of_products
 

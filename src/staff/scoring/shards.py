@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from staff.data.tokens import Pool, batches
-from staff.runs.store import is_out_of_memory, read_checked, write_checked
+from staff.files import is_out_of_memory, read_checked, write_checked
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,204 @@
+"""Files whole or absent, with checksums so that damage is seen; and a full disk in one message."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+# in an .npz, the names of its arrays: each array has a checksum, but a lost one would not be missed
+NAMES = "__names__"
+SEAL = "finished.json"  # in a folder of files, says that all are there and what their checksums are
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# what zipfile and numpy raise over flipped bytes
+DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    ValueError,
+    OSError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    MemoryError,
+)
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|DefaultCPUAllocator|not enough memory|can't allocate memory|ALLOC_FAILED"
+)
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Make a file whole or not at all: written beside its place, flushed to disk, renamed over it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(aside)
+        with open(aside, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_checked(path: Path, values: Mapping[str, Any]) -> None:
+    """A mapping as JSON that `read_checked` takes up again, with a checksum of the rest."""
+    write_json(path, {**values, "checksum": fingerprint(values)})
+
+
+def read_checked(path: Path) -> dict[str, Any] | None:
+    """What `write_checked` wrote, or None where there is nothing whole, which is said."""
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.pop("checksum") == fingerprint(values):
+            return values
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    logger.warning("%s is damaged; it is made again", path)
+    return None
+
+
+def seal(folder: Path, files: Iterable[str], **about: Any) -> None:
+    """Say that a folder's files are all there, with a checksum of each and what is told about them."""
+    for name in files:
+        with open(folder / name, "rb") as written:
+            os.fsync(written.fileno())
+    write_checked(folder / SEAL, {**about, "files": {name: hash_file(folder / name) for name in files}})
+
+
+def sealed(folder: Path) -> dict[str, Any] | None:
+    """What `seal` said of a folder; None where it is unfinished or a file has changed, which is said."""
+    told = read_checked(folder / SEAL)
+    if told is None:
+        return None
+    return None if changed_files(folder, told["files"]) else told
+
+
+def changed_files(folder: Path, files: Mapping[str, str]) -> list[str]:
+    """The files that are gone or not as they were written, by checksum; a warning names each."""
+    changed = []
+    for name, digest in files.items():
+        path = folder / name
+        if not path.is_file() or hash_file(path) != digest:
+            logger.warning("%s is %s; it is made again", path, "damaged" if path.exists() else "gone")
+            changed.append(name)
+    return changed
+
+
+@contextlib.contextmanager
+def failures_are_said(path: Path) -> Iterator[None]:
+    """Turn a full disk, in us or in a library, into one message; an error of a file and lack of memory too.
+
+    Raises:
+        ValueError: the disk is full, a file can't be written or read, or memory ran out and no smaller
+            batch helps.
+    """
+    try:
+        yield
+    except Exception as error:  # safetensors has an error class of its own, straight below Exception
+        if _is_full(error):
+            raise ValueError(
+                f"{path}: the disk is full. Free some space; the same command goes on from here"
+            ) from error
+        if isinstance(error, OSError) and error.filename:
+            raise ValueError(
+                f"{error.filename}: {error.strerror}. The same command goes on from here"
+            ) from error
+        if is_out_of_memory(error):
+            raise ValueError(
+                "out of memory: lower --max-length, take a smaller model, or name another --device"
+            ) from error
+        raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """A GPU's error has its own class; the CPU's allocator and some kernels raise a plain RuntimeError."""
+    named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+    return named or (isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error))))
+
+
+def _is_full(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return True
+        if type(error).__name__ == "SafetensorError" and re.search(
+            r"os error (28|27|122)\b|code: (28|27|122)\b", str(error)
+        ):
+            return True
+        # torch.save reports no errno: a write of its archive that did not go through has hardly another cause
+        if isinstance(error, RuntimeError) and re.search(
+            r"PytorchStreamWriter failed|file write failed|unexpected pos", str(error)
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Named arrays as .npz: no pickle, a checksum for each inside, equal arrays give equal bytes."""
+
+    def write(aside: Path) -> None:
+        with open(aside, "wb") as file:
+            np.savez(file, allow_pickle=False, **arrays, **{NAMES: np.array(list(arrays), dtype=np.str_)})
+
+    write_whole(path, write)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """What `write_arrays` wrote, or None where there is nothing whole: then it is made again."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays[NAMES].tolist()}
+    except DAMAGE:
+        logger.warning("%s is damaged; it is made again", path)
+        return None
+
+
+def fingerprint(key: Any) -> str:
+    """12 hexadecimal digits of SHA-256 over a key's canonical JSON."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def hash_file(path: Path, remembered: dict[str, list] | None = None) -> str:
+    """SHA-256 of a file; taken from `remembered` where its size and modification time are the same."""
+    status = path.stat()
+    seen = [status.st_size, status.st_mtime_ns]
+    name = str(path.resolve())
+    if remembered is not None and name in remembered and remembered[name][:2] == seen:
+        return remembered[name][2]
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if remembered is not None:
+        remembered[name] = [*seen, digest]
+    return digest
+
+
+def remove(path: Path) -> None:
+    """Delete a folder of unfinished work."""
+    shutil.rmtree(path, ignore_errors=True)
