@@ -161,10 +161,9 @@ def run_bare(as_ours: bool, model, pool, steps: int, seed: int) -> tuple[float, 
 
     from transformers import get_cosine_schedule_with_warmup
 
-    from staff.models import attention
+    from staff.models import anatomy, attention
     from staff.models.adapters import add_lora, joined_products
     from staff.models.finetune import GIVEN, step_of
-    from staff.scoring import scopes
 
     head = model.get_output_embeddings()
     model = add_lora(model, RANK, ALPHA, seed).train()
@@ -180,7 +179,7 @@ def run_bare(as_ours: bool, model, pool, steps: int, seed: int) -> tuple[float, 
             given = {name: step[name] for name in GIVEN if name in step}
             attending = attention.short_samples(step["lengths"]) if as_ours else contextlib.nullcontext()
             with torch.autocast("cpu", torch.bfloat16), attending:
-                hidden = scopes.decoder(model)(**given, use_cache=False).last_hidden_state
+                hidden = anatomy.decoder(model)(**given, use_cache=False).last_hidden_state
                 logits = head(hidden[step["row"], step["before"]])
             torch.nn.functional.cross_entropy(logits.float(), step["response_ids"]).backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -206,15 +205,15 @@ def run_ours(model, pool, steps: int, seed: int) -> tuple[float, torch.nn.Module
 
 def measure_floor(model, pool) -> float:
     """Tokens/s if only products ran, each as fast as it does alone: forward and back through every linear layer and its adapter."""
-    from staff.scoring import scopes
+    from staff.models import anatomy
 
     dtype = next(model.parameters()).dtype
     tokens, share = int(BATCH * pool.lengths.mean()), pool.response_tokens().sum() / pool.lengths.sum()
     shapes: dict[tuple[int, int, int, bool], int] = {}
-    for block in scopes.blocks(model):
+    for block in anatomy.blocks(model):
         for module in block.modules():
-            if scopes.is_linear(module):
-                outputs, inputs = scopes.weight_shape(module)
+            if anatomy.is_linear(module):
+                outputs, inputs = anatomy.weight_shape(module)
                 shapes[tokens, inputs, outputs, True] = shapes.get((tokens, inputs, outputs, True), 0) + 1
     vocabulary, hidden = model.get_output_embeddings().weight.shape
     shapes[int(tokens * share), hidden, vocabulary, False] = 1

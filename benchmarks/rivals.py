@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from staff.data.tokens import batches, collate
+from staff.models import anatomy
 from staff.scoring import scopes
 from staff.scoring.gradnorm import mean_by_sample
 from staff.scoring.scorer import Scorer
@@ -181,7 +182,7 @@ def forward_all_logits(model, pool, batch_tokens):
 def forward_no_logits(model, pool, batch_tokens):
     """No score: the forward pass without the head."""
     return _forward(
-        lambda ids: scopes.decoder(model)(input_ids=ids, use_cache=False).last_hidden_state,
+        lambda ids: anatomy.decoder(model)(input_ids=ids, use_cache=False).last_hidden_state,
         pool,
         batch_tokens,
     )
@@ -215,7 +216,7 @@ def _value_weight_alone(model):
 
 def _mean_losses(model, batch):
     """(B,) each sample's mean loss, through a head over response tokens alone."""
-    hidden = scopes.decoder(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    hidden = anatomy.decoder(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     logits = model.get_output_embeddings()(hidden[batch.sample_of, batch.before])
     return mean_by_sample(
         F.cross_entropy(logits.float(), batch.labels, reduction="none"), batch.sample_of, batch.counts

@@ -17,8 +17,8 @@ import rivals
 import torch
 
 from staff.data.tokens import Pool, batches
+from staff.models import anatomy
 from staff.models.load import load_model, resolve
-from staff.scoring import scopes
 from staff.scoring.gradnorm import CHUNK_BYTES, Site
 from staff.scoring.prefix import length_of
 from staff.scoring.scorer import score_shards
@@ -106,8 +106,8 @@ def run_floor(case: dict, folder: Path) -> dict:
     )  # what all samples begin with needs to be read once
     responses = int(pool.response_tokens().sum())
     every = [
-        [(name, scopes.weight_shape(m)) for name, m in block.named_modules() if scopes.is_linear(m)]
-        for block in scopes.blocks(model)
+        [(name, anatomy.weight_shape(m)) for name, m in block.named_modules() if anatomy.is_linear(m)]
+        for block in anatomy.blocks(model)
     ]
     head = model.get_output_embeddings().weight
     products = [(shape, batch, False, tokens) for block in every for _, shape in block]

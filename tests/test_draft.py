@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from staff.models import anatomy
 from staff.models import drafts as draft
 from staff.models import load as models
-from staff.scoring import scopes
 from staff.scoring.scorer import Scorer
 from tiny import LAYOUTS, make_model, make_pool
 
@@ -32,7 +32,7 @@ def test_a_cut_model_computes_as_one_with_only_those_blocks(layout):
     whole, pool = make_model(layout), make_pool()
     ids = torch.tensor(pool.ids(3), dtype=torch.int64)[None]
     kept = draft.cut(make_model(layout), 2, "ends")
-    blocks = scopes.blocks(whole)
+    blocks = anatomy.blocks(whole)
     in_tuple = layout in ("falcon", "bloom")
     blocks[1].forward = lambda hidden, *args, **kwargs: (
         (hidden, None) if in_tuple else hidden

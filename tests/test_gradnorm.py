@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from staff.data.tokens import collate
+from staff.models import anatomy
 from staff.scoring import scopes
 from staff.scoring.gradnorm import Head, response_scores, squared_norm_of_products
 from staff.scoring.scorer import Scorer
@@ -94,7 +95,7 @@ def test_the_value_projection_is_found_by_structure(layout):
     where, width, rows = VALUE[layout]
     assert site.name == where
     assert (None if site.rows is None else site.rows.tolist()) == rows
-    assert scopes.weight_shape(site.module)[0] == width
+    assert anatomy.weight_shape(site.module)[0] == width
 
 
 def largest_error(layout, scope):
@@ -179,7 +180,7 @@ def test_the_head_in_chunks_equals_autograd_through_whole_logits(scale, cap):
 def test_nothing_below_the_scope_is_kept_for_a_backward_pass():
     model, pool = make_model("llama"), make_pool()
     graph = []
-    handle = scopes.blocks(model)[1].register_forward_hook(
+    handle = anatomy.blocks(model)[1].register_forward_hook(
         lambda module, args, output: graph.append(output.requires_grad)
     )
     Scorer(model).scores(pool, POSITIONS)

@@ -244,12 +244,12 @@ class _Answerer:
     def __init__(self, model, tokenizer, end: int, max_new_tokens: int, batch_tokens: int):
         from transformers import GenerationConfig
 
-        from staff.scoring import scopes
+        from staff.models import anatomy
 
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.batch_tokens = max_new_tokens, batch_tokens
         self.device = next(model.parameters()).device
-        causal: Any = scopes.inner(model)
+        causal: Any = anatomy.inner(model)
         known = causal.generation_config.eos_token_id
         stop = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
         stop |= {end} & {
@@ -313,10 +313,11 @@ class _Answerer:
         import torch
 
         from staff.data.tokens import batches, collate
+        from staff.models import anatomy
         from staff.scoring import scopes
         from staff.scoring.gradnorm import mean_by_sample, response_scores
 
-        decoder, head = scopes.decoder(self.model), scopes.head_of(self.model)
+        decoder, head = anatomy.decoder(self.model), scopes.head_of(self.model)
         found = np.zeros(len(positions))
 
         def run(places) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from staff.scoring import scopes
+from staff.models import anatomy
 
 SHORT = 256  # tokens; above, (T, T) matrices no longer stay in cache and the library's tiled kernel wins
 CHANGES = ("position_bias", "cache", "softcap")  # arguments that make it another function
@@ -157,7 +157,7 @@ def can_pack(model: torch.nn.Module, samples: Sequence[np.ndarray], longest: int
     False where tokens see each other by other ways than the library's attention, where that has a window within
     `longest`, or where positions are not told.
     """
-    decoder, config = scopes.decoder(model), scopes.text_config(model)
+    decoder, config = anatomy.decoder(model), anatomy.text_config(model)
     windows = [getattr(config, name, None) for name in WINDOWS]
     if (
         "position_ids" not in inspect.signature(decoder.forward).parameters

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import nn
 
-from staff.scoring import scopes
+from staff.models import anatomy
 
 CHOICES = ("even", "first", "last", "ends")
 
@@ -44,7 +44,7 @@ def cut(model: nn.Module, keep: int, which: str = "first") -> nn.Module:
     Raises:
         ValueError: more blocks than there are, or blocks that need one another.
     """
-    blocks = scopes.blocks(model)
+    blocks = anatomy.blocks(model)
     if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
         raise ValueError(
             f"--draft self:{keep}: {type(model).__name__} shares keys and values between its blocks, so none can be left out"

@@ -15,7 +15,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from staff.data.tokens import Pool, collate
 from staff.files import SEAL, is_out_of_memory, read_arrays, seal, sealed
-from staff.models import attention
+from staff.models import anatomy, attention
 from staff.models.adapters import add_lora, joined_products
 from staff.scoring import scopes
 from staff.scoring.gradnorm import Head, response_scores
@@ -81,7 +81,7 @@ class _ResponseTrainer(Trainer):
         self._decoder_output: list[torch.Tensor] = []
         # what comes out of the blocks is picked up inside the model's own forward, so that wrappers for several GPUs work
         assert isinstance(self.model, torch.nn.Module)
-        scopes.decoder(self.model).register_forward_hook(self._keep_output)
+        anatomy.decoder(self.model).register_forward_hook(self._keep_output)
 
     def _keep_output(self, module, args, output) -> None:
         self._decoder_output.append(output.last_hidden_state)

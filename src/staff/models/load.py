@@ -347,17 +347,17 @@ class Size:
 
 def measure(model: torch.nn.Module) -> Size:
     """Count a loaded model's weights, adapters left out; of experts those that a token meets."""
-    from staff.scoring import scopes
+    from staff.models import anatomy
 
-    share = scopes.share_of_experts(model)
+    share = anatomy.share_of_experts(model)
 
     def count(block) -> int:
         total = 0.0
         for name, module in block.named_modules():
             if "lora_" in name:
                 continue
-            if scopes.is_linear(module):  # a quantised weight is packed: its own size says little
-                total += math.prod(scopes.weight_shape(module))
+            if anatomy.is_linear(module):  # a quantised weight is packed: its own size says little
+                total += math.prod(anatomy.weight_shape(module))
             else:
                 total += sum(
                     p.numel() * (share if p.ndim >= 3 else 1)
@@ -366,5 +366,5 @@ def measure(model: torch.nn.Module) -> Size:
                 )
         return round(total)
 
-    each = [count(block) for block in scopes.blocks(model)]
-    return Size(sum(each[:-1]), each[-1], scopes.inner(model).get_output_embeddings().weight.numel())
+    each = [count(block) for block in anatomy.blocks(model)]
+    return Size(sum(each[:-1]), each[-1], anatomy.inner(model).get_output_embeddings().weight.numel())

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from staff.data.tokens import Pool
-from staff.scoring import scopes
+from staff.models import anatomy
 from staff.scoring.gradnorm import Site
 
 LEAST = 8  # tokens from which it pays
@@ -101,9 +101,9 @@ def length_of(pool: Pool) -> int:
 @torch.no_grad()
 def find(model: torch.nn.Module, site: Site, pool: Pool) -> Prefix | None:
     """The common start of a pool run through a model; None where there is none to speak of, or the model's cache is of another kind."""
-    config = scopes.text_config(model)
+    config = anatomy.text_config(model)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    takes_cache = "past_key_values" in inspect.signature(scopes.decoder(model).forward).parameters
+    takes_cache = "past_key_values" in inspect.signature(anatomy.decoder(model).forward).parameters
     if not takes_cache or rope.get("rope_type") not in FIXED_ROPE or not site.name.startswith("blocks."):
         return None
     length = length_of(pool)
@@ -117,11 +117,11 @@ def find(model: torch.nn.Module, site: Site, pool: Pool) -> Prefix | None:
         ids = torch.as_tensor(
             np.array(pool.ids(0)[:length]), dtype=torch.int64, device=next(model.parameters()).device
         )[None]
-        scopes.decoder(model)(input_ids=ids, past_key_values=cache, use_cache=True)
+        anatomy.decoder(model)(input_ids=ids, past_key_values=cache, use_cache=True)
     finally:
         handle.remove()
     layers = cache.layers
-    plain = len(layers) == len(scopes.blocks(model)) and all(
+    plain = len(layers) == len(anatomy.blocks(model)) and all(
         type(layer) is DynamicLayer and layer.get_seq_length() == length for layer in layers
     )
     if not plain or len(calls) != 1 or calls[0][0].shape[:-1].numel() != length:

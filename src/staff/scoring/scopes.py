@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from staff.models import anatomy
 from staff.scoring.gradnorm import Head, Site
 
 SCOPES = {
@@ -25,73 +26,13 @@ RELEASED_RANK, RELEASED_ALPHA = 81, 16
 PROBE = (2, 16)  # samples and tokens of the batch that shows how layers see their input
 
 
-def is_linear(module: nn.Module) -> bool:
-    """A module with one weight matrix: nn.Linear and what derives from it, GPT-2's Conv1D, quantised layers of either kind."""
-    if isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf")):
-        return True
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    return all(isinstance(size, int) for size in sizes) and next(module.children(), None) is None
-
-
-def weight_shape(module: nn.Module) -> tuple[int, int]:
-    """(outputs, inputs) of a linear layer, whatever way its weight is packed."""
-    return (module.nf, module.nx) if hasattr(module, "nf") else (module.out_features, module.in_features)  # type: ignore[return-value]
-
-
-def inner(model: nn.Module) -> nn.Module:
-    """The causal language model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def decoder(model: nn.Module) -> nn.Module:
-    """The part below the head: tokens to final hidden states."""
-    causal = inner(model)
-    found = causal.get_decoder()
-    if found is causal:  # Llama 4 finds no further than itself
-        within = blocks(model)
-        found = next(
-            child for child in causal.children() if any(module is within for module in child.modules())
-        )
-    return found
-
-
-def blocks(model: nn.Module) -> nn.ModuleList:
-    """The model's blocks: its outermost ModuleList with one entry a layer.
-
-    Raises:
-        ValueError: there is none.
-    """
-    causal, config = inner(model), text_config(model)
-    lists = [
-        (name.count("."), module)
-        for name, module in causal.named_modules()
-        if isinstance(module, nn.ModuleList)
-    ]
-    fitting = [(depth, module) for depth, module in lists if len(module) == config.num_hidden_layers]
-    if not fitting:
-        raise ValueError(
-            f"found no list of {config.num_hidden_layers} blocks in {type(causal).__name__}: this architecture is not supported"
-        )
-    return min(fitting, key=lambda pair: pair[0])[1]
-
-
-def text_config(model: nn.Module):
-    """The configuration of the language model, of a model that sees images too."""
-    config = inner(model).config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def share_of_experts(model: nn.Module) -> float:
-    """The share of its experts that a token meets; 1 for a model without any."""
-    config = text_config(model)
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    total = next((getattr(config, name) for name in names if getattr(config, name, None)), None)
-    return (getattr(config, "num_experts_per_tok", None) or total) / total if total else 1.0
-
-
 def _linears(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
     """All linear layers below a module, adapters left out."""
-    return [(prefix + name, m) for name, m in module.named_modules() if is_linear(m) and "lora_" not in name]
+    return [
+        (prefix + name, m)
+        for name, m in module.named_modules()
+        if anatomy.is_linear(m) and "lora_" not in name
+    ]
 
 
 def value_projection(model: nn.Module) -> Site:
@@ -106,7 +47,7 @@ def value_projection(model: nn.Module) -> Site:
     Raises:
         ValueError: no block has one.
     """
-    all_blocks, config = blocks(model), text_config(model)
+    all_blocks, config = anatomy.blocks(model), anatomy.text_config(model)
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     for index in reversed(range(len(all_blocks))):
         if not hasattr(config, "num_attention_heads") or (kinds and not _is_softmax(kinds[index])):
@@ -120,7 +61,9 @@ def value_projection(model: nn.Module) -> Site:
             place = found[-1]  # of a chain of projections the one run last, next to the attention
             name, module = named[place]
             return Site(module, None if is_value[place].all() else torch.nonzero(is_value[place])[:, 0], name)
-    raise ValueError(f"found no value projection in {type(inner(model)).__name__}; try --scope last-block")
+    raise ValueError(
+        f"found no value projection in {type(anatomy.inner(model)).__name__}; try --scope last-block"
+    )
 
 
 def _is_softmax(kind: str) -> bool:
@@ -149,7 +92,7 @@ def _moves_last_token(
 
         return hook
 
-    causal = inner(model)
+    causal = anatomy.inner(model)
     device = next(model.parameters()).device
     handles = [module.register_forward_hook(keep(place)) for place, module in enumerate(modules)]
     handles.append(block.register_forward_hook(keep_block))
@@ -161,7 +104,7 @@ def _moves_last_token(
             if not is_plain:
                 causal.set_attn_implementation("eager")
             ids = torch.arange(3, 3 + num_tokens, device=device)[None]
-            decoder(model)(input_ids=ids, use_cache=False)
+            anatomy.decoder(model)(input_ids=ids, use_cache=False)
             last = from_block[0][..., -1, :].flatten().float()
             if not last.requires_grad:
                 return {}
@@ -200,7 +143,7 @@ def sites(model: nn.Module, scope: str, seed: int = 0) -> list[Site]:
         found = [
             (name, m)
             for name, m in model.named_modules()
-            if is_linear(m) and (".lora_A." in name or ".lora_B." in name)
+            if anatomy.is_linear(m) and (".lora_A." in name or ".lora_B." in name)
         ]
         if not found:
             raise ValueError("scope 'lora' needs a model with a LoRA adapter; this one has none")
@@ -233,14 +176,14 @@ def check(model: nn.Module, scope: str) -> None:
             cubes = [p for p in module.parameters(recurse=False) if p.ndim >= 3]
             if routed or fused or (cubes and not isinstance(module, (nn.Conv1d, nn.Conv2d))):
                 raise ValueError(
-                    f"scope {scope!r} needs plain linear weights, but {block_name}.{name} of {type(inner(model)).__name__} sends tokens to "
+                    f"scope {scope!r} needs plain linear weights, but {block_name}.{name} of {type(anatomy.inner(model)).__name__} sends tokens to "
                     "experts, whose weights see a part of them: use --scope last-value, lora or released"
                 )
 
 
 def _counted_blocks(model: nn.Module, scope: str) -> dict[str, nn.Module]:
     """The blocks of scopes "last-block" and "linear" by name."""
-    every = {f"blocks.{index}": block for index, block in enumerate(blocks(model))}
+    every = {f"blocks.{index}": block for index, block in enumerate(anatomy.blocks(model))}
     return every if scope == "linear" else dict([list(every.items())[-1]])
 
 
@@ -264,11 +207,11 @@ def _that_run(
     samples, tokens = PROBE
     ids = (
         torch.arange(3, 3 + samples * tokens, device=next(model.parameters()).device)
-        % text_config(model).vocab_size
+        % anatomy.text_config(model).vocab_size
     )
     try:
         with torch.no_grad():
-            decoder(model)(input_ids=ids.reshape(PROBE), use_cache=False)
+            anatomy.decoder(model)(input_ids=ids.reshape(PROBE), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -290,7 +233,7 @@ def _released(model: nn.Module, seed: int) -> Site:
     number for each of five model names. A is ours to draw: the script has no seed.
     """
     site = value_projection(model)
-    inputs = weight_shape(site.module)[1]
+    inputs = anatomy.weight_shape(site.module)[1]
     drawn = torch.rand(RELEASED_RANK, inputs, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     drawn *= RELEASED_ALPHA / RELEASED_RANK / math.sqrt(inputs)
     return Site(site.module, site.rows, site.name, drawn.to(next(model.parameters()).device))
@@ -326,8 +269,8 @@ def head_of(model: nn.Module) -> Head:
     Raises:
         ValueError: the model does something else to its logits than a scale and a soft cap.
     """
-    causal = inner(model)
-    config = text_config(model)
+    causal = anatomy.inner(model)
+    config = anatomy.text_config(model)
     scale = (getattr(config, "logit_scale", None) or 1.0) * (
         getattr(config, "lm_head_multiplier", None) or 1.0
     )
@@ -337,7 +280,7 @@ def head_of(model: nn.Module) -> Head:
         device = next(model.parameters()).device
         ids = torch.arange(3, 7, device=device)[None]
         logits = model(input_ids=ids, use_cache=False).logits[0].float()
-        hidden = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
+        hidden = anatomy.decoder(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
         ours = head.module(hidden).float() * head.scale
         if head.cap is not None:
             ours = torch.tanh(ours / head.cap) * head.cap

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from staff.data.tokens import Batch, Pool, batches, collate
-from staff.models import attention
+from staff.models import anatomy, attention
 from staff.scoring import scopes
 from staff.scoring.gradnorm import efforts, mean_by_sample, record_sites, response_scores
 from staff.scoring.shards import SHARD, Fitting
@@ -40,10 +40,10 @@ def settled_tokens(model: torch.nn.Module, scope: str) -> int:
     parameter = next(model.parameters())
     if parameter.device.type != "cuda":
         return CPU_TOKENS
-    config = scopes.text_config(model)
+    config = anatomy.text_config(model)
     width = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * width
-    kept = len(scopes.blocks(model)) if scope in ("linear", "lora") else 1
+    kept = len(anatomy.blocks(model)) if scope in ("linear", "lora") else 1
     a_token = (12 * width + 6 * inner) * kept * parameter.element_size()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     room = (torch.cuda.get_device_properties(parameter.device).total_memory - weights) // 2
@@ -92,7 +92,7 @@ class Scorer:
         self.site_means: np.ndarray | None = None
         self._reuses = reuse_prefix and scope == "last-value" and padding_side == "right"
         self._prefix: tuple[weakref.ref[Pool], Prefix | None] | None = None
-        self._takes_positions = "position_ids" in inspect.signature(scopes.decoder(model).forward).parameters
+        self._takes_positions = "position_ids" in inspect.signature(anatomy.decoder(model).forward).parameters
 
     def calibrate(self, pool: Pool, positions: Sequence[int] | np.ndarray) -> np.ndarray:
         """Take the mean norm of each weight over some samples; from here on efforts are levelled by them.
@@ -198,7 +198,7 @@ class Scorer:
         return self._prefix[1]
 
     def _name(self) -> str:
-        return type(scopes.inner(self.model)).__name__
+        return type(anatomy.inner(self.model)).__name__
 
     def _forward(self, batch: Batch, cache=None) -> torch.Tensor:
         extra: dict = {} if batch.attention_mask is None else {"attention_mask": batch.attention_mask}
@@ -206,7 +206,7 @@ class Scorer:
         if batch.attention_mask is not None and self._takes_positions:
             extra["position_ids"] = batch.position_ids
         with attention.short_samples():
-            return scopes.decoder(self.model)(input_ids=batch.input_ids, **extra).last_hidden_state
+            return anatomy.decoder(self.model)(input_ids=batch.input_ids, **extra).last_hidden_state
 
     def _batch(
         self, batch: Batch, grad_scale: float | None, start: Prefix | None = None

@@ -1,0 +1,69 @@
+"""What a model is made of, read off its structure and not off a list of names. torch alone."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A module with one weight matrix: nn.Linear and what derives from it, GPT-2's Conv1D, quantised layers of either kind."""
+    if isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf")):
+        return True
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return all(isinstance(size, int) for size in sizes) and next(module.children(), None) is None
+
+
+def weight_shape(module: nn.Module) -> tuple[int, int]:
+    """(outputs, inputs) of a linear layer, whatever way its weight is packed."""
+    return (module.nf, module.nx) if hasattr(module, "nf") else (module.out_features, module.in_features)  # type: ignore[return-value]
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The causal language model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """The part below the head: tokens to final hidden states."""
+    causal = inner(model)
+    found = causal.get_decoder()
+    if found is causal:  # Llama 4 finds no further than itself
+        within = blocks(model)
+        found = next(
+            child for child in causal.children() if any(module is within for module in child.modules())
+        )
+    return found
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    """The model's blocks: its outermost ModuleList with one entry a layer.
+
+    Raises:
+        ValueError: there is none.
+    """
+    causal, config = inner(model), text_config(model)
+    lists = [
+        (name.count("."), module)
+        for name, module in causal.named_modules()
+        if isinstance(module, nn.ModuleList)
+    ]
+    fitting = [(depth, module) for depth, module in lists if len(module) == config.num_hidden_layers]
+    if not fitting:
+        raise ValueError(
+            f"found no list of {config.num_hidden_layers} blocks in {type(causal).__name__}: this architecture is not supported"
+        )
+    return min(fitting, key=lambda pair: pair[0])[1]
+
+
+def text_config(model: nn.Module):
+    """The configuration of the language model, of a model that sees images too."""
+    config = inner(model).config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def share_of_experts(model: nn.Module) -> float:
+    """The share of its experts that a token meets; 1 for a model without any."""
+    config = text_config(model)
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    total = next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+    return (getattr(config, "num_experts_per_tok", None) or total) / total if total else 1.0
