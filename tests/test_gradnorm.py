@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from staff.data.tokens import collate
 from staff.models import anatomy
 from staff.scoring import scopes
 from staff.scoring.gradnorm import Head, response_scores, squared_norm_of_products
@@ -134,15 +133,12 @@ def test_efforts_equal_one_backward_pass_a_sample_to_1e_10(layout, scope):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_effort_depends_on_neither_batch_size_nor_order_nor_padding_side(layout):
+def test_an_effort_depends_on_neither_batch_size_nor_order(layout):
     model, pool = make_model(layout), make_pool()
     one_by_one = Scorer(model, batch_tokens=1).scores(pool, POSITIONS)
-    sides = (
-        ["right"] if layout == "gemma3n-shared" else ["right", "left"]
-    )  # it takes a root of a padding token's zeros
-    for batch_tokens, side in [(40, "right"), *((1000, side) for side in sides)]:
+    for batch_tokens in (40, 1000):
         order = np.random.default_rng(batch_tokens).permutation(POSITIONS)
-        together = Scorer(model, batch_tokens=batch_tokens, padding_side=side).scores(pool, order)
+        together = Scorer(model, batch_tokens=batch_tokens).scores(pool, order)
         for name, values in one_by_one.items():
             np.testing.assert_allclose(together[name], values[order], rtol=1e-10, err_msg=name)
 
@@ -194,9 +190,3 @@ def test_unknown_scopes_and_missing_adapters_are_named():
         Scorer(make_model("llama"), "first-value")
     with pytest.raises(ValueError, match="needs a model with a LoRA adapter"):
         Scorer(make_model("llama"), "lora")
-
-
-def test_a_left_padded_batch_masks_its_padding():
-    batch = collate(make_pool((3, 5)), [0, 1], padding_side="left")
-    assert batch.attention_mask.tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
-    assert batch.position_ids.tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]

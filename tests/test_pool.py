@@ -142,9 +142,8 @@ def test_batches_hold_every_sample_once_within_the_token_budget():
 def test_a_batch_names_each_response_token_and_the_one_before_it():
     tokenizer = make_tokenizer(None)
     pool = tokenise([QUESTION, example(("user", "Hm"), ("assistant", "No"))], tokenizer, 1024)
-    for side in ("right", "left"):
-        batch = collate(pool, [0, 1], padding_side=side)
-        assert batch.counts.tolist() == pool.response_tokens().tolist()
-        following = batch.input_ids[batch.sample_of, batch.before + 1]
-        assert following.tolist() == batch.labels.tolist()
-        assert tokenizer.decode(batch.labels[batch.sample_of == 1]) == "No<|im_end|>"
+    batch = collate(pool, [0, 1])
+    assert batch.counts.tolist() == pool.response_tokens().tolist()
+    following = batch.input_ids[batch.sample_of, batch.before + 1]
+    assert following.tolist() == batch.labels.tolist()
+    assert tokenizer.decode(batch.labels[batch.sample_of == 1]) == "No<|im_end|>"

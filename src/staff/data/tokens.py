@@ -81,9 +81,8 @@ class Batch:
     """Some samples as tensors. Axes: B batch, T tokens, N response tokens.
 
     Attributes:
-        input_ids: (B, T) int64.
-        attention_mask, position_ids: (B, T) where samples are padded on the left, else None: to the right of a causal
-            model's tokens padding changes nothing, and without a mask attention takes its fast path.
+        input_ids: (B, T) int64, padded on the right: behind a causal model's tokens padding changes nothing, and without
+            a mask attention takes its fast path.
         sample_of: (N,) int64, the sample of each response token.
         before: (N,) int64, the position of the token before it, which predicts it.
         labels: (N,) int64.
@@ -91,8 +90,6 @@ class Batch:
     """
 
     input_ids: Any
-    attention_mask: Any
-    position_ids: Any
     sample_of: Any
     before: Any
     labels: Any
@@ -311,8 +308,6 @@ def collate(
     pool: Pool,
     positions: Sequence[int] | np.ndarray,
     device="cpu",
-    pad_token_id: int = 0,
-    padding_side: str = "right",
     skip: int = 0,
 ) -> Batch:
     """Samples of a pool as one padded batch. Padded tokens are never attended to and never labels.
@@ -324,26 +319,20 @@ def collate(
 
     samples = [pool.ids(i)[skip:] for i in positions]
     length = max(map(len, samples))
-    input_ids = np.full((len(samples), length), pad_token_id, np.int64)
-    attends = np.zeros((len(samples), length), bool)
+    input_ids = np.zeros((len(samples), length), np.int64)
     sample_of, before, labels = [], [], []
     for row, (i, sample) in enumerate(zip(positions, samples, strict=True)):
-        start = length - len(sample) if padding_side == "left" else 0
-        input_ids[row, start : start + len(sample)] = sample
-        attends[row, start : start + len(sample)] = True
+        input_ids[row, : len(sample)] = sample
         places = np.flatnonzero(pool.response(i)[skip:])
         sample_of.append(np.full(len(places), row))
-        before.append(places - 1 + start)
+        before.append(places - 1)
         labels.append(sample[places])
 
     def tensor(array, dtype=torch.int64):
         return torch.as_tensor(array, dtype=dtype).to(device, non_blocking=True)
 
-    left = padding_side == "left"
     return Batch(
         tensor(input_ids),
-        tensor(attends) if left else None,
-        tensor(np.maximum(attends.cumsum(1) - 1, 0)) if left else None,
         tensor(np.concatenate(sample_of)),
         tensor(np.concatenate(before)),
         tensor(np.concatenate(labels)),

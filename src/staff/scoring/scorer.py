@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import weakref
 from collections.abc import Callable, Sequence
@@ -71,7 +70,6 @@ class Scorer:
         model: torch.nn.Module,
         scope: str = "last-value",
         batch_tokens: int | None = None,
-        padding_side: str = "right",
         *,
         loss: str = "mean",
         balance: bool = False,
@@ -82,7 +80,7 @@ class Scorer:
         self.first_tokens = self.batch_tokens = (
             settled_tokens(model, scope) if batch_tokens is None else batch_tokens
         )
-        self.padding_side, self.loss, self.balance = padding_side, loss, balance
+        self.loss, self.balance = loss, balance
         self.device = next(model.parameters()).device
         self.head = scopes.head_of(model)
         if scope == "released":
@@ -90,9 +88,8 @@ class Scorer:
         self.sites = scopes.sites(model, scope, seed)
         self.with_features = False  # mean last hidden states of the responses besides, "features" (k, H)
         self.site_means: np.ndarray | None = None
-        self._reuses = reuse_prefix and scope == "last-value" and padding_side == "right"
+        self._reuses = reuse_prefix and scope == "last-value"
         self._prefix: tuple[weakref.ref[Pool], Prefix | None] | None = None
-        self._takes_positions = "position_ids" in inspect.signature(anatomy.decoder(model).forward).parameters
 
     def calibrate(self, pool: Pool, positions: Sequence[int] | np.ndarray) -> np.ndarray:
         """Take the mean norm of each weight over some samples; from here on efforts are levelled by them.
@@ -152,7 +149,7 @@ class Scorer:
             skip = start.tokens if start else 0
             parts.append(
                 self._batch(
-                    collate(pool, positions[places], self.device, 0, self.padding_side, skip),
+                    collate(pool, positions[places], self.device, skip=skip),
                     grad_scale,
                     start,
                 )
@@ -201,10 +198,7 @@ class Scorer:
         return type(anatomy.inner(self.model)).__name__
 
     def _forward(self, batch: Batch, cache=None) -> torch.Tensor:
-        extra: dict = {} if batch.attention_mask is None else {"attention_mask": batch.attention_mask}
-        extra |= {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
-        if batch.attention_mask is not None and self._takes_positions:
-            extra["position_ids"] = batch.position_ids
+        extra = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
         with attention.short_samples():
             return anatomy.decoder(self.model)(input_ids=batch.input_ids, **extra).last_hidden_state
 
