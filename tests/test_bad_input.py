@@ -386,6 +386,16 @@ BAD = {
         chat(USER, {"role": "assistant", "tool_calls": [{"function": {}}]}),
         ": row 0 (line 1) ~a tool call has no name~",
     ),
+    "calls that are no list": (
+        "a.jsonl",
+        chat(USER, {**ANSWER, "tool_calls": "f()"}),
+        ": row 0 (line 1) 'messages': turn 1 (assistant): 'tool_calls' is a str, 'f()'; it must be a list~",
+    ),
+    "half a surrogate pair in a call": (
+        "a.jsonl",
+        chat(USER, {**ANSWER, "tool_calls": [{"name": "\ud83d"}]}),
+        ": row 0 (line 1) 'messages': turn 1 (assistant) can't be written as JSON: ~",
+    ),
     # CSV
     "header alone": ("a.csv", b"prompt,response\n", " has no rows; it should hold at least one"),
     "a column twice": (
@@ -484,6 +494,7 @@ def test_unusable_tools_are_named(tmp_path):
     row = {"messages": [USER, ANSWER], "tools": "f("}
     assert "'tools' is not valid JSON: 'f('" in said([row])
     assert "'tools' is the number 3" in said([{**row, "tools": 3}])
+    assert "'tools' is a str, '{}'; it must be a list of tools" in said([{**row, "tools": "{}"}])
 
 
 # ---- names ----

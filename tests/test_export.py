@@ -74,7 +74,7 @@ def test_the_trl_program_makes_the_examples_that_staff_makes(name, train_on, tmp
     assert len(dataset) == len(rows) - 1
     for row, example in zip(dataset, rows.examples(), strict=False):
         turns = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
-        assert [(t["role"], t["content"]) for t in turns] == [(t.role, t.content) for t in example.turns]
+        assert [(t["role"], t["content"]) for t in turns] == [(t.role, t.text) for t in example.turns]
 
 
 def trl_dataset(program):

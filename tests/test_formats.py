@@ -154,10 +154,10 @@ def test_sharegpt_names_are_mapped_and_calls_are_the_assistants():
         ("tool", "observation", False),
         ("assistant", "gpt", True),
     ]
-    assert read([row]).example(0).tools == '[{"name": "f"}]'
+    assert read([row]).example(0).tools == [{"name": "f"}]
 
 
-def test_openai_tool_calls_become_text():
+def test_a_turns_other_fields_come_through_as_they_are():
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     row = {
         "messages": [
@@ -166,15 +166,39 @@ def test_openai_tool_calls_become_text():
         ],
         "tools": [{"name": "f"}],
     }
-    assert one(row)[1] == ("assistant", '{"name": "f", "arguments": {"x": 1}}', True)
-    assert read([row]).example(0).tools == '[{"name": "f"}]'
+    example = read([row]).example(0)
+    assert example.turns[1] == Turn("assistant", "", True, {"tool_calls": [call]})
+    assert example.turns[1].text == '{"name": "f", "arguments": {"x": 1}}'
+    assert example.tools == [{"name": "f"}]
+    thinking = {"role": "assistant", "content": "56", "reasoning_content": "7 * 8", "weight": 1, "name": None}
+    (_, turn) = read([{"messages": [{"role": "user", "content": "7 * 8?"}, thinking]}]).example(0).turns
+    assert turn == Turn("assistant", "56", True, {"reasoning_content": "7 * 8"})
 
 
-def test_content_parts_are_joined_whatever_their_key():
+def test_nulls_that_arrow_adds_to_turns_calls_and_tools_are_taken_out_again(tmp_path):
+    def call(**arguments):
+        return {"type": "function", "function": {"name": "f", "arguments": arguments}}
+
+    def row(**arguments):
+        asked = {"role": "user", "content": "u"}
+        calls = {"role": "assistant", "content": "", "tool_calls": [call(**arguments)]}
+        return {"messages": [asked, calls], "tools": [{"name": "f", "parameters": arguments}]}
+
+    rows = [row(x=1), row(y="2")]
+    table = pa.Table.from_pylist(rows)
+    assert table["messages"][0].as_py()[0]["tool_calls"] is None, "Arrow gives every struct every key"
+    pq.write_table(table, tmp_path / "a.parquet")
+    read_again = read(tmp_path / "a.parquet")
+    assert list(read_again.examples()) == list(read(rows).examples())
+    assert read_again.example(1).turns[1].fields == {"tool_calls": [call(y="2")]}
+    assert read_again.example(1).tools == rows[1]["tools"]
+
+
+def test_content_parts_stay_parts_and_are_read_as_one_text_whatever_their_key():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "value": "b"}, {"text": "c"}]
-    assert one({"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]})[
-        1
-    ] == ("assistant", "abc", True)
+    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]}
+    (_, turn) = read([row]).example(0).turns
+    assert (turn.content, turn.text) == (parts, "abc")
 
 
 def test_a_weight_of_0_takes_the_loss_off_a_turn_and_what_follows_the_last_loss_is_left_away():

@@ -126,7 +126,7 @@ _CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]")
 
 def _halves(example: Example) -> tuple[str, str]:
     """What comes before the last trained turn, and that turn."""
-    return "\n".join(t.content for t in example.turns[:-1]), example.turns[-1].content
+    return "\n".join(t.text for t in example.turns[:-1]), example.turns[-1].text
 
 
 def _digest(text: str) -> int:
@@ -271,7 +271,7 @@ def _first(rows: Rows, tokenizer: Any, max_length: int) -> list[dict]:
     numbers = rows.numbers[:ROWS_SHOWN].tolist()
     if tokenizer is None:
         return [
-            {"row": n, "pieces": [(f"{t.role}: {t.content}\n", t.train) for t in e.turns]}
+            {"row": n, "pieces": [(f"{t.role}: {t.text}\n", t.train) for t in e.turns]}
             for n, e in zip(numbers, examples, strict=True)
         ]
     from staff.data.tokens import tokenise

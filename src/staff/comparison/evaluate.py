@@ -133,7 +133,7 @@ def evaluate(
             tell("answer", start + len(places), len(order))
         back = np.argsort(order)
         columns = {name: [values[i] for i in back] for name, values in found.items()}
-        references = [example.turns[-1].content.strip() for example in examples]
+        references = [example.turns[-1].text.strip() for example in examples]
         tell("metrics", 0, 1)
         each, overall, how = metrics.measure(columns["prediction"], references)
         table: dict[str, list] = {

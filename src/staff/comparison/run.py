@@ -245,9 +245,7 @@ class _Grid:
             figures |= {"finetune_seconds": spent.get("seconds"), "finetune_steps": spent.get("steps")}
             figures["finetune_tokens"] = float(tokens[chosen].sum() * epochs)
             rows = formats.read(list(data), **wanted.reading.keywords())
-            figures["distinct2"] = metrics.distinct(
-                [example.turns[-1].content for example in rows.examples()]
-            )
+            figures["distinct2"] = metrics.distinct([example.turns[-1].text for example in rows.examples()])
         if "size" in spent:
             size = models.Size(**spent["size"])
             whole = size.scoring_flops(int(tokens.sum()), int(responses.sum()))
@@ -355,7 +353,7 @@ class _Grid:
                     task = self.comparison.tasks[name]
                     reading = finetune_config(self.comparison, task, task.train, 0, "x").reading
                     rows = formats.read(list(task.train), **reading.keywords())
-                    texts = ("\n".join(turn.content for turn in example.turns) for example in rows.examples())
+                    texts = ("\n".join(turn.text for turn in example.turns) for example in rows.examples())
                     kept = {"numbers": rows.numbers, **graph.text_space(texts)}
                     write_arrays(path, kept)
             self._spaces[name] = kept

@@ -318,7 +318,9 @@ _TRL_CHAT = """    roles = {roles!r}
         content = turn.get("content") or turn.get("value") or ""
         if isinstance(content, list):
             content = "".join(part.get("text") or part.get("value") or "" for part in content)
-        messages.append({{"role": roles[turn.get("role") or turn.get("from")], "content": content}})
+        known = ("role", "from", "content", "value", "weight", "loss_weight")
+        fields = {{k: v for k, v in turn.items() if v is not None and k not in known}}
+        messages.append({{"role": roles[turn.get("role") or turn.get("from")], "content": content, **fields}})
 """
 
 

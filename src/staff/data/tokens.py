@@ -199,7 +199,7 @@ def control_tokens(tokenizer) -> re.Pattern | None:
 def spells(control: re.Pattern | None, example) -> bool:
     """Does an example spell one where the template should have the only ones? A bare text column may: it is as the model sees it."""
     return control is not None and any(
-        turn.role != "text" and control.search(turn.content) for turn in example.turns
+        turn.role != "text" and control.search(turn.text) for turn in example.turns
     )
 
 
@@ -214,10 +214,10 @@ def _renderer(tokenizer) -> Callable[[Any], list[tuple[str, bool]]]:
             pieces, waiting = [], start
             for turn in example.turns:
                 if turn.train:
-                    pieces += [(waiting, False), (turn.content + end, True)]
+                    pieces += [(waiting, False), (turn.text + end, True)]
                     waiting = "\n"
                 else:
-                    waiting += turn.content + "\n"
+                    waiting += turn.text + "\n"
             return [piece for piece in pieces if piece[0]]
 
         return plain
@@ -235,9 +235,12 @@ def _renderer(tokenizer) -> Callable[[Any], list[tuple[str, bool]]]:
     closing = "" if behind.strip() else end
 
     def templated(example) -> list[tuple[str, bool]]:
-        messages = [{"role": turn.role, "content": turn.content} for turn in example.turns]
+        messages = [
+            {"role": turn.role, "content": turn._replace(fields=None).text, **(turn.fields or {})}
+            for turn in example.turns
+        ]
         if example.turns[0].role == "text":
-            return [(example.turns[0].content + end, True)]
+            return [(example.turns[0].text + end, True)]
         shift = 0
         if merges_system and messages[0]["role"] == "system" and len(messages) > 1:
             first, second, *rest = messages
@@ -246,7 +249,7 @@ def _renderer(tokenizer) -> Callable[[Any], list[tuple[str, bool]]]:
                 *rest,
             ]
             shift = 1
-        tools = _tools(example)
+        tools = example.tools
         pieces, done = [], 0
         for place, turn in enumerate(example.turns):
             if not turn.train:
@@ -275,14 +278,6 @@ def _refuses_system(apply) -> bool:
         )
     except TemplateError:
         return True
-
-
-def _tools(example):
-    if not example.tools:
-        return None
-    import json
-
-    return json.loads(example.tools)
 
 
 def batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:

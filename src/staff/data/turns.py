@@ -6,25 +6,39 @@ import contextlib
 import json
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from staff.data.layouts import ROLES, BadRow, Layout, listed, near, shown
+
+_WEIGHTS = ("weight", "loss_weight")
 
 
 class Turn(
     NamedTuple
-):  # a frozen dataclass takes three times as long to make, and a million rows make three million
+):  # a frozen dataclass takes three times as long to make: a million rows make three million
     """One turn of a chat.
 
     Attributes:
-        role: "system", "user", "assistant" or "tool", whatever the file calls them; "text" for a bare `text` column.
-        content: what is said; never empty where `train` is set.
+        role: "system", "user", "assistant" or "tool", whatever the file calls them; "text" for a bare `text`
+            column.
+        content: what is said: text, or a list of text parts as the file has them. Never empty where `train`
+            is set, unless the turn calls tools.
         train: the loss is taken on it.
+        fields: the turn's other keys as they are (reasoning_content, tool_calls, name, ...), nulls taken out;
+            None where it has none.
     """
 
     role: str
-    content: str
+    content: str | list
     train: bool
+    fields: Mapping | None = None
+
+    @property
+    def text(self) -> str:
+        """What is said as one text, with tool calls behind it as JSON, one a line: for lengths, likeness, people."""
+        said = self.content if isinstance(self.content, str) else "".join(map(_part_text, self.content))
+        calls = (self.fields or {}).get("tool_calls") or ()
+        return "\n".join(filter(None, (said, *map(_call_text, calls))))
 
 
 class Example(NamedTuple):
@@ -33,12 +47,12 @@ class Example(NamedTuple):
     Attributes:
         turns: the last one is trained on, and is the assistant's (or the only one, with role "text").
         id: the row's own label, if it has one. Identity is the row number.
-        tools: JSON text of the tools the row offers, if it offers any.
+        tools: the tools that the row offers, if it offers any.
     """
 
     turns: tuple[Turn, ...]
     id: str | None
-    tools: str | None = None
+    tools: list | None = None
 
 
 def build(layout: Layout, row: Mapping, train_on: str = "last") -> Example:
@@ -237,66 +251,81 @@ def _chat(layout: Layout, messages: object, column: str) -> list[Turn]:
         if content_tag not in message and not message.get("tool_calls"):
             raise BadRow(f"{column!r}: turn {i} ({name}) has no {content_tag!r}; found {listed(message)}")
         what = f"{column!r}: turn {i} ({name})"
-        content = _content(message.get(content_tag), what)
-        if calls := message.get("tool_calls"):
-            content = "\n".join(
-                c for c in (content if isinstance(content, str) else "", _calls(calls, what)) if c
-            )
-        if role in ("user", "assistant"):
-            content = _said(content, what)
-        elif content is None:
+        others = len(message) > 2 or content_tag not in message
+        fields = _fields(message, role_tag, content_tag, what) if others else None
+        content = message.get(content_tag)
+        if content is None and (role not in ("user", "assistant") or fields and fields.get("tool_calls")):
             content = ""
-        elif not isinstance(content, str):
-            raise BadRow(f"{what} is {_kind(content)}; it must be text")
+        if isinstance(content, list):
+            content = [_part(part, what) for part in content]
+            said = "".join(map(_part_text, content))
+        elif isinstance(content, str):
+            said = content
         else:
-            _clean(content, what)
-        turns.append(Turn(role, content, role == "assistant" and _weight(message, what)))
+            raise BadRow(f"{what} is {_kind(content)}; it must be text: {_text_cure(content)}")
+        _clean(said, what)
+        if role in ("user", "assistant") and (not said or said.isspace()):
+            if not (role == "assistant" and fields and fields.get("tool_calls")):
+                raise BadRow(f"{what} is empty; fill it in")
+        turns.append(Turn(role, content, role == "assistant" and _weight(message, what), fields))
     return turns
 
 
-def _content(content: object, what: str) -> object:
-    """Text parts joined; anything else as it is."""
-    if not isinstance(content, list):
-        return content
-    parts = []
-    for part in content:
-        if isinstance(part, str):
-            parts.append(part)
-            continue
-        if not isinstance(part, Mapping):
-            raise BadRow(
-                f"{what} has a part that is {_kind(part)}; a part is {{'type': 'text', 'text': '...'}}"
-            )
-        if part.get("type", "text") != "text":
-            raise BadRow(f"{what} has a part of type {shown(part.get('type'))}; only text can be used")
-        text = part.get("text") if part.get("text") is not None else part.get("value")
-        if not isinstance(text, str):
-            raise BadRow(f"{what} has a text part without 'text'; found {listed(part)}")
-        parts.append(text)
-    return "".join(parts)
+def _part(part: object, what: str) -> object:
+    """A part of a turn's content, which is text, or an object that holds text."""
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, Mapping):
+        raise BadRow(f"{what} has a part that is {_kind(part)}; a part is {{'type': 'text', 'text': '...'}}")
+    if part.get("type", "text") != "text":
+        raise BadRow(f"{what} has a part of type {shown(part.get('type'))}; only text can be used")
+    if not isinstance(part.get("text") if part.get("text") is not None else part.get("value"), str):
+        raise BadRow(f"{what} has a text part without 'text'; found {listed(part)}")
+    return without_nulls(part)
 
 
-def _calls(calls: object, what: str) -> str:
-    """OpenAI's tool_calls as text, a JSON object a line, as ShareGPT's function_call turns write them."""
-    if not isinstance(calls, list | tuple) or not all(isinstance(c, Mapping) for c in calls):
+def _part_text(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    return part["text"] if part.get("text") is not None else part["value"]
+
+
+def without_nulls(value: Any) -> Any:
+    """A value without the keys that hold null, as TRL takes them out: Arrow gives a struct every key of its type."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _fields(message: Mapping, role_tag: str, content_tag: str, what: str) -> Mapping | None:
+    known = (role_tag, content_tag, *_WEIGHTS)
+    fields = without_nulls({key: value for key, value in message.items() if key not in known})
+    calls = fields.get("tool_calls")
+    if calls is not None and not (isinstance(calls, list) and all(isinstance(c, Mapping) for c in calls)):
         raise BadRow(f"{what}: 'tool_calls' is {_kind(calls)}; it must be a list of objects")
-    lines = []
-    for call in calls:
+    for call in calls or ():
         function = call.get("function", call)
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise BadRow(f"{what}: a tool call has no name; found {shown(call)}")
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):
-            with contextlib.suppress(
-                ValueError, RecursionError
-            ):  # a model's malformed call is still what it said
-                arguments = json.loads(arguments)
-        lines.append(_dumps({"name": function["name"], "arguments": arguments}, what))
-    return "\n".join(lines)
+    if fields:
+        _as_json(fields, what)
+    return fields or None
+
+
+def _call_text(call: Mapping) -> str:
+    """A call as ShareGPT's function_call turns write it."""
+    function = call.get("function", call)
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        with contextlib.suppress(
+            ValueError, RecursionError
+        ):  # a model's malformed call is still what it said
+            arguments = json.loads(arguments)
+    return json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False)
 
 
 def _weight(message: Mapping, what: str) -> bool:
-    for key in ("weight", "loss_weight"):
+    for key in _WEIGHTS:
         value = message.get(key)
         if value is None:
             continue
@@ -308,31 +337,29 @@ def _weight(message: Mapping, what: str) -> bool:
     return True
 
 
-def _tools(row: Mapping, column: str | None) -> str | None:
+def _tools(row: Mapping, column: str | None) -> list | None:
     value = row.get(column) if column is not None else None
-    if value is None or (isinstance(value, float) and math.isnan(value)) or value in ("", [], {}):
+    if value is None or (isinstance(value, float) and math.isnan(value)) or value == "":
         return None
+    tools = value
     if isinstance(value, str):
         if value.isspace():
             return None
         try:
-            json.loads(_clean(value, repr(column)))
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, BadRow):
-                raise
+            tools = json.loads(value)
+        except (ValueError, RecursionError):
             raise BadRow(
                 f"{column!r} is not valid JSON: {shown(value)}; it must be a JSON list of tools or left away"
             ) from None
-        return value
-    if isinstance(value, list | dict):
-        return _dumps(value, repr(column))
-    raise BadRow(f"{column!r} is {_kind(value)}; it must be a list of tools, or JSON text of one")
+    if not isinstance(tools, list):
+        raise BadRow(f"{column!r} is {_kind(value)}; it must be a list of tools, or JSON text of one")
+    _as_json(tools, repr(column))
+    return without_nulls(tools) or None
 
 
-def _dumps(value: object, what: str) -> str:
+def _as_json(value: object, what: str) -> None:
+    """What templates write as JSON must be writable as such."""
     try:
-        return _clean(json.dumps(value, ensure_ascii=False), what)
-    except (TypeError, RecursionError, ValueError) as error:
-        if isinstance(error, BadRow):
-            raise
+        json.dumps(value, ensure_ascii=False).encode()
+    except (TypeError, RecursionError, ValueError):
         raise BadRow(f"{what} can't be written as JSON: {shown(value)}") from None
