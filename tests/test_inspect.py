@@ -8,7 +8,7 @@ import pytest
 from rich.text import Text
 
 from staff.data.rows import read
-from staff.inspect_data import SPELLED, inspect, load_tokenizer, render
+from staff.inspection import SPELLED, inspect, load_tokenizer, render
 
 
 def plain(rows, **options):
@@ -171,7 +171,7 @@ def test_the_counts_agree_with_what_tokenising_does(tokenizer, tmp_path):
 
 def test_inspecting_without_a_model_loads_no_torch(tmp_path):
     rows = make(tmp_path, [{"prompt": "p", "response": "r"}])
-    code = "import sys; from staff.data.rows import read; from staff.inspect_data import *; render(inspect(read(sys.argv[1])))"
+    code = "import sys; from staff.data.rows import read; from staff.inspection import *; render(inspect(read(sys.argv[1])))"
     code += "; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code, rows.paths[0]], capture_output=True, text=True, check=True

@@ -15,7 +15,7 @@ ROWS = [
     ["pipeline", "timing", "__init__"],
     ["runs"],
     ["scoring"],
-    ["plan", "inspect_data"],
+    ["plan", "inspection"],
     ["models"],
     ["methods", "graph"],
     ["data"],

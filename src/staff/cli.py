@@ -131,19 +131,19 @@ def inspect(arguments: Sequence[str]) -> None:
     """Show how a file is read: format, columns, lengths, duplicates, the first rows as the model sees them."""
     from rich.console import Console
 
-    from staff import inspect_data
+    from staff import inspection
     from staff.data import rows as formats
 
     config, given = _parse(configs.InspectConfig, arguments, "staff inspect", ("json",))
     if not config.data:
         raise ValueError("name the data with --data FILE")
-    tokenizer = inspect_data.load_tokenizer(config.model, config.trust_remote_code) if config.model else None
+    tokenizer = inspection.load_tokenizer(config.model, config.trust_remote_code) if config.model else None
     rows = formats.read(list(config.data), **{**config.reading.keywords(), "on_bad_row": "skip"})
-    report = inspect_data.inspect(rows, tokenizer, config.max_length)
+    report = inspection.inspect(rows, tokenizer, config.max_length)
     if "json" in given:
         _say(given, "", report)
     else:
-        Console(soft_wrap=True).print(inspect_data.render(report), emoji=False, highlight=False)
+        Console(soft_wrap=True).print(inspection.render(report), emoji=False, highlight=False)
 
 
 def _say(given: set[str], text: str, values: dict[str, Any]) -> None:
