@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from family import comparison_file
-from staff import graph
+from staff.comparison import diversity
 from staff.comparison import run as comparing
 from staff.comparison.grid import FULL, UNTOUCHED, read_comparison
 from staff.comparison.run import compare
@@ -54,41 +54,43 @@ def rows_of(comparison):
 
 
 def test_the_nearest_distance_is_that_of_every_pair_looked_at():
-    space = graph.text_space(texts())
+    space = diversity.text_space(texts())
     dense = np.zeros(tuple(space["shape"]))
     for row, (start, stop) in enumerate(zip(space["indptr"][:-1], space["indptr"][1:], strict=True)):
         dense[row, space["indices"][start:stop]] = space["data"][start:stop]
     assert np.linalg.norm(dense, axis=1) == pytest.approx(np.ones(90))
     chosen = np.arange(0, 90, 4)
     similar = dense[chosen] @ dense[chosen].T - 2 * np.eye(len(chosen))
-    assert graph.spread(space, chosen)["nearest"] == pytest.approx((1 - similar.max(1)).mean(), abs=1e-6)
+    assert diversity.spread(space, chosen)["nearest"] == pytest.approx((1 - similar.max(1)).mean(), abs=1e-6)
 
 
 def test_cutting_the_products_up_changes_nothing_and_asking_a_few_samples_little(monkeypatch):
-    space = graph.text_space(texts(300))
-    whole = graph.spread(space, np.arange(300))
-    monkeypatch.setattr(graph, "SIMILARITIES_AT_ONCE", 1000)
-    assert graph.spread(space, np.arange(300)) == whole
-    monkeypatch.setattr(graph, "NUM_ASKED", 100)
-    assert graph.spread(space, np.arange(300))["nearest"] == pytest.approx(whole["nearest"], rel=0.2)
+    space = diversity.text_space(texts(300))
+    whole = diversity.spread(space, np.arange(300))
+    monkeypatch.setattr(diversity, "SIMILARITIES_AT_ONCE", 1000)
+    assert diversity.spread(space, np.arange(300)) == whole
+    monkeypatch.setattr(diversity, "NUM_ASKED", 100)
+    assert diversity.spread(space, np.arange(300))["nearest"] == pytest.approx(whole["nearest"], rel=0.2)
 
 
 def test_a_coreset_of_one_topic_covers_its_clusters_alone_and_copies_lie_at_no_distance():
     pool = texts()
-    space = graph.text_space(pool)
+    space = diversity.text_space(pool)
     assert len(np.unique(space["labels"])) == 9
     one, all_topics = np.arange(0, 90, 3), np.arange(30)
     of_one = len(np.unique(space["labels"][one])) / 9
-    assert graph.spread(space, one)["clusters"] == of_one < graph.spread(space, all_topics)["clusters"]
-    assert graph.spread(space, np.arange(90))["clusters"] == 1
-    twice = graph.text_space([*pool[:6], *pool[:6]])
-    assert graph.spread(twice, np.arange(12))["nearest"] == pytest.approx(0, abs=1e-6)
-    apart = graph.text_space(["river water", "engine wheel", "violin bow"])
-    assert graph.spread(apart, np.arange(3)) == {"nearest": 1, "clusters": 1}
+    assert (
+        diversity.spread(space, one)["clusters"] == of_one < diversity.spread(space, all_topics)["clusters"]
+    )
+    assert diversity.spread(space, np.arange(90))["clusters"] == 1
+    twice = diversity.text_space([*pool[:6], *pool[:6]])
+    assert diversity.spread(twice, np.arange(12))["nearest"] == pytest.approx(0, abs=1e-6)
+    apart = diversity.text_space(["river water", "engine wheel", "violin bow"])
+    assert diversity.spread(apart, np.arange(3)) == {"nearest": 1, "clusters": 1}
 
 
 def test_the_same_texts_make_the_same_space_to_the_byte():
-    one, other = graph.text_space(texts()), graph.text_space(iter(texts()))
+    one, other = diversity.text_space(texts()), diversity.text_space(iter(texts()))
     assert all(one[name].tobytes() == other[name].tobytes() for name in one)
 
 
@@ -96,11 +98,11 @@ def test_the_same_texts_make_the_same_space_to_the_byte():
     "pool", [["one"], ["?!", "..."], ["same"] * 25, ["", "a"], ["水は川を流れる", "車は道を走る"]]
 )
 def test_odd_pools_have_a_space_too(pool):
-    space = graph.text_space(pool)
-    found = graph.spread(space, np.arange(len(pool)))
+    space = diversity.text_space(pool)
+    found = diversity.spread(space, np.arange(len(pool)))
     assert found["clusters"] == 1
     assert np.isnan(found["nearest"]) == (len(pool) == 1)
-    assert graph.spread(space, np.empty(0, np.int64))["clusters"] == 0
+    assert diversity.spread(space, np.empty(0, np.int64))["clusters"] == 0
 
 
 def test_every_coreset_has_its_figures_and_the_report_a_table(finished):
@@ -133,8 +135,8 @@ def test_a_folder_from_before_gets_its_columns_and_no_cell_is_done_again(finishe
     monkeypatch.setattr(comparing._Grid, "work", lambda *_: pytest.fail("a cell was done again"))
     compare(finished)
     assert (finished.output / "results.csv").read_text() == before
-    monkeypatch.setattr(graph, "text_space", lambda *_: pytest.fail("the space was made again"))
-    monkeypatch.setattr(graph, "spread", lambda *_: pytest.fail("a coreset was looked at again"))
+    monkeypatch.setattr(diversity, "text_space", lambda *_: pytest.fail("the space was made again"))
+    monkeypatch.setattr(diversity, "spread", lambda *_: pytest.fail("a coreset was looked at again"))
     compare(finished)
     assert (finished.output / "results.csv").read_text() == before
     assert {path: path.stat().st_mtime_ns for path in cells} == cells
@@ -165,9 +167,9 @@ def test_rows_that_were_skipped_leave_gaps_and_one_coreset_alone_lies_in_the_run
     indices = np.load(tmp_path / "x" / "selections" / "sums" / "seed1" / "indices.npy")
     assert indices.max() > 38
     kept = [json.loads(line) for i, line in enumerate(lines) if i not in (3, 20)]
-    space = graph.text_space(f"{row['prompt']}\n{row['response']}" for row in kept)
+    space = diversity.text_space(f"{row['prompt']}\n{row['response']}" for row in kept)
     chosen = [i for i, given in enumerate(kept) if int(given["id"][1:]) in indices]
-    assert {name: float(row[name]) for name in ("nearest", "clusters")} == graph.spread(
+    assert {name: float(row[name]) for name in ("nearest", "clusters")} == diversity.spread(
         space, np.array(chosen)
     )
 
@@ -182,7 +184,7 @@ def test_without_the_library_the_columns_stay_empty_and_it_is_said_once(finished
     ):
         path.unlink()
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
-        patch.setattr(graph, "text_space", missing)
+        patch.setattr(diversity, "text_space", missing)
         compare(finished)
     assert caplog.text.count("pip install 'staff-coreset[graph]'") == 1
     assert {row["nearest"] for row in rows_of(finished)} == {""}

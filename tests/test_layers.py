@@ -24,7 +24,6 @@ ROWS = [
 # what is lower than its chapter for now
 EXCEPTIONS = {
     ("models", "scoring"),
-    ("graph", "comparison"),
 }
 HUGGING_FACE = {"transformers", "peft", "datasets", "huggingface_hub", "accelerate", "tokenizers"}
 KNOWS_HUGGING_FACE = {"data", "models", "scoring/prefix", "comparison/evaluate"}

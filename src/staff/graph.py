@@ -1,4 +1,4 @@
-"""Neighbours and clusters of features, and the spread of a coreset, as plain arrays, so that methods need numpy alone.
+"""Neighbours and clusters of features as plain arrays, so that methods need numpy alone.
 
 scikit-learn; optional extra `graph`.
 """
@@ -8,11 +8,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 
 import numpy as np
-
-from staff.comparison.metrics import UnicodeTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -25,9 +23,6 @@ SHORTLIST = 3  # times the neighbours asked for: those looked at again in all di
 ROWS_A_CLUSTER = 256  # drawn for k-means above 20,000 rows, as faiss does
 ROWS_AT_ONCE = 512
 NUM_CHECKED = 200  # rows on which an approximate search is held against the exact one
-MAX_WORDS = 2**16  # the most frequent ones, that texts are told apart by
-NUM_ASKED = 2000  # samples of a coreset, drawn, whose nearest neighbour is looked for
-SIMILARITIES_AT_ONCE = 10_000_000  # of sparse vectors: 12 bytes each where all are above 0
 
 
 def derive(quantity: str, array: np.ndarray, seed: int) -> np.ndarray:
@@ -142,96 +137,9 @@ def clusters(features: np.ndarray, *, seed: int, num_clusters: int | None = None
     )[0]
 
 
-def text_space(texts: Iterable[str], *, seed: int = 0) -> dict[str, np.ndarray]:
-    """Where the texts of a pool lie: a space of words that no method selects by, to judge the spread of coresets in.
-
-    TF-IDF vectors of length 1 over words of any script, the 65,536 most frequent ones. The clusters are k-means of their first
-    64 singular directions, again of length 1. On one thread, so that the same texts give the same bytes.
-
-    Args:
-        texts: of n samples, read one after another.
-        seed: of directions and clusters.
-
-    Returns:
-        data, indices, indptr, shape: the (n, words) vectors as scipy's CSR has them; labels (n,) int64: of
-        min(100, n / 10) clusters.
-
-    Raises:
-        ImportError: scikit-learn is not there.
-    """
-    _need_sklearn()
-    from sklearn.decomposition import TruncatedSVD
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from threadpoolctl import threadpool_limits
-
-    tokenize = UnicodeTokenizer().tokenize
-    # a text without words is a word of its own
-    vectorizer = TfidfVectorizer(
-        analyzer=lambda text: tokenize(text) or [text], max_features=MAX_WORDS, dtype=np.float32
-    )
-    vectors = vectorizer.fit_transform(texts)
-    vectors.sort_indices()
-    n = vectors.shape[0]
-    with threadpool_limits(1):
-        if vectors.shape[1] <= PROJECTED:
-            directions = vectors.toarray()
-        else:
-            directions = TruncatedSVD(min(PROJECTED, n), random_state=seed).fit_transform(vectors)
-        lengths = np.linalg.norm(directions, axis=1, keepdims=True)
-        directions = np.divide(directions, lengths, out=np.zeros_like(directions), where=lengths > 0)
-        labels = clusters(directions, seed=seed, num_clusters=max(1, min(NUM_CLUSTERS, n // 10)))
-    shape = np.array(vectors.shape)
-    return {
-        "data": vectors.data,
-        "indices": vectors.indices,
-        "indptr": vectors.indptr,
-        "shape": shape,
-        "labels": labels,
-    }
-
-
-def spread(space: Mapping[str, np.ndarray], positions: np.ndarray, *, seed: int = 0) -> dict[str, float]:
-    """How far a coreset's samples lie apart, and how much of the pool's ground they cover.
-
-    Args:
-        space: of `text_space`.
-        positions: (m,) pool positions.
-        seed: of the 2,000 samples that are asked, of a larger coreset; their neighbours are looked for among all.
-
-    Returns:
-        nearest: mean cosine distance, in [0, 1], from a sample to the nearest other of the coreset; nan for fewer than two.
-        clusters: share of the pool's clusters with a sample in the coreset.
-    """
-    from scipy.sparse import csr_array
-
-    labels = space["labels"]
-    covered = len(np.unique(labels[positions])) / max(1, len(np.unique(labels)))
-    m = len(positions)
-    if m < 2:
-        return {"nearest": float("nan"), "clusters": covered}
-    vectors = csr_array((space["data"], space["indices"], space["indptr"]), shape=tuple(space["shape"]))[
-        positions
-    ]
-    asked = (
-        np.arange(m)
-        if m <= NUM_ASKED
-        else np.sort(np.random.default_rng(seed).choice(m, NUM_ASKED, replace=False))
-    )
-    others = vectors.T.tocsr()
-    highest = []
-    step = max(1, SIMILARITIES_AT_ONCE // m)
-    for start in range(0, len(asked), step):
-        rows = asked[start : start + step]
-        similar = (vectors[rows] @ others).tocoo()
-        similar.data[similar.col == rows[similar.row]] = 0
-        highest.append(similar.max(axis=1).toarray().ravel())
-    distances = 1 - np.concatenate(highest, dtype=np.float64)
-    return {"nearest": float(distances.clip(0, 1).mean()), "clusters": covered}
-
-
 def _cluster(features, num_clusters, seed, rows_a_cluster):
     """(labels, centres) by k-means on `rows_a_cluster` drawn rows a cluster, or all; the same for the same seed."""
-    _need_sklearn()
+    need_sklearn()
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
@@ -262,7 +170,7 @@ def _project(features, seed):
     """(n, 64) principal components of the rows, those of 20,000 drawn rows; the rows themselves where they have no more."""
     if features.shape[1] <= PROJECTED:
         return features
-    _need_sklearn()
+    need_sklearn()
     from sklearn.decomposition import PCA
 
     drawn = np.sort(
@@ -334,7 +242,7 @@ def _squared_distances(a, b):
     return np.einsum("nd,nd->n", a, a)[:, None] - 2 * (a @ b.T) + np.einsum("nd,nd->n", b, b)
 
 
-def _need_sklearn():
+def need_sklearn():
     if importlib.util.find_spec("sklearn") is None:
         raise ImportError(
             "clusters, and neighbours among more than 20,000 samples, need scikit-learn: pip install 'staff-coreset[graph]'"

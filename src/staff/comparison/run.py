@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from staff import graph, pipeline
+from staff import pipeline
 from staff.comparison import evaluate as evaluation
-from staff.comparison import metrics
+from staff.comparison import diversity, metrics
 from staff.comparison.grid import (
     FULL,
     UNTOUCHED,
@@ -292,7 +292,7 @@ class _Grid:
         return f"{cell.task}/seed{cell.seed}" + (f"-{fingerprint(dict(settings))[:6]}" if settings else "")
 
     def spread(self, cell: Cell) -> dict[str, float]:
-        """How diverse a finished cell's coreset is (`graph.spread`), from its row numbers as they lie on disk; kept beside the cell.
+        """How diverse a finished cell's coreset is (`diversity.spread`), from its row numbers as they lie on disk; kept beside the cell.
 
         Nothing for the untouched model, nor where scikit-learn is not there.
         """
@@ -317,7 +317,9 @@ class _Grid:
             return {}
         numbers = space["numbers"]
         positions = np.arange(len(numbers)) if cell.method == FULL else np.searchsorted(numbers, rows)
-        figures = {name: value for name, value in graph.spread(space, positions).items() if value == value}
+        figures = {
+            name: value for name, value in diversity.spread(space, positions).items() if value == value
+        }
         write_checked(path, {"made_of": made_of, "figures": figures})
         return figures
 
@@ -344,7 +346,7 @@ class _Grid:
         return fingerprint([SPACE, [self.inputs[part] for part in task.train], dataclasses.asdict(reading)])
 
     def _space(self, name: str) -> dict[str, np.ndarray]:
-        """`graph.text_space` of a task's pool, prompts and responses, with the (n,) row numbers; taken once."""
+        """`diversity.text_space` of a task's pool, prompts and responses, with the (n,) row numbers; taken once."""
         if name not in self._spaces:
             path = self.comparison.output / "selections" / name / f"space-{self._space_key(name)}.npz"
             with _held(self.comparison.output / "locks" / f"space_{name}", wait=True):
@@ -354,7 +356,7 @@ class _Grid:
                     reading = finetune_config(self.comparison, task, task.train, 0, "x").reading
                     rows = formats.read(list(task.train), **reading.keywords())
                     texts = ("\n".join(turn.text for turn in example.turns) for example in rows.examples())
-                    kept = {"numbers": rows.numbers, **graph.text_space(texts)}
+                    kept = {"numbers": rows.numbers, **diversity.text_space(texts)}
                     write_arrays(path, kept)
             self._spaces[name] = kept
         return self._spaces[name]
