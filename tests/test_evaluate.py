@@ -1,6 +1,9 @@
 """Evaluation: greedy answers are the model's own whatever the batch, losses are its own, a killed one goes on."""
 
+import contextlib
+import errno
 import json
+import os
 import subprocess
 import sys
 
@@ -247,3 +250,64 @@ def test_the_command_prints_what_was_found_and_how_it_was_counted(family, data, 
     assert "examples   13" in result.stdout
     assert "rougeL" in result.stdout
     assert "sacrebleu" in result.stdout
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_full_disk_is_one_message_at_every_file_and_the_same_command_goes_on(
+    finished, family, data, tmp_path, monkeypatch
+):
+    whole, number, last = read_examples(finished[0]), [0], [0]
+    replace = os.replace
+
+    def full(source, target):
+        number[0] += 1
+        if number[0] == last[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    said = []
+    while not (tmp_path / "x.summary.json").exists():
+        number[0], last[0] = 0, last[0] + 1
+        try:
+            answer(family, data, tmp_path / "x.jsonl")
+        except ValueError as error:
+            said.append(str(error))
+    assert len(said) >= 5  # what goes in, hashes, shard, examples, summary
+    assert all("the disk is full" in message and "\n" not in message for message in said)
+    assert read_examples(tmp_path / "x.jsonl") == whole
+    assert {path.name for path in tmp_path.iterdir()} == {"x.jsonl", "x.summary.json"}
+
+
+def test_killed_behind_any_file_it_ends_with_the_same_rows_and_counts_no_second_less(
+    finished, family, data, tmp_path, monkeypatch
+):
+    replace, writes = os.replace, [0]
+    for last in range(1, 40):
+        writes[0] = 0
+
+        def kill(source, target, last=last):
+            replace(source, target)
+            writes[0] += 1
+            if writes[0] == last:
+                raise Killed
+
+        output = tmp_path / str(last) / "x.jsonl"
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            patch.setattr(os, "replace", kill)
+            answer(family, data, output)
+        summary = answer(family, data, output)
+        assert summary["seconds"] > 0
+        assert read_examples(output) == read_examples(finished[0])
+        assert {path.name for path in output.parent.iterdir()} == {"x.jsonl", "x.summary.json"}
+        if writes[0] < last:
+            return
+    pytest.fail("it writes more files than were tried")
+
+
+def test_a_separator_of_lines_inside_an_answer_ends_no_row(tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps({"a": "one\u2028two\x85"}, ensure_ascii=False) + "\n")
+    assert read_examples(tmp_path / "x.jsonl") == {"a": ["one\u2028two\x85"]}

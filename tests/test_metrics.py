@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 
-from staff.comparison.metrics import UnicodeTokenizer, bleu_tokenizer, distinct, is_english, measure
+from staff.comparison.metrics import UnicodeTokenizer, bleu_tokenizer, distinct, is_english, judge_answers
 
 
 def test_rouge_is_f1_over_shared_words_in_any_and_in_the_same_order():
-    each, overall, how = measure(["the cat sat on the mat"], ["the cat is on the mat"])
+    each, overall, how = judge_answers(["the cat sat on the mat"], ["the cat is on the mat"])
     # shared words: the cat on the mat, 5 of 6 and 6; pairs: the-cat, on-the, the-mat, 3 of 5 and 5; longest common subsequence 5
     assert each["rouge1"][0] == pytest.approx(100 * 5 / 6)
     assert each["rouge2"][0] == pytest.approx(100 * 3 / 5)
@@ -17,7 +17,7 @@ def test_rouge_is_f1_over_shared_words_in_any_and_in_the_same_order():
     assert each["exact"][0] == 0
     assert overall["rouge1"] == pytest.approx(100 * 5 / 6)
     assert "a-z" in how["rougeL"]
-    uneven = measure(["b a"], ["a b c d"])[0]  # precision 1, recall 1/2; in order one word alone: 1/2 and 1/4
+    uneven = judge_answers(["b a"], ["a b c d"])[0]  # precision 1, recall 1/2; in order one word alone: 1/2 and 1/4
     assert uneven["rouge1"][0] == pytest.approx(100 * 2 / 3)
     assert uneven["rougeL"][0] == pytest.approx(100 / 3)
 
@@ -26,29 +26,29 @@ def test_bleu_is_the_geometric_mean_of_four_precisions_and_the_brevity_penalty()
     prediction, reference = "a b c d e f", "a b c d x f y"
     # n-grams shared: 5 of 6, 3 of 5, 2 of 4, 1 of 3; the reference is 7/6 as long
     expected = 100 * math.exp(1 - 7 / 6) * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25
-    each, overall, how = measure([prediction], [reference])
+    each, overall, how = judge_answers([prediction], [reference])
     assert each["bleu"][0] == pytest.approx(expected)
     assert overall["bleu"] == pytest.approx(expected)
     assert "tok:13a" in how["bleu"]
     # over a corpus counts are summed first: no mean of sentences
-    two = measure([prediction, "g h i j"], [reference, "g h i j"])[1]["bleu"]
+    two = judge_answers([prediction, "g h i j"], [reference, "g h i j"])[1]["bleu"]
     assert two == pytest.approx(100 * math.exp(1 - 11 / 10) * (9 / 10 * 6 / 8 * 4 / 6 * 2 / 4) ** 0.25)
 
 
 def test_chrf_of_an_equal_text_is_100_and_of_another_alphabet_0():
-    each = measure(["same text", "абвгд"], ["same text", "qwert"])[0]
+    each = judge_answers(["same text", "абвгд"], ["same text", "qwert"])[0]
     assert each["chrf"].tolist() == pytest.approx([100, 0])
 
 
 def test_exact_match_forgives_blanks_alone():
-    each, overall, _ = measure([" yes  sir\n", "Yes sir", ""], ["yes sir", "yes sir", "x"])
+    each, overall, _ = judge_answers([" yes  sir\n", "Yes sir", ""], ["yes sir", "yes sir", "x"])
     assert each["exact"].tolist() == [100, 0, 0]
     assert overall["exact"] == pytest.approx(100 / 3)
     assert all(values[2] == 0 for values in each.values())  # nothing said
 
 
 def test_a_reference_that_is_not_english_gets_a_tokenizer_that_keeps_its_letters():
-    each, _, how = measure(["мама мыла раму"], ["мама мыла окно"])
+    each, _, how = judge_answers(["мама мыла раму"], ["мама мыла окно"])
     assert each["rouge1"][0] == pytest.approx(100 * 2 / 3)  # rouge-score's own tokenizer finds no word here
     assert "Unicode" in how["rouge1"]
     assert not is_english(["été à la plage"])

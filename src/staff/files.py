@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import hashlib
+import io
 import json
 import logging
 import os
@@ -13,7 +15,7 @@ import shutil
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,38 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def write_csv(path: Path, header: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
+    """A table; numbers as Python writes them, so that they read back the same."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(header)
+    table.writerows(lines)
+    write_text(path, text.getvalue())
+
+
+@contextlib.contextmanager
+def hold(path: Path, wait: bool = False) -> Iterator[bool]:
+    """A lock among processes, dropped by the system with its process; yields whether it was available.
+
+    Args:
+        path: its file, made where there is none.
+        wait: until whoever holds it lets go.
+    """
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=-1 if wait else 0)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -202,3 +236,37 @@ def hash_file(path: Path, remembered: dict[str, list] | None = None) -> str:
 def remove(path: Path) -> None:
     """Delete a folder of unfinished work."""
     shutil.rmtree(path, ignore_errors=True)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The fields of two mappings that differ, each as "name: before -> now"."""
+    names = [*before, *(name for name in now if name not in before)]
+    return [f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in names if before.get(n) != now.get(n)]
+
+
+MARK = ".staff.json"  # at the top of every folder of ours: without it nothing there is replaced or removed
+
+
+def mark(folder: Path, kind: str) -> None:
+    """Make a folder ours, where it isn't yet; `check_mark` comes first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / MARK).exists():
+        write_json(folder / MARK, {"kind": kind, "version": 1})
+
+
+def check_mark(folder: Path, kind: str, flag: str = "--output") -> None:
+    """See that a folder is absent, empty, or one of ours of this kind.
+
+    Raises:
+        ValueError: it holds something else; nothing in it was touched.
+    """
+    halves = f".{MARK}."  # of a mark that was being written when its process was killed
+    if not folder.exists() or (folder.is_dir() and all(p.name.startswith(halves) for p in folder.iterdir())):
+        return
+    try:
+        found = json.loads((folder / MARK).read_text(encoding="utf-8"))["kind"]
+    except (OSError, ValueError, KeyError, TypeError):
+        found = None
+    if found != kind:
+        holds = f"a {found}" if found else f"files that are not a {kind}'s (there is no {MARK})"
+        raise ValueError(f"{folder} holds {holds}: name an empty or a new folder with {flag}")

@@ -1,42 +1,61 @@
-"""Evaluate a model on a test file: greedy answers with its own chat template, metrics, and the loss on the references."""
+"""A model on a test file: greedy answers by its own chat template, metrics, the loss on the references."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from staff.comparison import metrics
 from staff.config import EvaluateConfig, check_named, flat
 from staff.data import rows as formats
-from staff.files import fingerprint, hash_file, read_checked, remove, write_checked, write_json, write_whole
+from staff.files import (
+    failures_are_said,
+    fingerprint,
+    hash_file,
+    read_checked,
+    remove,
+    write_checked,
+    write_json,
+    write_whole,
+)
 from staff.runs.store import RunDirectory
+from staff.types import Progress
+
+if TYPE_CHECKING:
+    from staff.data.tokens import Pool
 
 logger = logging.getLogger(__name__)
 
 SHARD = (
-    128  # examples whose answers are written together; a resumed evaluation begins at the first missing shard
+    128  # examples whose answers are written together: a resumed evaluation begins at the first missing shard
 )
 UNBOUNDED = 2**31 - 1
-ENGINE = 1  # raised when the same inputs would give other answers than before
-PACKAGES = ("torch", "transformers", "rouge-score", "sacrebleu")
-NOT_RESULTS = ("data", "model", "output", "device", "trust_remote_code")
+ANSWERING = 1  # raised when the same inputs would give other answers than before
+JUDGED_WITH = ("torch", "transformers", "rouge-score", "sacrebleu")
+NO_MATTER = (
+    "data",
+    "model",
+    "output",
+    "device",
+    "trust_remote_code",
+)  # known by content, or of no consequence
 
 
-def evaluate(
-    config: EvaluateConfig, *, on_progress: Callable[[str, int, int], None] | None = None
-) -> dict[str, Any]:
-    """Answer every example of a test file and compare with its references; go on where an earlier call was cut off.
+def evaluate(config: EvaluateConfig, *, on_progress: Progress | None = None) -> dict[str, Any]:
+    """Answer every example of a test file and compare with its references; go on where a call was cut off.
 
-    Leaves config.output, a row an example: row, id, the metrics (0 to 100), loss (mean over the reference's tokens), prompt_tokens,
-    answer_tokens, cut (the answer had not ended after max_new_tokens), prediction, reference. Beside it the summary, `.summary.json`.
+    Leaves config.output, a row an example: row, id, the metrics (0 to 100), loss (mean over the reference's
+    tokens), prompt_tokens, answer_tokens, cut (the answer had not ended after max_new_tokens), prediction,
+    reference. Beside it the summary, `.summary.json`.
 
     Args:
         on_progress: called with (stage, done, in all).
@@ -51,12 +70,12 @@ def evaluate(
     output = Path(str(config.output))
     if output.suffix not in (".jsonl", ".parquet"):
         raise ValueError(
-            f"--output {output}: the scores are written a row an example; name a file that ends in .jsonl or .parquet"
+            f"--output {output}: the scores are written a row an example; "
+            "name a file that ends in .jsonl or .parquet"
         )
-    from staff.data.tokens import tokenise
     from staff.models import load as models
 
-    metrics.measure(["a word"], ["a word"])  # a package that is missing is known before the work
+    metrics.judge_answers(["a word"], ["a word"])  # a package that is missing is known before the work
     tell = on_progress or (lambda stage, done, total: None)
     source = models.resolve(config.model, "--model")
     rows = formats.read(list(config.data), **config.reading.keywords())
@@ -66,111 +85,119 @@ def evaluate(
             raise ValueError(f"row {number} has a text and no prompt: there is nothing to answer")
     device = models.pick_device(config.device)
     dtype = models.pick_dtype(config.dtype, device)
-    run = RunDirectory(output.with_suffix(".unfinished"))
-    try:
+    unfinished = output.with_suffix(".unfinished")
+    with failures_are_said(output), contextlib.closing(RunDirectory(unfinished)) as run:
         inputs = {
             "data": hashlib.sha256(json.dumps(examples, ensure_ascii=True).encode()).hexdigest()[:12],
             "model": fingerprint({path.name: run.hash_file(path) for path in source.files()}),
         }
-        settings = {name: value for name, value in flat(config).items() if name not in NOT_RESULTS}
-        engine = {
-            "engine": ENGINE,
-            "dtype": str(dtype),
-            "device": device.type,
-            "versions": {name: version(name) for name in PACKAGES},
-        }
+        settings = {name: value for name, value in flat(config).items() if name not in NO_MATTER}
+        versions = {name: version(name) for name in JUDGED_WITH}
+        engine = {"engine": ANSWERING, "dtype": str(dtype), "device": device.type, "versions": versions}
         made_of = fingerprint({"inputs": inputs, "settings": settings, **engine})
-        finished = _finished(output, made_of)
-        if finished:
-            return finished
-        run.begin({**settings, **engine}, inputs, update=True)
-        began = time.monotonic()
-        tokenizer_source = source
-        if source.gguf:
-            source = models.unpack_gguf(
-                source, run.piece("model", {"gguf": inputs["model"], "dtype": str(dtype)}), dtype
-            )
-            tokenizer_source = source
-        tokenizer = models.load_tokenizer(tokenizer_source, config.trust_remote_code)
-        prompts, end = split_prompts(tokenise(examples, tokenizer, UNBOUNDED))
-        room = config.max_length - config.max_new_tokens
-        shortened = sum(len(prompt) > room for prompt in prompts)
-        if shortened:
-            logger.warning(
-                "%d prompts lost their start: they leave no room for an answer in --max-length %d",
-                shortened,
-                config.max_length,
-            )
-        prompts = [prompt[-room:] for prompt in prompts]
-        pool = tokenise(examples, tokenizer, config.max_length)
-        folder = run.piece("answers", {"made_of": made_of})
-        order = np.argsort(
-            [-len(prompt) for prompt in prompts], kind="stable"
-        )  # like lengths together: little padding
-        found: dict[str, list] = {"prediction": [], "answer_tokens": [], "cut": [], "loss": []}
-        loaded: list[_Answerer] = []
-        for start in range(0, len(order), SHARD):
-            places = order[start : start + SHARD]
-            path = folder / f"shard-{start // SHARD:05d}.json"
-            part = read_checked(path)
-            if part is None:
-                if not loaded:
-                    tell("load the model", 0, 1)
-                    model = models.load_model(source, dtype, device, config.trust_remote_code, config.load_in)
-                    loaded.append(
-                        _Answerer(model, tokenizer, end, config.max_new_tokens, config.batch_tokens)
-                    )
-                part = {
-                    name: list(values)
-                    for name, values in loaded[0].answer([prompts[i] for i in places]).items()
-                }
-                part["loss"] = loaded[0].losses(pool, places).tolist()
-                write_checked(path, part)
-                run.spend(stage="answer", seconds=time.monotonic() - began, samples=len(places))
-                began = time.monotonic()
-            for name in found:
-                found[name] += part[name]
-            tell("answer", start + len(places), len(order))
-        back = np.argsort(order)
-        columns = {name: [values[i] for i in back] for name, values in found.items()}
-        references = [example.turns[-1].text.strip() for example in examples]
-        tell("metrics", 0, 1)
-        each, overall, how = metrics.measure(columns["prediction"], references)
-        table: dict[str, list] = {
-            "row": rows.numbers.tolist(),
-            "id": [example.id for example in examples],
-            **{name: values.tolist() for name, values in each.items()},
-            "loss": columns["loss"],
-            "prompt_tokens": [len(prompt) for prompt in prompts],
-            "answer_tokens": columns["answer_tokens"],
-            "cut": columns["cut"],
-            "prediction": columns["prediction"],
-            "reference": references,
-        }
-        _write_table(output, table)
-        summary = {
-            "model": config.model,
-            "data": list(config.data),
-            "n": len(examples),
-            "metrics": overall,
-            "loss": float(np.mean(columns["loss"])),
-            "tokenisation": how,
-            "answer_tokens": sum(columns["answer_tokens"]),
-            "cut": sum(columns["cut"]),
-            "shortened_prompts": shortened,
-            "seconds": run.account().get("answer", {}).get("seconds", 0.0),
-            "settings": json.loads(json.dumps(settings)),
-            "dtype": str(dtype).removeprefix("torch."),
-            "device": device.type,
-            "versions": engine["versions"],
-            "made_of": made_of,
-            "scores": {"file": output.name, "sha256": hash_file(output)},
-        }
-        write_json(summary_path(output), summary)
-    finally:
-        run.close()
-    remove(run.path)
+        summary = _finished(output, made_of)
+        if summary is None:
+            run.begin({**settings, **engine}, inputs, update=True)
+            if source.gguf:
+                unpacked = run.piece("model", {"gguf": inputs["model"], "dtype": str(dtype)})
+                source = models.unpack_gguf(source, unpacked, dtype)
+
+            def load() -> Any:
+                tell("load the model", 0, 1)
+                return models.load_model(source, dtype, device, config.trust_remote_code, config.load_in)
+
+            tokenizer = models.load_tokenizer(source, config.trust_remote_code)
+            folder = run.piece("answers", {"made_of": made_of})
+            answers, shortened = _answers(config, examples, tokenizer, load, run, folder, tell)
+            tell("metrics", 0, 1)
+            references = [example.turns[-1].text.strip() for example in examples]
+            each, overall, how = metrics.judge_answers(answers["prediction"], references)
+            table: dict[str, Sequence[Any]] = {
+                "row": rows.numbers.tolist(),
+                "id": [example.id for example in examples],
+                **{name: values.tolist() for name, values in each.items()},
+                **{
+                    name: answers[name]
+                    for name in ("loss", "prompt_tokens", "answer_tokens", "cut", "prediction")
+                },
+                "reference": references,
+            }
+            _write_table(output, table)
+            summary = {
+                "model": config.model,
+                "data": list(config.data),
+                "n": len(examples),
+                "metrics": overall,
+                "loss": float(np.mean(answers["loss"])),
+                "tokenisation": how,
+                "answer_tokens": sum(answers["answer_tokens"]),
+                "cut": sum(answers["cut"]),
+                "shortened_prompts": shortened,
+                "seconds": run.account().get("answer", {}).get("seconds", 0.0),
+                "settings": json.loads(json.dumps(settings)),
+                "dtype": str(dtype).removeprefix("torch."),
+                "device": device.type,
+                "versions": versions,
+                "made_of": made_of,
+                "scores": {"file": output.name, "sha256": hash_file(output)},
+            }
+            write_json(summary_path(output), summary)
+    remove(unfinished)  # also what a kill between the summary and this line left
     return summary
+
+
+def _answers(
+    config: EvaluateConfig,
+    examples: Sequence[Any],
+    tokenizer: Any,
+    load: Callable[[], Any],
+    run: RunDirectory,
+    folder: Path,
+    tell: Progress,
+) -> tuple[dict[str, list[Any]], int]:
+    """Answers and losses of all examples, by shards kept in `folder`; and how many prompts lost their start.
+
+    Returns:
+        n values each, in the examples' order: prediction, answer_tokens, cut, loss, prompt_tokens.
+    """
+    from staff.data.tokens import tokenise
+
+    prompts, end = split_prompts(tokenise(examples, tokenizer, UNBOUNDED))
+    room = config.max_length - config.max_new_tokens
+    shortened = sum(len(prompt) > room for prompt in prompts)
+    if shortened:
+        logger.warning(
+            "%d prompts lost their start: they leave no room for an answer in --max-length %d",
+            shortened,
+            config.max_length,
+        )
+    prompts = [prompt[-room:] for prompt in prompts]
+    pool = tokenise(examples, tokenizer, config.max_length)
+    # like lengths together: little padding
+    order = np.argsort([-len(prompt) for prompt in prompts], kind="stable")
+    columns: dict[str, list[Any]] = {"prediction": [], "answer_tokens": [], "cut": [], "loss": []}
+    answerer: _Answerer | None = None
+    began = time.monotonic()
+    for start in range(0, len(order), SHARD):
+        places = order[start : start + SHARD]
+        path = folder / f"shard-{start // SHARD:05d}.json"
+        part = read_checked(path)
+        if part is None:
+            answerer = answerer or _Answerer(
+                load(), tokenizer, end, config.max_new_tokens, config.batch_tokens
+            )
+            part = dict(answerer.answer([prompts[i] for i in places]))
+            part["loss"] = answerer.losses(pool, places).tolist()
+            # before the shard: a kill between the two counts the work twice, as it is then done twice
+            run.spend(stage="answer", seconds=time.monotonic() - began, samples=len(places))
+            write_checked(path, part)
+        began = time.monotonic()
+        for name, values in columns.items():
+            values += part[name]
+        tell("answer", start + len(places), len(order))
+    back = np.argsort(order)
+    answers = {name: [values[i] for i in back] for name, values in columns.items()}
+    return {**answers, "prompt_tokens": [len(prompt) for prompt in prompts]}, shortened
 
 
 def summary_path(output: str | Path) -> Path:
@@ -181,16 +208,13 @@ def summary_path(output: str | Path) -> Path:
 def _finished(output: Path, made_of: str) -> dict[str, Any] | None:
     try:
         summary = json.loads(summary_path(output).read_text(encoding="utf-8"))
-        return (
-            summary
-            if summary["made_of"] == made_of and hash_file(output) == summary["scores"]["sha256"]
-            else None
-        )
+        whole = summary["made_of"] == made_of and hash_file(output) == summary["scores"]["sha256"]
+        return summary if whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _write_table(path: Path, table: dict[str, list]) -> None:
+def _write_table(path: Path, table: dict[str, Sequence[Any]]) -> None:
     if path.suffix == ".jsonl":
         lines = (dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True))
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -206,7 +230,7 @@ def _write_table(path: Path, table: dict[str, list]) -> None:
     write_whole(path, lambda aside: pq.write_table(pa.table(columns), aside))
 
 
-def read_examples(path: str | Path) -> dict[str, list]:
+def read_examples(path: str | Path) -> dict[str, list[Any]]:
     """The columns of a per-example file that `evaluate` wrote.
 
     Raises:
@@ -219,12 +243,12 @@ def read_examples(path: str | Path) -> dict[str, list]:
         import pyarrow.parquet as pq
 
         return pq.read_table(path).to_pydict()
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     return {name: [line[name] for line in lines] for name in lines[0]} if lines else {}
 
 
-def split_prompts(pool) -> tuple[list[np.ndarray], int]:
-    """What stands before the last answer of each sample of a pool that was not truncated, and the token that an answer ends with."""
+def split_prompts(pool: Pool) -> tuple[list[np.ndarray], int]:
+    """What stands before the last answer of each sample of a whole pool, and the token that answers end with."""
     prompts = []
     for i in range(len(pool)):
         mask = pool.response(i)
@@ -237,11 +261,11 @@ class _Answerer:
     """A model ready to answer and to say what it makes of the references.
 
     Args:
-        end: the last token of a reference in the model's template: where it is a control token, an answer ends with it.
+        end: the last token of a reference in the model's template; a control token ends an answer.
         batch_tokens: padded tokens of a batch at most, those of the answer included.
     """
 
-    def __init__(self, model, tokenizer, end: int, max_new_tokens: int, batch_tokens: int):
+    def __init__(self, model: Any, tokenizer: Any, end: int, max_new_tokens: int, batch_tokens: int):
         from transformers import GenerationConfig
 
         from staff.models import anatomy
@@ -257,9 +281,7 @@ class _Answerer:
             *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special),
         }
         self.stop = sorted(stop - {None})
-        self.pad = (
-            self.stop[0] if tokenizer.pad_token_id is None and self.stop else (tokenizer.pad_token_id or 0)
-        )
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else [*self.stop, 0][0]
         # a generation_config.json may ask for sampling or penalties: all of its wishes go
         plain = GenerationConfig(
             max_new_tokens=max_new_tokens,
@@ -270,27 +292,24 @@ class _Answerer:
         )
         causal.generation_config = plain
 
-    def answer(self, prompts: list[np.ndarray]) -> dict[str, list]:
+    def answer(self, prompts: list[np.ndarray]) -> dict[str, list[Any]]:
         """Greedy answers in the prompts' order: prediction, answer_tokens, cut."""
         from staff.data.tokens import batches
 
         lengths = np.array([len(prompt) for prompt in prompts]) + self.max_new_tokens
-        found: dict[str, list] = {
-            "prediction": [""] * len(prompts),
-            "answer_tokens": [0] * len(prompts),
-            "cut": [False] * len(prompts),
-        }
+        n = len(prompts)
+        answers: dict[str, list[Any]] = {"prediction": [""] * n, "answer_tokens": [0] * n, "cut": [False] * n}
 
-        def run(places) -> None:
+        def run(places: np.ndarray) -> None:
             for place, tokens in zip(places, self._generate([prompts[i] for i in places]), strict=True):
                 ends = np.flatnonzero(np.isin(tokens, self.stop))
                 own = tokens[: ends[0]] if len(ends) else tokens
-                found["prediction"][place] = self.tokenizer.decode(own, skip_special_tokens=True).strip()
-                found["answer_tokens"][place] = len(own)
-                found["cut"][place] = not len(ends)
+                answers["prediction"][place] = self.tokenizer.decode(own, skip_special_tokens=True).strip()
+                answers["answer_tokens"][place] = len(own)
+                answers["cut"][place] = not len(ends)
 
         self._within_memory(lambda budget: batches(lengths, budget), run)
-        return found
+        return answers
 
     def _generate(self, prompts: list[np.ndarray]) -> np.ndarray:
         import torch
@@ -308,7 +327,7 @@ class _Answerer:
             )
         return out[:, length:].cpu().numpy()
 
-    def losses(self, pool, positions: np.ndarray) -> np.ndarray:
+    def losses(self, pool: Pool, positions: np.ndarray) -> np.ndarray:
         """(k,) mean cross-entropy of each reference's tokens, float64 of what the model computes in."""
         import torch
 
@@ -318,24 +337,22 @@ class _Answerer:
         from staff.scoring.gradnorm import mean_by_sample, response_scores
 
         decoder, head = anatomy.decoder(self.model), scopes.head_of(self.model)
-        found = np.zeros(len(positions))
+        losses = np.zeros(len(positions))
 
-        def run(places) -> None:
+        def run(places: np.ndarray) -> None:
             with torch.inference_mode():
                 batch = collate(pool, positions[places], self.device)
-                hidden = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state[
-                    batch.sample_of, batch.before
-                ]
-                each = response_scores(hidden, head, batch.labels).loss
-                found[places] = mean_by_sample(each, batch.sample_of, batch.counts).cpu().numpy()
+                hidden = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+                each = response_scores(hidden[batch.sample_of, batch.before], head, batch.labels).loss
+                losses[places] = mean_by_sample(each, batch.sample_of, batch.counts).cpu().numpy()
 
         self._within_memory(lambda budget: batches(pool.lengths[positions], budget), run)
-        return found
+        return losses
 
     def _within_memory(
         self, cut: Callable[[int], list[np.ndarray]], run: Callable[[np.ndarray], None]
     ) -> None:
-        """Run batch by batch; where memory runs out, all batches again of half the tokens, and no larger ones from there on."""
+        """Run batch by batch; out of memory, all again with half the tokens, and no more from there on."""
         from staff.scoring.shards import is_out_of_memory
 
         while True:
@@ -359,12 +376,10 @@ def describe(summary: dict[str, Any], output: str | Path) -> str:
     """A summary as a person reads it."""
     lines = ["", f"examples   {summary['n']}"]
     if summary["cut"]:
-        lines.append(
-            f"           {summary['cut']} answers had not ended after --max-new-tokens {summary['settings']['max_new_tokens']}"
-        )
+        limit = summary["settings"]["max_new_tokens"]
+        lines.append(f"           {summary['cut']} answers had not ended after --max-new-tokens {limit}")
     for name, value in summary["metrics"].items():
         lines.append(f"{name:11}{value:6.2f}   {summary['tokenisation'][name]}")
-    lines += [f"loss       {summary['loss']:6.3f}   mean over the references' tokens, then over examples"]
-    return "\n".join(
-        [*lines, "", f"scores are in {output}, a row an example, the summary in {summary_path(output)}"]
-    )
+    lines += [f"loss       {summary['loss']:6.3f}   mean over the references' tokens, then over examples", ""]
+    lines.append(f"scores are in {output}, a row an example, the summary in {summary_path(output)}")
+    return "\n".join(lines)

@@ -47,7 +47,7 @@ def bleu_tokenizer(references: Sequence[str]) -> str:
     return "zh" if han > 4 * others else "char"
 
 
-def measure(
+def judge_answers(
     predictions: Sequence[str], references: Sequence[str]
 ) -> tuple[dict[str, np.ndarray], dict[str, float], dict[str, str]]:
     """Compare answers with their references.

@@ -21,17 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from staff.files import FULL, fingerprint, hash_file, read_arrays, read_checked, remove, write_arrays, write_checked, write_json
+from staff.files import FULL, differences, fingerprint, hash_file, read_arrays, read_checked, remove, write_arrays, write_checked, write_json
 
 logger = logging.getLogger(__name__)
 
 ASIDE = re.compile(r"\.(.+)\.\d+(\.partial)?")
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The fields of two mappings that differ, each as "name: before -> now"."""
-    names = [*before, *(name for name in now if name not in before)]
-    return [f"{name}: {before.get(name)!r} -> {now.get(name)!r}" for name in names if before.get(name) != now.get(name)]
 
 
 class RunDirectory:
