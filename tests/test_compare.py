@@ -1,9 +1,11 @@
-"""A small comparison from YAML to tables: shared work is done once, a killed one goes on, figures agree with each other."""
+"""A small comparison from YAML to tables: shared work is done once, a killed one goes on, figures agree."""
 
 import csv
+import errno
 import json
 import math
 import multiprocessing
+import os
 import subprocess
 import sys
 
@@ -35,7 +37,8 @@ methods:
   ccs-draft: {method: ccs, needs: {scores: draft/el2n}, num_strata: 4}
 pruning_rates: [0.5, 0.75]
 seeds: [1, 2]
-select: {num_regions: 4, verification_budget: 2, draft_epochs: 1, learning_rate: 3e-3, batch_tokens: 512, dtype: float32}
+select:
+  {num_regions: 4, verification_budget: 2, draft_epochs: 1, learning_rate: 3e-3, batch_tokens: 512, dtype: float32}
 finetune: {epochs: 1, learning_rate: 1e-2, dtype: float32}
 evaluate: {max_new_tokens: 4, dtype: float32}
 """
@@ -85,7 +88,7 @@ def test_what_a_method_costs_is_the_designs_sum_and_its_own_part_alone(finished)
     )
     terms = run["sum"]
     row = of(rows, "staff", 0.5, 1)
-    # samples differ in length: verified tokens are not exactly their share, and training spares the last block's second way back
+    # samples differ in length: verified tokens are not exactly their share; training spares the last block's second way back
     assert float(row["select_passes"]) == pytest.approx(
         staff_passes(**{k: v for k, v in terms.items() if k != "passes"}), rel=0.25
     )
@@ -177,6 +180,69 @@ def test_a_killed_comparison_goes_on_and_two_processes_share_it(finished, file, 
     rows = figures(tmp_path / "y")
     assert len(rows) == 6
     assert all(row in figures(finished[0].output) for row in rows)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def small(file, tmp_path):
+    """A comparison of one cell, to be broken off at every file."""
+    values = yaml.safe_load(file.read_text())
+    values |= {
+        "methods": {"staff": {}},
+        "pruning_rates": [0.75],
+        "seeds": [1],
+        "full": False,
+        "untouched": False,
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    return read_comparison(tmp_path / "c.yaml", str(tmp_path / "x"))
+
+
+def write_and_report(comparison):
+    compare(comparison)
+    report(comparison.output, {"sums": ("rougeL", "loss")}, plots=False)
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_a_full_disk_or_a_kill_at_any_file_ends_in_the_same_figures(is_killed, finished, small, monkeypatch):
+    replace, number, last, said = os.replace, [0], [0], []
+
+    def broken(source, target):
+        number[0] += 1
+        if number[0] == last[0] and not is_killed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        replace(source, target)
+        if number[0] == last[0]:
+            raise Killed
+
+    monkeypatch.setattr(os, "replace", broken)
+    while not (small.output / "results.md").exists() or number[0] >= last[0]:
+        number[0], last[0] = 0, last[0] + 1
+        try:
+            write_and_report(small)
+        except ValueError as error:
+            said.append(str(error))
+            assert "the disk is full" in said[-1]
+            assert "\n" not in said[-1]
+        except Killed:
+            pass
+    assert len(said) >= 8 or is_killed
+    (row,) = rows = figures(small.output)
+    assert rows == [other for other in figures(finished[0].output) if other["folder"] == row["folder"]]
+    with open(small.output / "results.csv") as table:
+        assert all(float(row[name]) > 0 for row in csv.DictReader(table) for name in row if "seconds" in name)
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(small):
+    small.output.mkdir()
+    (small.output / "results.csv").write_text("somebody,else\n")
+    with pytest.raises(ValueError, match=r"holds files that are not a comparison's .*--output"):
+        compare(small)
+    assert [path.name for path in small.output.iterdir()] == ["results.csv"]
+    assert (small.output / "results.csv").read_text() == "somebody,else\n"
 
 
 def test_the_report_has_both_tables_and_the_plots(finished):

@@ -1,4 +1,4 @@
-"""How diverse coresets are: distances and clusters worked by hand, a space that is the same every time, columns of older folders."""
+"""How diverse coresets are: distances and clusters worked by hand, the same space every time, older folders."""
 
 import csv
 import json
@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from family import comparison_file
+from staff import graph
 from staff.comparison import diversity
 from staff.comparison import run as comparing
 from staff.comparison.grid import FULL, UNTOUCHED, read_comparison
@@ -132,7 +133,7 @@ def test_a_folder_from_before_gets_its_columns_and_no_cell_is_done_again(finishe
         *finished.output.glob("selections/*/space-*.npz"),
     ):
         path.unlink()
-    monkeypatch.setattr(comparing._Grid, "work", lambda *_: pytest.fail("a cell was done again"))
+    monkeypatch.setattr(comparing, "_work", lambda *_: pytest.fail("a cell was done again"))
     compare(finished)
     assert (finished.output / "results.csv").read_text() == before
     monkeypatch.setattr(diversity, "text_space", lambda *_: pytest.fail("the space was made again"))
@@ -175,16 +176,13 @@ def test_rows_that_were_skipped_leave_gaps_and_one_coreset_alone_lies_in_the_run
 
 
 def test_without_the_library_the_columns_stay_empty_and_it_is_said_once(finished, monkeypatch, caplog):
-    def missing(_):
-        raise ImportError("clusters need scikit-learn: pip install 'staff-coreset[graph]'")
-
     for path in (
         *finished.output.glob("cells/**/diversity.json"),
         *finished.output.glob("selections/*/space-*.npz"),
     ):
         path.unlink()
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
-        patch.setattr(diversity, "text_space", missing)
+        patch.setattr(graph.importlib.util, "find_spec", lambda name: None)
         compare(finished)
     assert caplog.text.count("pip install 'staff-coreset[graph]'") == 1
     assert {row["nearest"] for row in rows_of(finished)} == {""}

@@ -1,23 +1,21 @@
-"""Methods x pruning rates x seeds: every cell is select, fine-tune, evaluate; what cells share is done once."""
+"""Methods x pruning rates x seeds: a cell is select, fine-tune, evaluate; what cells share is done once."""
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import dataclasses
-import io
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from staff import pipeline
-from staff.comparison import evaluate as evaluation
+from staff import graph, pipeline
 from staff.comparison import diversity, metrics
+from staff.comparison import evaluate as evaluation
 from staff.comparison.grid import (
     FULL,
     UNTOUCHED,
@@ -31,43 +29,70 @@ from staff.comparison.grid import (
 from staff.config import SelectConfig
 from staff.data import rows as formats
 from staff.files import (
+    check_mark,
+    differences,
+    failures_are_said,
     fingerprint,
     hash_file,
+    hold,
+    mark,
     read_arrays,
     read_checked,
     write_arrays,
     write_checked,
-    write_text,
+    write_csv,
 )
 from staff.methods import Method
 from staff.models import load as models
 from staff.runs.outputs import Run
 from staff.runs.pieces import models_of
-from staff.runs.store import differences
+from staff.types import Progress
 
 logger = logging.getLogger(__name__)
-Progress = Callable[[str, int, int], None]
 
+KIND = "comparison"  # what the mark of its folder says
 SPACE = 1  # raised when the same pool would make another space
 POLL_SECONDS = 2.0  # how often a process looks for cells that others have let go of
 WHERE = ("split", "dataset_info", "dataset_config", "revision")  # where a pool is found; a coreset is a file
 COLUMNS = (
-    "task", "method", "pruning_rate", "seed", "n", "m", "verified", "rouge1", "rouge2", "rougeL", "bleu", "chrf", "exact", "loss",
-    "distinct2", "nearest", "clusters", "select_seconds", "select_tokens", "select_flops", "select_passes",
+    "task", "method", "pruning_rate", "seed", "n", "m", "verified",
+    "rouge1", "rouge2", "rougeL", "bleu", "chrf", "exact", "loss", "distinct2", "nearest", "clusters",
+    "select_seconds", "select_tokens", "select_flops", "select_passes",
     "finetune_seconds", "finetune_tokens", "finetune_flops", "finetune_passes", "finetune_steps",
     "evaluate_seconds", "total_seconds", "total_passes", "folder",
 )  # fmt: skip
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A comparison, and what goes into it.
+
+    Attributes:
+        comparison: its target as every library loads it.
+        contents: "target", and each file or name of a task's pool and test -> fingerprint.
+        tells_diversity: scikit-learn is there.
+    """
+
+    comparison: Comparison
+    contents: Mapping[str, str]
+    tells_diversity: bool
+
+    def place(self, *names: str) -> Path:
+        return self.comparison.output.joinpath(*names)
 
 
 def compare(comparison: Comparison, *, update: bool = False, on_progress: Progress | None = None) -> Path:
     """Work through the grid, or through what is left of it; several processes may do so at once.
 
-    Leaves, in comparison.output, selections/ (a run folder for each task and seed), cells/ (adapter, per-example scores and
-    cell.json of each cell) and results.csv, a row a finished cell, written anew after each. How diverse a coreset is comes
-    from its row numbers, once its cell is finished.
+    Leaves, in comparison.output, selections/ (a run folder for each task and seed), cells/ (adapter,
+    per-example scores and cell.json of each cell) and results.csv, a row a finished cell, written anew after
+    each. How diverse a coreset is comes from its row numbers, once its cell is finished.
 
     Args:
-        update: go on where the settings of selection, fine-tuning or evaluation have changed, doing again what no longer fits.
+        update: go on where settings of selection, fine-tuning or evaluation have changed, doing again what no
+            longer fits.
         on_progress: called with (stage, done, in all).
 
     Returns:
@@ -77,28 +102,35 @@ def compare(comparison: Comparison, *, update: bool = False, on_progress: Progre
         ValueError: something that the user can mend. What is finished stays.
     """
     tell = on_progress or (lambda stage, done, total: None)
-    output = comparison.output
-    output.mkdir(parents=True, exist_ok=True)
-    _begin(comparison, update)
-    with _held(output / "locks" / "target", wait=True):
-        grid = _Grid(comparison)
     cells = comparison.cells()
-    while True:
-        progress = False
-        for cell in cells:
-            if grid.result(cell) is not None:
-                continue
-            tell("cells", sum(grid.result(other) is not None for other in cells), len(cells))
-            with _held(output / "locks" / cell.folder.replace("/", "_")) as mine:
-                if mine and grid.result(cell) is None and grid.work(cell, tell):
-                    progress = True
-                    write_results(grid, cells)
-        left = sum(grid.result(cell) is None for cell in cells)
-        tell("cells", len(cells) - left, len(cells))
-        if not left:
-            return write_results(grid, cells)
-        if not progress:
-            time.sleep(POLL_SECONDS)  # the rest is in other processes' hands
+    check_mark(comparison.output, KIND)
+    with failures_are_said(comparison.output):
+        mark(comparison.output, KIND)
+        _begin(comparison, update)
+        with hold(comparison.output / "locks" / "target", wait=True):
+            grid = _open(comparison)
+        finished: dict[Cell, Figures] = {}
+        runs: dict[str, list[Run]] = {}  # selections that this process has looked at, by folder
+
+        def look() -> int:
+            finished.update({c: f for c in cells if c not in finished and (f := _figures(grid, c))})
+            tell("cells", len(finished), len(cells))
+            return len(finished)
+
+        while look() < len(cells):
+            has_worked = False
+            for cell in cells:
+                if cell in finished:
+                    continue
+                with hold(grid.place("locks", cell.folder.replace("/", "_"))) as is_mine:
+                    is_done = is_mine and _figures(grid, cell) is None and _work(grid, cell, runs, tell)
+                if is_done:
+                    has_worked = True
+                    look()
+                    _write_results(grid, finished)
+            if not has_worked:
+                time.sleep(POLL_SECONDS)  # the rest is in other processes' hands
+        return _write_results(grid, finished)
 
 
 def _begin(comparison: Comparison, update: bool) -> None:
@@ -109,289 +141,242 @@ def _begin(comparison: Comparison, update: bool) -> None:
             now[f"{task.name}: {stage}"] = getattr(task, stage)
     now = json.loads(json.dumps(now))
     path = comparison.output / "begun.json"
-    before = read_checked(path)
-    if before is not None and not update:
-        changed = [
-            line
-            for line in differences(before["settings"], now)
-            if line.split(":")[0] in (*comparison.tasks, "target")
-        ]
-        changed = [line for line in changed if ": None -> " not in line]  # a new task
-        if changed:
-            raise ValueError(
-                f"{comparison.output} was begun with other settings:\n  " + "\n  ".join(changed) + "\n"
-                "Name another --output, or add --update to do again what no longer fits"
-            )
-    write_checked(path, {"settings": {**(before or {"settings": {}})["settings"], **now}})
-
-
-@contextlib.contextmanager
-def _held(path: Path, wait: bool = False) -> Iterator[bool]:
-    """A lock among processes, dropped by the system with its process; yields whether it was got."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except ImportError:  # no flock on Windows: one process only
-            pass
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
-class _Grid:
-    """The cells of a comparison and what they share: the target, each task's lengths, the selection runs."""
-
-    def __init__(self, comparison: Comparison):
-        source = models.resolve(comparison.target)
-        self.inputs = {
-            "target": fingerprint(
-                {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in source.files()}
-            )
-        }
-        if source.gguf:  # unpacked once, so that adapters have a base that every library loads
-            folder = comparison.output / "models" / self.inputs["target"]
-            folder.mkdir(parents=True, exist_ok=True)
-            config = finetune_config(comparison, next(iter(comparison.tasks.values())), ("x",), 0, "x")
-            source = models.unpack_gguf(
-                source, folder, models.pick_dtype(config.dtype, models.pick_device(config.device))
-            )
-        is_here = Path(comparison.target).exists()
-        self.comparison = dataclasses.replace(
-            comparison,
-            target=str(source.folder.resolve()) if is_here and not source.adapter else comparison.target,
+    before = (read_checked(path) or {}).get("settings", {})
+    shared = [
+        name for name in before if name in now
+    ]  # a task that is new, or left out this time, is no change
+    changed = differences({name: before[name] for name in shared}, {name: now[name] for name in shared})
+    if changed and not update:
+        raise ValueError(
+            f"{comparison.output} was begun with other settings:\n  " + "\n  ".join(changed) + "\n"
+            "Name another --output, or add --update to do again what no longer fits"
         )
-        for task in comparison.tasks.values():
-            for name in (*task.train, *task.test):
-                self.inputs[name] = hash_file(Path(name)) if Path(name).is_file() else name
-        self._done: dict[Cell, dict[str, Any]] = {}
-        self._runs: dict[tuple, list[Run]] = {}
-        self._lengths: dict[str, dict[str, np.ndarray]] = {}
-        self._spaces: dict[str, dict[str, np.ndarray]] = {}
-        self._can_tell_spread = True
+    write_checked(path, {"settings": {**before, **now}})
 
-    def folder(self, cell: Cell) -> Path:
-        return self.comparison.output / cell.folder
 
-    def made_of(self, cell: Cell) -> str:
-        """What a cell's result depends on."""
-        task = self.comparison.tasks[cell.task]
-        key: dict[str, Any] = {
-            "target": self.inputs["target"],
-            "test": [self.inputs[name] for name in task.test],
-            "evaluate": task.evaluate,
+def _open(comparison: Comparison) -> Grid:
+    """What goes into the grid, by content; a .gguf target is unpacked: adapters need a base to load."""
+    source = models.resolve(comparison.target)
+    seen = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in source.files()}
+    contents = {"target": fingerprint(seen)}
+    for task in comparison.tasks.values():
+        for name in (*task.train, *task.test):
+            contents[name] = hash_file(Path(name)) if Path(name).is_file() else name
+    if source.gguf:
+        folder = comparison.output / "models" / contents["target"]
+        folder.mkdir(parents=True, exist_ok=True)
+        config = finetune_config(comparison, next(iter(comparison.tasks.values())), ("x",), 0, "x")
+        dtype = models.pick_dtype(config.dtype, models.pick_device(config.device))
+        source = models.unpack_gguf(source, folder, dtype)
+    if Path(comparison.target).exists() and not source.adapter:
+        comparison = dataclasses.replace(comparison, target=str(source.folder.resolve()))
+    try:
+        graph.need_sklearn()
+        tells_diversity = True
+    except ImportError as error:
+        logger.warning("how diverse coresets are stays open: %s", error)
+        tells_diversity = False
+    return Grid(comparison, contents, tells_diversity)
+
+
+# ---- a cell ----
+
+
+def _made_of(grid: Grid, cell: Cell) -> str:
+    """A fingerprint of what a cell's result depends on."""
+    comparison, contents = grid.comparison, grid.contents
+    task = comparison.tasks[cell.task]
+    key: dict[str, Any] = {
+        "target": contents["target"],
+        "test": [contents[name] for name in task.test],
+        "evaluate": task.evaluate,
+    }
+    if cell.method != UNTOUCHED:
+        key |= {"train": [contents[name] for name in task.train], "finetune": task.finetune}
+    if cell.method in comparison.variants:
+        variant = comparison.variants[cell.method]
+        method = variant.method
+        key |= {"select": task.select, "settings": variant.settings, "function": method.function.__name__}
+        key |= {"needs": dict(method.needs), "verify": method.verify, "fixed": dict(method.fixed)}
+    return fingerprint({**key, **dataclasses.asdict(cell)})
+
+
+def _figures(grid: Grid, cell: Cell) -> Figures | None:
+    """A finished cell's figures, None where it is not finished."""
+    result = read_checked(grid.place(cell.folder, "cell.json"))
+    return result["figures"] if result and result["made_of"] == _made_of(grid, cell) else None
+
+
+def _work(grid: Grid, cell: Cell, runs: dict[str, list[Run]], tell: Progress) -> bool:
+    """Select, fine-tune, evaluate, write cell.json. False: the selection is in another process's hands."""
+    comparison, folder = grid.comparison, grid.place(cell.folder)
+    task, seed = comparison.tasks[cell.task], int(cell.seed or 0)
+    lengths = _lengths(grid, task)
+    tokens = lengths["tokens"]
+    figures: Figures = {**dataclasses.asdict(cell), "folder": cell.folder, "n": len(tokens), "m": 0}
+    chosen, data, reading = np.arange(len(tokens)), task.train, dict(task.finetune)
+    cost: dict[str, float] = {}
+    if cell.method in comparison.variants:
+        run = _selection(grid, cell, runs, tell)
+        if run is None:
+            return False
+        chosen, data = run.selection.indices, (str(run.path / "coreset.jsonl"),)
+        reading = {name: value for name, value in reading.items() if name not in WHERE}
+        config = select_config(comparison, task, cell.method, seed, str(run.path))
+        cost = selection_cost(comparison.variants[cell.method].method, config, run)
+        figures["verified"] = len(run.selection.verified)
+    figures |= {f"select_{name}": cost.get(name, 0.0) for name in ("seconds", "tokens", "flops")}
+    model = comparison.target
+    if cell.method != UNTOUCHED:
+        own = dataclasses.replace(task, finetune=reading)
+        tuning = finetune_config(comparison, own, data, seed, str(folder / "adapter"))
+        model = str(pipeline.finetune(tuning, update=True, on_progress=tell))
+        spent = (read_checked(folder / "adapter" / "manifest.json") or {}).get("cost", {})
+        steps = -(-len(chosen) // tuning.batch_size)
+        epochs = tuning.epochs if tuning.max_steps is None else tuning.max_steps / steps
+        rows = formats.read(list(data), **tuning.reading.keywords())
+        figures |= {
+            "m": len(chosen),
+            "distinct2": metrics.distinct([example.turns[-1].text for example in rows.examples()]),
+            "finetune_seconds": spent.get("seconds"),
+            "finetune_steps": spent.get("steps"),
+            "finetune_tokens": float(tokens[chosen].sum() * epochs),
         }
-        if cell.method != UNTOUCHED:
-            key |= {"train": [self.inputs[name] for name in task.train], "finetune": task.finetune}
-        if cell.method in self.comparison.variants:
-            variant = self.comparison.variants[cell.method]
-            method = variant.method
-            key |= {"select": task.select, "settings": variant.settings, "function": method.function.__name__}
-            key |= {"needs": dict(method.needs), "verify": method.verify, "fixed": dict(method.fixed)}
-        return fingerprint({**key, **dataclasses.asdict(cell)})
-
-    def result(self, cell: Cell) -> dict[str, Any] | None:
-        """A finished cell's figures, None where it is not finished."""
-        if cell not in self._done:
-            found = read_checked(self.folder(cell) / "cell.json")
-            if not found or found["made_of"] != self.made_of(cell):
-                return None
-            self._done[cell] = found["figures"]
-        return self._done[cell]
-
-    def work(self, cell: Cell, tell: Progress) -> bool:
-        """Select, fine-tune, evaluate, write cell.json. False: the selection is in another process's hands."""
-        comparison, folder = self.comparison, self.folder(cell)
-        task = comparison.tasks[cell.task]
-        figures: dict[str, Any] = {**dataclasses.asdict(cell), "folder": cell.folder}
-        lengths = self.lengths(task)
-        tokens, responses = lengths["tokens"], lengths["responses"]
-        chosen = np.arange(len(tokens))
-        data: tuple[str, ...] = task.train
-        cost: dict[str, float] = {}
-        if cell.method in comparison.variants:
-            run = self.selection(cell, tell)
-            if run is None:
-                return False
-            chosen, data = run.selection.indices, (str(run.path / "coreset.jsonl"),)
-            config = select_config(comparison, task, cell.method, int(cell.seed or 0), str(run.path))
-            cost = selection_cost(comparison.variants[cell.method].method, config, run)
-            figures["verified"] = len(run.selection.verified)
-        figures |= {"n": len(tokens), "m": len(chosen) if cell.method != UNTOUCHED else 0}
-        model, spent = comparison.target, {}
-        if cell.method != UNTOUCHED:
-            reading = (
-                task.finetune
-                if data == task.train
-                else {k: v for k, v in task.finetune.items() if k not in WHERE}
-            )
-            wanted = finetune_config(
-                comparison,
-                dataclasses.replace(task, finetune=reading),
-                data,
-                int(cell.seed or 0),
-                str(folder / "adapter"),
-            )
-            model = str(pipeline.finetune(wanted, update=True, on_progress=tell))
-            spent = (read_checked(folder / "adapter" / "manifest.json") or {}).get("cost", {})
-            epochs = (
-                wanted.epochs
-                if wanted.max_steps is None
-                else wanted.max_steps / -(-len(chosen) // wanted.batch_size)
-            )
-            figures |= {"finetune_seconds": spent.get("seconds"), "finetune_steps": spent.get("steps")}
-            figures["finetune_tokens"] = float(tokens[chosen].sum() * epochs)
-            rows = formats.read(list(data), **wanted.reading.keywords())
-            figures["distinct2"] = metrics.distinct([example.turns[-1].text for example in rows.examples()])
         if "size" in spent:
-            size = models.Size(**spent["size"])
-            whole = size.scoring_flops(int(tokens.sum()), int(responses.sum()))
-            figures["finetune_flops"] = (
-                size.training_flops(int(tokens[chosen].sum()), int(responses[chosen].sum())) * epochs
-            )
-            figures["finetune_passes"] = figures["finetune_flops"] / whole
-            figures["select_passes"] = cost.get("flops", 0.0) / whole
-            figures["total_passes"] = figures["select_passes"] + figures["finetune_passes"]
-            figures["full_epoch_passes"] = (
-                size.training_flops(int(tokens.sum()), int(responses.sum())) / whole
-            )
-        figures |= {f"select_{name}": cost.get(name, 0.0) for name in ("seconds", "tokens", "flops")}
-        figures["total_seconds"] = figures["select_seconds"] + (figures.get("finetune_seconds") or 0.0)
-        scores = folder / "scores.jsonl"
-        summary = evaluation.evaluate(evaluate_config(comparison, task, model, str(scores)), on_progress=tell)
-        figures |= {**summary["metrics"], "loss": summary["loss"], "evaluate_seconds": summary["seconds"]}
-        write_checked(folder / "cell.json", {"made_of": self.made_of(cell), "figures": figures})
-        return True
+            figures |= _passes(models.Size(**spent["size"]), lengths, chosen, epochs, cost.get("flops", 0.0))
+    figures["total_seconds"] = figures["select_seconds"] + (figures.get("finetune_seconds") or 0.0)
+    judged = evaluate_config(comparison, task, model, str(folder / "scores.jsonl"))
+    summary = evaluation.evaluate(judged, on_progress=tell)
+    figures |= {**summary["metrics"], "loss": summary["loss"], "evaluate_seconds": summary["seconds"]}
+    write_checked(folder / "cell.json", {"made_of": _made_of(grid, cell), "figures": figures})
+    return True
 
-    def selection(self, cell: Cell, tell: Progress) -> Run | None:
-        """The coreset of a cell, out of the run that makes those of all methods and rates that share it; None: another process is at it."""
-        comparison, task = self.comparison, self.comparison.tasks[cell.task]
-        group, name = comparison.group(cell.method), self._selection_name(cell)
-        if (name, *group) not in self._runs:
-            folder = comparison.output / "selections" / name
-            config = select_config(comparison, task, cell.method, int(cell.seed or 0), str(folder))
-            table = {other: comparison.variants[other].method for other in group}
-            with _held(comparison.output / "locks" / ("selection_" + name.replace("/", "_"))) as mine:
-                if not mine:
-                    return None
-                self._runs[name, *group] = pipeline.select(
-                    config, update=True, on_progress=tell, methods=table
-                )
-        made = self._runs[name, *group]
-        return next(
-            run
-            for run in made
-            if (run.manifest["method"], run.manifest["pruning_rate"]) == (cell.method, cell.pruning_rate)
+
+def _passes(
+    size: models.Size,
+    lengths: Mapping[str, np.ndarray],
+    chosen: np.ndarray,
+    epochs: float,
+    select_flops: float,
+) -> dict[str, float]:
+    """What selection and fine-tuning took, in scoring passes of the target over the pool."""
+    tokens, responses = lengths["tokens"], lengths["responses"]
+    one_pass = size.scoring_flops(int(tokens.sum()), int(responses.sum()))
+    flops = size.training_flops(int(tokens[chosen].sum()), int(responses[chosen].sum())) * epochs
+    selecting, tuning = select_flops / one_pass, flops / one_pass
+    return {
+        "finetune_flops": flops,
+        "finetune_passes": tuning,
+        "select_passes": selecting,
+        "total_passes": selecting + tuning,
+    }
+
+
+def _selection(grid: Grid, cell: Cell, runs: dict[str, list[Run]], tell: Progress) -> Run | None:
+    """A cell's coreset, of the run that makes those of all that share it; None: another process is at it."""
+    comparison, name = grid.comparison, _selection_name(grid, cell)
+    if name not in runs:
+        task, folder = comparison.tasks[cell.task], str(grid.place("selections", name))
+        config = select_config(comparison, task, cell.method, int(cell.seed or 0), folder)
+        table = {other: comparison.variants[other].method for other in comparison.group(cell.method)}
+        with hold(grid.place("locks", "selection_" + name.replace("/", "_"))) as is_mine:
+            if not is_mine:
+                return None
+            runs[name] = pipeline.select(config, update=True, on_progress=tell, methods=table)
+    wanted = (cell.method, cell.pruning_rate)
+    return next(run for run in runs[name] if (run.manifest["method"], run.manifest["pruning_rate"]) == wanted)
+
+
+def _selection_name(grid: Grid, cell: Cell) -> str:
+    settings = grid.comparison.variants[cell.method].settings
+    return f"{cell.task}/seed{cell.seed}" + (f"-{fingerprint(dict(settings))[:6]}" if settings else "")
+
+
+def _lengths(grid: Grid, task: Task) -> dict[str, np.ndarray]:
+    """(n,) tokens of each sample of a task's pool, as the target counts, and of its response; taken once."""
+    from staff.data.tokens import tokenise
+
+    config = finetune_config(grid.comparison, task, task.train, 0, "x")
+    pool_contents = [grid.contents[name] for name in task.train]
+    key = fingerprint([grid.contents["target"], pool_contents, config.max_length])
+    path = grid.place("selections", task.name, f"lengths-{key}.npz")
+    lengths = read_arrays(path)
+    if lengths is None:
+        source = models.resolve(grid.comparison.target)
+        rows = formats.read(list(task.train), **config.reading.keywords())
+        tokenizer = models.load_tokenizer(source, config.trust_remote_code)
+        pool = tokenise(rows.examples(), tokenizer, config.max_length)
+        lengths = {"tokens": pool.lengths, "responses": pool.response_tokens()}
+        write_arrays(path, lengths)
+    return lengths
+
+
+# ---- how diverse its coreset is ----
+
+
+def _diversity(grid: Grid, cell: Cell) -> dict[str, float]:
+    """`diversity.spread` of a finished cell, from its row numbers on disk; kept beside the cell."""
+    if cell.method == UNTOUCHED or not grid.tells_diversity:
+        return {}
+    task = grid.comparison.tasks[cell.task]
+    made_of = fingerprint([_made_of(grid, cell), _space_key(grid, task)])
+    path = grid.place(cell.folder, "diversity.json")
+    before = read_checked(path)
+    if before and before["made_of"] == made_of:
+        return before["figures"]
+    rows = None if cell.method == FULL else _chosen_rows(grid, cell)
+    if rows is None and cell.method != FULL:
+        logger.warning(
+            "%s: its coreset is not there any more, so how diverse it was is not known", cell.folder
         )
+        return {}
+    space = _space(grid, task)
+    numbers = space["numbers"]
+    positions = np.arange(len(numbers)) if rows is None else np.searchsorted(numbers, rows)
+    spread = diversity.spread(space, positions)
+    figures = {name: value for name, value in spread.items() if not np.isnan(value)}
+    write_checked(path, {"made_of": made_of, "figures": figures})
+    return figures
 
-    def _selection_name(self, cell: Cell) -> str:
-        settings = self.comparison.variants[cell.method].settings
-        return f"{cell.task}/seed{cell.seed}" + (f"-{fingerprint(dict(settings))[:6]}" if settings else "")
 
-    def spread(self, cell: Cell) -> dict[str, float]:
-        """How diverse a finished cell's coreset is (`diversity.spread`), from its row numbers as they lie on disk; kept beside the cell.
+def _chosen_rows(grid: Grid, cell: Cell) -> np.ndarray | None:
+    """(m,) row numbers of a cell's coreset; None where they are not there."""
+    folder = grid.place("selections", _selection_name(grid, cell))
+    # the run's own folder where it made one coreset alone
+    for place in (folder / f"{cell.method}-{cell.pruning_rate:g}", folder):
+        manifest = read_checked(place / "manifest.json") or {}
+        if (manifest.get("method"), manifest.get("pruning_rate")) == (cell.method, cell.pruning_rate):
+            return np.load(place / "indices.npy", allow_pickle=False)
+    return None
 
-        Nothing for the untouched model, nor where scikit-learn is not there.
-        """
-        if cell.method == UNTOUCHED or not self._can_tell_spread:
-            return {}
-        made_of = fingerprint([self.made_of(cell), self._space_key(cell.task)])
-        path = self.folder(cell) / "diversity.json"
-        kept = read_checked(path)
-        if kept and kept["made_of"] == made_of:
-            return kept["figures"]
-        rows = self._chosen(cell)
-        if rows is None:
-            logger.warning(
-                "%s: its coreset is not there any more, so how diverse it was is not known", cell.folder
-            )
-            return {}
-        try:
-            space = self._space(cell.task)
-        except ImportError as error:
-            logger.warning("how diverse coresets are stays open: %s", error)
-            self._can_tell_spread = False
-            return {}
-        numbers = space["numbers"]
-        positions = np.arange(len(numbers)) if cell.method == FULL else np.searchsorted(numbers, rows)
-        figures = {
-            name: value for name, value in diversity.spread(space, positions).items() if value == value
-        }
-        write_checked(path, {"made_of": made_of, "figures": figures})
-        return figures
 
-    def _chosen(self, cell: Cell) -> np.ndarray | None:
-        """(m,) row numbers of a cell's coreset, none for the full data; None where they are not there."""
-        if cell.method == FULL:
-            return np.empty(0, np.int64)
-        folder = self.comparison.output / "selections" / self._selection_name(cell)
-        for place in (
-            folder / f"{cell.method}-{cell.pruning_rate:g}",
-            folder,
-        ):  # the run's own folder where it made one coreset alone
-            manifest = read_checked(place / "manifest.json")
-            if manifest and (manifest["method"], manifest["pruning_rate"]) == (
-                cell.method,
-                cell.pruning_rate,
-            ):
-                return np.load(place / "indices.npy", allow_pickle=False)
-        return None
+def _space_key(grid: Grid, task: Task) -> str:
+    reading = finetune_config(grid.comparison, task, task.train, 0, "x").reading
+    return fingerprint([SPACE, [grid.contents[name] for name in task.train], dataclasses.asdict(reading)])
 
-    def _space_key(self, name: str) -> str:
-        task = self.comparison.tasks[name]
-        reading = finetune_config(self.comparison, task, task.train, 0, "x").reading
-        return fingerprint([SPACE, [self.inputs[part] for part in task.train], dataclasses.asdict(reading)])
 
-    def _space(self, name: str) -> dict[str, np.ndarray]:
-        """`diversity.text_space` of a task's pool, prompts and responses, with the (n,) row numbers; taken once."""
-        if name not in self._spaces:
-            path = self.comparison.output / "selections" / name / f"space-{self._space_key(name)}.npz"
-            with _held(self.comparison.output / "locks" / f"space_{name}", wait=True):
-                kept = read_arrays(path)
-                if kept is None:
-                    task = self.comparison.tasks[name]
-                    reading = finetune_config(self.comparison, task, task.train, 0, "x").reading
-                    rows = formats.read(list(task.train), **reading.keywords())
-                    texts = ("\n".join(turn.text for turn in example.turns) for example in rows.examples())
-                    kept = {"numbers": rows.numbers, **diversity.text_space(texts)}
-                    write_arrays(path, kept)
-            self._spaces[name] = kept
-        return self._spaces[name]
+def _space(grid: Grid, task: Task) -> dict[str, np.ndarray]:
+    """`diversity.text_space` of a task's pool, prompts and responses, with the (n,) row numbers; taken once."""
+    path = grid.place("selections", task.name, f"space-{_space_key(grid, task)}.npz")
+    with hold(grid.place("locks", f"space_{task.name}"), wait=True):
+        space = read_arrays(path)
+        if space is None:
+            reading = finetune_config(grid.comparison, task, task.train, 0, "x").reading
+            rows = formats.read(list(task.train), **reading.keywords())
+            texts = ("\n".join(turn.text for turn in example.turns) for example in rows.examples())
+            space = {"numbers": rows.numbers, **diversity.text_space(texts)}
+            write_arrays(path, space)
+    return space
 
-    def lengths(self, task: Task) -> dict[str, np.ndarray]:
-        """(n,) tokens of each sample of a task's pool in the target's tokens, and of its response alone; taken once."""
-        if task.name not in self._lengths:
-            from staff.data.tokens import tokenise
 
-            config = finetune_config(self.comparison, task, task.train, 0, "x")
-            key = fingerprint(
-                [self.inputs["target"], [self.inputs[name] for name in task.train], config.max_length]
-            )
-            path = self.comparison.output / "selections" / task.name / f"lengths-{key}.npz"
-            kept = read_arrays(path)
-            if kept is None:
-                tokenizer = models.load_tokenizer(
-                    models.resolve(self.comparison.target), config.trust_remote_code
-                )
-                pool = tokenise(
-                    formats.read(list(task.train), **config.reading.keywords()).examples(),
-                    tokenizer,
-                    config.max_length,
-                )
-                kept = {"tokens": pool.lengths, "responses": pool.response_tokens()}
-                write_arrays(path, kept)
-            self._lengths[task.name] = kept
-        return self._lengths[task.name]
+# ---- the table ----
 
 
 def selection_cost(method: Method, config: SelectConfig, run: Run) -> dict[str, float]:
     """What a method's own selection took of a run that several methods share: seconds, tokens, flops.
 
-    Every stage that its needs call for counts in full, since alone it would have had to do it, the fine-tuned target of
-    a baseline too; verification counts by the samples it asked for. Loading models counts for none.
+    Every stage that its needs call for counts in full, since alone it would have had to do it, the fine-tuned
+    target of a baseline too; verification counts by the samples it asked for. Loading models counts for none.
     """
     stages, known = run.cost["stages"], models_of(config)
     shares: dict[str, float] = {"tokenise": 1.0} if method.needs or method.verify else {}
@@ -433,15 +418,9 @@ def selection_cost(method: Method, config: SelectConfig, run: Run) -> dict[str, 
     }
 
 
-def write_results(grid: _Grid, cells: list[Cell]) -> Path:
+def _write_results(grid: Grid, finished: Mapping[Cell, Figures]) -> Path:
     """results.csv anew: a row a finished cell, every figure with its cost."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    for cell in cells:
-        found = grid.result(cell)
-        if found:
-            table.writerow({**found, **grid.spread(cell)})
-    path = grid.comparison.output / "results.csv"
-    write_text(path, text.getvalue())
+    rows = [{**finished[c], **_diversity(grid, c)} for c in grid.comparison.cells() if c in finished]
+    path = grid.place("results.csv")
+    write_csv(path, COLUMNS, ([row.get(name) for name in COLUMNS] for row in rows))
     return path
