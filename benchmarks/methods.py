@@ -87,16 +87,17 @@ def run(case: dict) -> dict:
     if method.verify:
         target = (scores * rng.uniform(0.5, 2, n)).astype(np.float32)
         arguments["verify"] = lambda positions: target[positions]
+    if "scores" in method.needs:
+        arguments["scores"] = scores
     if "unconditional_loss" in method.needs:
         arguments["unconditional_loss"] = (scores + rng.normal(size=n)).astype(np.float32)
     graph_seconds = 0.0
     if "features" in case:
         features = make_features(case["features"], n, rng)
         for name, need in method.needs.items():
-            quantity = need.partition("/")[2]
-            if "." in quantity:
+            if need.made:
                 start = time.perf_counter()
-                arguments[name] = graph.derive(quantity, features, 0)
+                arguments[name] = graph.derive(need.made, features, 0)
                 graph_seconds += time.perf_counter() - start
             elif name == "features":
                 arguments[name] = features
@@ -106,7 +107,7 @@ def run(case: dict) -> dict:
     seconds = []
     for _ in range(7 if n <= 1_000_000 and "features" not in case else 1):
         start = time.perf_counter()
-        method.select(scores, budget=round((1 - case["p"]) * n), rng=np.random.default_rng(0), **arguments)
+        method.select(n, budget=round((1 - case["p"]) * n), rng=np.random.default_rng(0), **arguments)
         seconds.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {

@@ -13,6 +13,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from staff.config import from_mapping
+
 SETTINGS = {
     "pruning_rate": 0.7,
     "num_regions": 5,
@@ -27,6 +29,11 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = ["<pad>", "<|im_start|>", "<|im_end|>"]
+
+
+def config_of(kind, **settings):
+    """A config of settings by name, those of its groups among the rest."""
+    return from_mapping(kind, settings, "test")
 
 
 def make_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:

@@ -22,11 +22,16 @@ SMALL = {
 
 
 def choose(family, data, output, **settings):
-    return staff.select(
+    return staff.select_grid(
         data,
         output=output,
         **{"target": str(family / "target"), "draft": str(family / "draft"), **SMALL, **settings},
     )
+
+
+def choose_one(family, data, output, method="staff", pruning_rate=None, **settings):
+    (run,) = choose(family, data, output, methods=[method], pruning_rates=[pruning_rate], **settings)
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +43,8 @@ def everything(family, tmp_path_factory):
         family,
         str(data),
         folder / "x",
-        method=list(METHODS),
-        pruning_rate=[0.5, 0.75],
+        methods=list(METHODS),
+        pruning_rates=[0.5, 0.75],
         validation=str(validation),
     )
     return folder / "x", runs
@@ -116,15 +121,15 @@ def test_a_cell_added_later_reuses_what_is_there_and_a_finished_run_is_taken_as_
     validation = str(folder.parent / "validation.jsonl")
     data = str(folder.parent / "pool.jsonl")
     again = choose(
-        family, data, folder, method=list(METHODS), pruning_rate=[0.5, 0.75], validation=validation
+        family, data, folder, methods=list(METHODS), pruning_rates=[0.5, 0.75], validation=validation
     )
     assert [run.indices.tolist() for run in again] == [run.indices.tolist() for run in runs]
     more = choose(
         family,
         data,
         folder,
-        method=["loss", "el2n", "random"],
-        pruning_rate=[0.25],
+        methods=["loss", "el2n", "random"],
+        pruning_rates=[0.25],
         validation=validation,
         update=True,
     )
@@ -139,7 +144,7 @@ def test_less_prefers_samples_like_the_validation_rows(everything, family):
 
     from staff.data.tokens import tokenise
     from staff.models import load as models
-    from staff.scoring.less import Likeness, mean_direction
+    from staff.scoring.less import mean_direction, similarity
     from staff.scoring.scorer import Scorer
 
     source = models.resolve(str(family / "draft"))
@@ -149,10 +154,9 @@ def test_less_prefers_samples_like_the_validation_rows(everything, family):
     )
     rows = staff.data.rows.read(make_rows(9))
     pool = tokenise(rows.examples(), tokenizer, 256)
-    scorer = Scorer(model, "last-block", batch_tokens=300)
-    found = Likeness(scorer, mean_direction(scorer, pool_of(pool, [7, 8]))).scores(pool, np.arange(9))[
-        "similarity"
-    ]
+    scorer = Scorer(model, "last-block")
+    directions = mean_direction(scorer, pool_of(pool, [7, 8]))
+    found = similarity(scorer, pool, directions, np.arange(9), 300)["similarity"]
 
     def gradient(i):
         weights = [site.module.weight.requires_grad_(True) for site in scorer.sites]
@@ -190,12 +194,12 @@ def test_responses_alone_keep_one_token_to_predict_the_first_from():
 
 def test_a_group_gets_its_share_and_a_missing_column_is_named(family, tmp_path):
     rows = [{**row, "source": "a" if i % 3 else "b"} for i, row in enumerate(make_rows(30))]
-    run = choose(family, rows, tmp_path / "x", method="direct", pruning_rate=0.5, group_by="source")
+    run = choose_one(family, rows, tmp_path / "x", method="direct", pruning_rate=0.5, group_by="source")
     shares = share_by_size(np.array([20, 10]), 15)
     kept = [rows[i]["source"] for i in run.indices]
     assert [kept.count("a"), kept.count("b")] == shares.tolist()
     with pytest.raises(ValueError, match="--group-by topic: row 0 has no such column"):
-        choose(family, rows, tmp_path / "y", method="direct", pruning_rate=0.5, group_by="topic")
+        choose_one(family, rows, tmp_path / "y", method="direct", pruning_rate=0.5, group_by="topic")
 
 
 @pytest.mark.parametrize(
@@ -208,14 +212,14 @@ def test_a_group_gets_its_share_and_a_missing_column_is_named(family, tmp_path):
 )
 def test_what_a_method_lacks_is_named(settings, message, family, tmp_path):
     with pytest.raises(ValueError, match=message):
-        choose(family, make_rows(10), tmp_path / "x", **{"pruning_rate": 0.5, **settings})
+        choose_one(family, make_rows(10), tmp_path / "x", **{"pruning_rate": 0.5, **settings})
 
 
 def test_options_without_a_flag_reach_their_method(family, tmp_path):
-    high = choose(
+    high = choose_one(
         family, make_rows(20), tmp_path / "x", method="loss", pruning_rate=0.5, option=["part=bottom"]
     )
-    low = choose(family, make_rows(20), tmp_path / "y", method="loss", pruning_rate=0.5)
+    low = choose_one(family, make_rows(20), tmp_path / "y", method="loss", pruning_rate=0.5)
     assert not set(high.indices) & set(low.indices)
 
 

@@ -230,6 +230,6 @@ def test_a_preset_on_the_command_line_stands_below_flags_and_a_file(given, tmp_p
 
     (tmp_path / "c.yaml").write_text("num_regions: 9\n")
     config, _ = cli._parse(
-        SelectConfig, ["--config", str(tmp_path / "c.yaml"), *given, "--verification-budget", "4"], "x", ()
+        SelectConfig, ["--config", str(tmp_path / "c.yaml"), *given, "--verification-budget", "4"], "x"
     )
     assert (config.draft_epochs, config.num_regions, config.verification_budget) == (3.0, 9, 4)

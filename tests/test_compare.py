@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from family import comparison_file
-from staff import pipeline
+from staff import jobs
 from staff.comparison import run as comparing
 from staff.comparison import tables as results
 from staff.comparison.grid import FULL, UNTOUCHED, read_comparison
@@ -123,9 +123,9 @@ def test_a_finished_comparison_is_taken_as_it_is_and_a_new_rate_adds_its_cells(
     values |= {"pruning_rates": [0.5, 0.75, 0.9], "methods": {"random": {}}, "output": str(comparison.output)}
     (tmp_path / "more.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     tuned = []
-    original = pipeline.finetune
+    original = jobs.finetune
     monkeypatch.setattr(
-        pipeline,
+        jobs,
         "finetune",
         lambda config, **kwargs: tuned.append(config.output) or original(config, **kwargs),
     )

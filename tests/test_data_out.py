@@ -14,9 +14,9 @@ import yaml
 
 import staff
 from family import make_rows
-from staff import pipeline
-from staff.cli import _cells_table, summary
+from staff import jobs
 from staff.config import FinetuneConfig, Reading, ScoreConfig, SelectConfig
+from staff.console import grid_table, summary
 from staff.data.rows import read
 
 ROWS = make_rows(12)
@@ -123,14 +123,18 @@ def test_scores_of_all_rows_lie_beside_the_coreset_and_go_in_again(family, tmp_p
     models = {"target": str(family / "target"), "draft": str(family / "draft")}
     run = staff.select(ROWS, output=tmp_path / "x", **models, **SMALL)
     table = pq.read_table(run.path / "scores.parquet").to_pydict()
-    assert list(table) == ["row", "id", "effort", "loss", "tokens", "region", "selected"]
+    names = ["row", "id", "effort", "loss", "prompt_tokens", "response_tokens"]
+    assert list(table) == [*names, "target_effort", "region", "verified", "selected"]
+    verified = run.selection.verified.tolist()
+    assert [place for place, effort in enumerate(table["target_effort"]) if effort is not None] == verified
+    assert np.flatnonzero(table["verified"]).tolist() == verified
     assert table["row"] == list(range(12))
     assert table["id"] == [row["id"] for row in ROWS]
-    assert table["effort"] == run.scores.tolist()
+    assert table["effort"] == run.scores["effort"].to_pylist()
     assert np.flatnonzero(table["selected"]).tolist() == run.indices.tolist()
     assert table["region"] == run.selection.region_of.tolist()
     assert min(table["loss"]) > 0
-    assert table["tokens"] == [
+    assert table["response_tokens"] == [
         len(row["response"]) + 1 for row in ROWS
     ]  # a token a letter, and the end of turn
     again = staff.select(
@@ -181,10 +185,10 @@ def test_a_coreset_goes_to_the_hub_for_those_who_ask_and_again_from_a_finished_r
     staff.select(ROWS, output=tmp_path / "x", push_to_hub="me/mine", **HALF)
     assert pushed == [((run.path / "coreset.jsonl").read_bytes(), "me/mine")]
     assert "it is on the hub as the data set me/mine" in summary(
-        run, SelectConfig(pruning_rate=0.5, push_to_hub="me/mine")
+        run, SelectConfig(pruning_rate=(0.5,), push_to_hub="me/mine")
     )
-    staff.select(
-        ROWS, output=tmp_path / "y", push_to_hub="me/mine", method="random", pruning_rate=[0.5, 0.75]
+    staff.select_grid(
+        ROWS, output=tmp_path / "y", push_to_hub="me/mine", methods=["random"], pruning_rates=[0.5, 0.75]
     )
     assert [name for _, name in pushed[1:]] == ["me/mine-random-0.5", "me/mine-random-0.75"]
 
@@ -293,13 +297,13 @@ def test_the_summary_says_what_became_of_odd_rows(odd, family, tmp_path):
     }
     for _ in range(2):  # a finished run says it again
         run = staff.select(odd, target=str(family / "target"), num_regions=3, **settings)
-        said = summary(run, SelectConfig(data=(odd,), max_length=100, pruning_rate=0.5))
+        said = summary(run, SelectConfig(data=(odd,), reading=Reading(max_length=100), pruning_rate=(0.5,)))
         for remark in REMARKS:
             assert remark in said
-    several = staff.select(
-        odd, **{**settings, "output": str(tmp_path / "y"), "method": "random", "pruning_rate": [0.5, 0.75]}
+    several = staff.select_grid(
+        odd, methods=["random"], pruning_rates=[0.5, 0.75], output=tmp_path / "y", on_bad_row="skip"
     )
-    assert REMARKS[1] in _cells_table(several, SelectConfig(data=(odd,)))
+    assert REMARKS[1] in grid_table(several, SelectConfig(data=(odd,)))
     skipped = json.loads((tmp_path / "x" / "skipped.jsonl").read_text())
     assert skipped == {"row": 15, "reason": "'response' is empty; fill it in"}
 
@@ -308,14 +312,13 @@ def test_scoring_and_fine_tuning_warn_of_odd_rows_and_list_those_left_out(odd, f
     shared = {
         "data": (odd,),
         "model": str(family / "draft"),
-        "max_length": 100,
-        "reading": Reading(on_bad_row="skip"),
+        "reading": Reading(on_bad_row="skip", max_length=100),
     }
     with caplog.at_level(logging.WARNING, "staff"):
-        pipeline.score(ScoreConfig(**shared, output=str(tmp_path / "s.parquet")))
+        jobs.score(ScoreConfig(**shared, output=str(tmp_path / "s.parquet")))
         scored = caplog.text
         caplog.clear()
-        pipeline.finetune(FinetuneConfig(**shared, output=str(tmp_path / "a"), epochs=0.1))
+        jobs.finetune(FinetuneConfig(**shared, output=str(tmp_path / "a"), epochs=0.1))
     for said in (scored, caplog.text):
         for remark in REMARKS:
             assert remark in said

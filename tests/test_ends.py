@@ -20,8 +20,8 @@ import pytest
 import torch
 
 import staff
-from family import SETTINGS, finish, make_rows, results, start, write_pool
-from staff import cli, files, pipeline
+from family import SETTINGS, config_of, finish, make_rows, results, start, write_pool
+from staff import cli, files, jobs
 from staff.config import FinetuneConfig
 from staff.data import tokens as tokenising
 from staff.models import finetune as training
@@ -142,7 +142,7 @@ def test_a_fine_tuning_of_ones_own_is_finished_after_a_kill_and_known_by_checksu
         "epochs": 1,
         "checkpoint_seconds": 0,
     }
-    ran_through = pipeline.finetune(FinetuneConfig(output=str(tmp_path / "a"), **settings))
+    ran_through = jobs.finetune(config_of(FinetuneConfig, output=str(tmp_path / "a"), **settings))
     assert not list(ran_through.glob("work/*-*"))
 
     class Killed(BaseException):
@@ -152,24 +152,24 @@ def test_a_fine_tuning_of_ones_own_is_finished_after_a_kill_and_known_by_checksu
         if stage == "fine-tune" and done == 3:
             raise Killed
 
-    killed = FinetuneConfig(output=str(tmp_path / "b"), **settings)
+    killed = config_of(FinetuneConfig, output=str(tmp_path / "b"), **settings)
     with pytest.raises(Killed):
-        pipeline.finetune(killed, on_progress=kill)
+        jobs.finetune(killed, on_progress=kill)
     assert list((tmp_path / "b").glob("work/adapter-*/checkpoints/checkpoint-2"))
-    pipeline.finetune(killed)
+    jobs.finetune(killed)
     assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == (
         tmp_path / "b" / "adapter_model.safetensors"
     ).read_bytes()
     flip(tmp_path / "b" / "adapter_model.safetensors")
-    pipeline.finetune(killed)
+    jobs.finetune(killed)
     assert f"{tmp_path / 'b' / 'adapter_model.safetensors'} is damaged; it is made again" in caplog.messages
     assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == (
         tmp_path / "b" / "adapter_model.safetensors"
     ).read_bytes()
     with pytest.raises(ValueError, match="epochs: 1 -> 2"):
-        pipeline.finetune(FinetuneConfig(output=str(tmp_path / "b"), **{**settings, "epochs": 2}))
+        jobs.finetune(config_of(FinetuneConfig, output=str(tmp_path / "b"), **{**settings, "epochs": 2}))
     monkeypatch.setattr(training, "finetune", lambda *_, **__: pytest.fail("trained again"))
-    pipeline.finetune(killed, update=True)
+    jobs.finetune(killed, update=True)
 
 
 # ---- no room, no right ----
@@ -347,7 +347,7 @@ def test_no_flipped_bit_of_a_file_of_scores_goes_unseen(tmp_path, caplog):
 def test_a_damaged_part_of_the_ledger_costs_that_part_alone(tmp_path, caplog):
     calls = []
 
-    def score(positions):
+    def score(positions, part):
         calls.append(positions.tolist())
         return positions * 10.0
 
@@ -363,7 +363,6 @@ def test_a_damaged_part_of_the_ledger_costs_that_part_alone(tmp_path, caplog):
 
 
 def test_a_damaged_shard_is_scored_again_and_said(whole, again, family, tmp_path, monkeypatch):
-    monkeypatch.setattr(score.score_shards, "__defaults__", (None, 16))
     monkeypatch.setattr(memory, "SHARD", 16)
     output = tmp_path / "x"
     process, receive = start(whole[0] / "pool.jsonl", output, family, pause=0.05)
@@ -554,7 +553,6 @@ def test_out_of_memory_halves_the_budget_which_is_written_down_said_and_kept_by_
 def test_gradients_against_validation_rows_halve_their_batches_and_go_on_where_they_were_killed(
     whole, family, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(score.score_shards, "__defaults__", (None, 16))
     monkeypatch.setattr(memory, "SHARD", 16)
     settings = {
         "method": "less",

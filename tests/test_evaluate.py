@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from family import make_rows
-from staff import pipeline
+from family import config_of, make_rows
+from staff import jobs
 from staff.comparison import evaluate as evaluation
 from staff.comparison.evaluate import evaluate, read_examples, summary_path
 from staff.config import EvaluateConfig, FinetuneConfig
@@ -31,14 +31,15 @@ def data(tmp_path_factory):
 
 def answer(family, data, output, **settings):
     return evaluate(
-        EvaluateConfig(
+        config_of(
+            EvaluateConfig,
             **{
                 "data": (str(data),),
                 "model": str(family / "target"),
                 "output": str(output),
                 **SMALL,
                 **settings,
-            }
+            },
         )
     )
 
@@ -167,9 +168,13 @@ def test_an_adapter_trained_on_the_answers_says_them_and_stops(family, tmp_path)
     rows = [{"prompt": "Say so", "response": "so."}, {"prompt": "Say so again", "response": "so."}]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"epochs": 80, "learning_rate": 1e-2, "batch_size": 2, "dtype": "float32"}
-    adapter = pipeline.finetune(
-        FinetuneConfig(
-            data=(str(data),), model=str(tmp_path / "target"), output=str(tmp_path / "a"), **settings
+    adapter = jobs.finetune(
+        config_of(
+            FinetuneConfig,
+            data=(str(data),),
+            model=str(tmp_path / "target"),
+            output=str(tmp_path / "a"),
+            **settings,
         )
     )
     before = answer(family, data, tmp_path / "before.jsonl", model=str(tmp_path / "target"))
@@ -181,9 +186,14 @@ def test_an_adapter_trained_on_the_answers_says_them_and_stops(family, tmp_path)
 
 def test_an_adapter_is_found_with_its_base_from_any_folder(family, data, tmp_path, monkeypatch):
     monkeypatch.chdir(family)
-    pipeline.finetune(
-        FinetuneConfig(
-            data=(str(data),), model="draft", output=str(tmp_path / "a"), max_steps=1, dtype="float32"
+    jobs.finetune(
+        config_of(
+            FinetuneConfig,
+            data=(str(data),),
+            model="draft",
+            output=str(tmp_path / "a"),
+            max_steps=1,
+            dtype="float32",
         )
     )
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
@@ -226,7 +236,7 @@ def test_what_cannot_be_evaluated_is_one_clear_error(settings, message, family, 
         **settings,
     }
     with pytest.raises(ValueError, match=message):
-        evaluate(EvaluateConfig(**values))
+        evaluate(config_of(EvaluateConfig, **values))
     assert {path.name for path in tmp_path.iterdir()} == {"text.jsonl"}
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 from transformers import AutoModelForCausalLM
 
-from family import TEMPLATE, make_rows, make_tokenizer, write_pool
+from family import TEMPLATE, config_of, make_rows, make_tokenizer, write_pool
 from staff.comparison import evaluate as evaluation
 from staff.comparison.evaluate import evaluate, read_examples
 from staff.comparison.grid import FULL, UNTOUCHED, read_comparison
@@ -100,8 +100,8 @@ def test_a_gguf_file_answers_as_its_weights_in_a_folder_do(family, folder, tmp_p
     found = {}
     for name, model in (("gguf", folder / "target.gguf"), ("folder", family / "target")):
         output = tmp_path / f"{name}.jsonl"
-        config = EvaluateConfig(
-            data=(str(folder / "test.jsonl"),), model=str(model), output=str(output), **SMALL
+        config = config_of(
+            EvaluateConfig, data=(str(folder / "test.jsonl"),), model=str(model), output=str(output), **SMALL
         )
         found[name] = evaluate(config), read_examples(output)
         assert evaluate(config) == found[name][0]  # taken as it is
@@ -112,7 +112,8 @@ def test_a_gguf_file_answers_as_its_weights_in_a_folder_do(family, folder, tmp_p
 
 
 def test_a_killed_evaluation_of_a_gguf_file_does_not_unpack_it_again(folder, tmp_path, monkeypatch):
-    config = EvaluateConfig(
+    config = config_of(
+        EvaluateConfig,
         data=(str(folder / "test.jsonl"),),
         model=str(folder / "target.gguf"),
         output=str(tmp_path / "x.jsonl"),

@@ -101,8 +101,10 @@ def largest_error(layout, scope):
     """Of efforts and losses in batches of two sizes against the oracle, relative."""
     model, pool = make_model(layout), make_pool()
     scored = with_lora(model) if scope == "lora" else model
-    scorers = [Scorer(scored, scope, batch_tokens) for batch_tokens in (64, 1000)]
-    found = [scorer.scores(pool, POSITIONS) for scorer in scorers]
+    scorers = [Scorer(scored, scope) for _ in range(2)]
+    found = [
+        scorer.scores(pool, POSITIONS, tokens) for scorer, tokens in zip(scorers, (64, 1000), strict=True)
+    ]
     if scope == "released":
         scored = with_released_lora(
             model, VALUE[layout][0].removeprefix("blocks."), scorers[0].sites[0].sketch
@@ -135,10 +137,10 @@ def test_efforts_equal_one_backward_pass_a_sample_to_1e_10(layout, scope):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_effort_depends_on_neither_batch_size_nor_order(layout):
     model, pool = make_model(layout), make_pool()
-    one_by_one = Scorer(model, batch_tokens=1).scores(pool, POSITIONS)
+    one_by_one = Scorer(model).scores(pool, POSITIONS, 1)
     for batch_tokens in (40, 1000):
         order = np.random.default_rng(batch_tokens).permutation(POSITIONS)
-        together = Scorer(model, batch_tokens=batch_tokens).scores(pool, order)
+        together = Scorer(model).scores(pool, order, batch_tokens)
         for name, values in one_by_one.items():
             np.testing.assert_allclose(together[name], values[order], rtol=1e-10, err_msg=name)
 

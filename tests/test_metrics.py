@@ -17,7 +17,9 @@ def test_rouge_is_f1_over_shared_words_in_any_and_in_the_same_order():
     assert each["exact"][0] == 0
     assert overall["rouge1"] == pytest.approx(100 * 5 / 6)
     assert "a-z" in how["rougeL"]
-    uneven = judge_answers(["b a"], ["a b c d"])[0]  # precision 1, recall 1/2; in order one word alone: 1/2 and 1/4
+    uneven = judge_answers(["b a"], ["a b c d"])[
+        0
+    ]  # precision 1, recall 1/2; in order one word alone: 1/2 and 1/4
     assert uneven["rouge1"][0] == pytest.approx(100 * 2 / 3)
     assert uneven["rougeL"][0] == pytest.approx(100 / 3)
 

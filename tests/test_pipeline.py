@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 import staff
-from family import SETTINGS, finish, make_rows, results, start, write_pool
-from staff import pipeline
+from family import SETTINGS, config_of, finish, make_rows, results, start, write_pool
+from staff import jobs
 from staff.config import FinetuneConfig
+from staff.runs import pieces
 
 
 def choose(family, data, output, **settings):
@@ -32,8 +33,17 @@ def test_a_run_keeps_m_rows_of_the_users_own_bytes_in_order(finished):
         == finished.indices.tolist()
         == sorted(set(finished.indices))
     )
-    assert finished.scores.shape == (60,)
-    assert finished.scores.dtype == np.float32
+    assert finished.scores["row"].to_pylist() == list(range(60))
+    assert finished.scores.schema.field("effort").type == "float"
+    kept = [
+        row
+        for row, is_kept in zip(range(60), finished.scores["selected"].to_pylist(), strict=True)
+        if is_kept
+    ]
+    assert kept == finished.indices.tolist()
+    assert [json.dumps(row).encode() for row in finished.coreset] == [
+        lines[i].strip() for i in finished.indices
+    ]
 
 
 def test_the_regions_file_and_the_cost_file_say_what_happened(finished):
@@ -67,10 +77,10 @@ def test_the_target_saw_the_drawn_positions_and_nothing_else(family, tmp_path, m
     seen = {}
     original = score.Scorer.scores
 
-    def watch(self, pool, positions, on_samples=None):
+    def watch(self, pool, positions, *args, **kwargs):
         blocks = self.model.config.num_hidden_layers
         seen.setdefault(blocks, []).extend(np.asarray(positions).tolist())
-        return original(self, pool, positions, on_samples)
+        return original(self, pool, positions, *args, **kwargs)
 
     monkeypatch.setattr(score.Scorer, "scores", watch)
     run = choose(family, make_rows(60), tmp_path / "x")
@@ -97,14 +107,14 @@ def test_a_finished_run_is_taken_as_it_is_and_a_damaged_one_is_mended(finished, 
         return choose(family, str(finished.path.parent / "pool.jsonl"), finished.path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "Work", lambda *_: pytest.fail("worked again"))
+        patch.setattr(pieces, "Pieces", lambda *_: pytest.fail("worked again"))
         taken = again()
     assert taken.indices.tolist() == finished.indices.tolist()
     assert taken.selection.regions == finished.selection.regions or any(
         np.isnan(r.ratio) for r in taken.selection.regions
     )
     loaded = staff.load_run(str(finished.path))
-    assert loaded.scores.tolist() == finished.scores.tolist()
+    assert loaded.scores.equals(finished.scores)
     coreset = finished.path / "coreset.jsonl"
     whole = coreset.read_bytes()
     coreset.write_bytes(whole[:-10])
@@ -207,14 +217,15 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_bytes(family, tmp_path):
 def test_a_model_can_be_fine_tuned_on_the_coreset_and_loaded_again(finished, family, tmp_path):
     from peft import AutoPeftModelForCausalLM
 
-    config = FinetuneConfig(
+    config = config_of(
+        FinetuneConfig,
         data=(str(finished.path / "coreset.jsonl"),),
         model=str(family / "target"),
         output=str(tmp_path / "a"),
         epochs=1,
     )
-    path = pipeline.finetune(config)
+    path = jobs.finetune(config)
     began = time.monotonic()
-    assert pipeline.finetune(config) == path
+    assert jobs.finetune(config) == path
     assert time.monotonic() - began < 2
     assert AutoPeftModelForCausalLM.from_pretrained(path).peft_config["default"].r == 8

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from family import write_pool
+from family import config_of, write_pool
 from staff import cli, timing
 from staff.config import PlanConfig
 from staff.methods import METHODS
@@ -39,7 +39,7 @@ def test_each_methods_stages_are_its_needs_at_these_speeds():
     )
     assert sum(seconds["staff"].values()) / 1000 == pytest.approx(staff_passes(3, 0.5, 0.1, 0.1))
     assert seconds["ccs"] == {"fine-tune the target": 4000, "score on the tuned target": 1000}
-    assert seconds["ifd"] == {"score on the raw draft": 100, "score without prompts": 40}
+    assert seconds["ifd"] == {"score on the raw draft": 100, "score on the raw draft without prompts": 40}
     assert seconds["s2l"] == {"fine-tune the draft": 300, "score on the draft at checkpoints": 400}
 
 
@@ -105,7 +105,7 @@ def test_a_method_that_follows_a_tuning_is_left_out_where_there_is_none():
 
 def test_bad_settings_are_named():
     with pytest.raises(ValueError, match=r"in \[0, 1\); found 1"):
-        PlanConfig(pruning_rate=(1,))
+        config_of(PlanConfig, pruning_rate=(1.0,))
 
 
 def test_the_text_has_a_line_a_method_with_the_seconds_of_each_stage():
@@ -144,7 +144,9 @@ def test_a_scope_of_adapters_is_timed_on_a_fresh_one_that_training_does_not_see(
     write_pool(tmp_path / "pool.jsonl", 30)
     data, target = (str(tmp_path / "pool.jsonl"),), str(family / "target")
     made = timing.make_plan(
-        PlanConfig(data=data, target=target, scope="lora", lora_rank=4, batch_size=2, dtype="float32")
+        config_of(
+            PlanConfig, data=data, target=target, scope="lora", lora_rank=4, batch_size=2, dtype="float32"
+        )
     )
     assert all(speed > 0 for speed in made["speeds"]["target"].values())
     assert len(scored[0].sites) == 2 * 7 * 4  # A and B of the seven layers of four blocks

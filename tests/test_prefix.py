@@ -65,9 +65,9 @@ def test_the_common_start_ends_before_the_token_that_predicts_the_first_response
 def test_scores_with_and_without_are_the_same(layout, caplog):
     pool, model = pool_with_start(), make_model(layout)
     positions = np.arange(len(pool))
-    plain = Scorer(model, batch_tokens=64, reuse_prefix=False).scores(pool, positions)
-    scorer = Scorer(model, batch_tokens=64)
-    found = scorer.scores(pool, positions)
+    plain = Scorer(model, reuse_prefix=False).scores(pool, positions, 64)
+    scorer = Scorer(model)
+    found = scorer.scores(pool, positions, 64)
     for name, values in plain.items():
         np.testing.assert_allclose(
             found[name], values, rtol=1e-7 if layout == "bloom" else 1e-9, err_msg=name

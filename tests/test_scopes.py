@@ -1,13 +1,16 @@
 """Options of a score, and the scopes on models that are not like the others."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 import transformers
 
-from staff.config import SelectConfig
-from staff.scoring import scopes
-from staff.scoring.scorer import Scorer, level, score_shards
+from staff.config import Scoring
+from staff.scoring import scopes, shards
+from staff.scoring.scorer import Scorer
+from staff.scoring.shards import level, score_by_shards
 from test_gradnorm import oracle, weights_of, with_lora
 from tiny import EXPERT_LAYOUTS, EXPERTS, SHAPE, VOCABULARY, make_model, make_pool
 
@@ -16,13 +19,13 @@ POSITIONS = np.arange(len(POOL))
 
 
 def efforts(model, scope="last-value", **options):
-    return Scorer(model, scope, 64, **options).scores(POOL, POSITIONS)["effort"]
+    return Scorer(model, scope, **options).scores(POOL, POSITIONS, 64)["effort"]
 
 
 @pytest.mark.parametrize(("loss", "power"), [("mean", 1.0), ("sum", 0.0), ("sqrt", 0.5)])
 def test_the_loss_is_the_sum_over_the_tokens_divided_by_their_number_to_a_power(loss, power):
     model = make_model("llama")
-    found = Scorer(model, "last-block", 64, loss=loss).scores(POOL, POSITIONS)
+    found = Scorer(model, "last-block", loss=loss).scores(POOL, POSITIONS, 64)
     expected = np.array([oracle(model, POOL, i, weights_of(model, "last-block", "llama")) for i in POSITIONS])
     expected *= (POOL.response_tokens() ** (1 - power))[:, None]
     np.testing.assert_allclose(found["effort"], expected[:, 0], rtol=1e-10)
@@ -37,44 +40,48 @@ def test_levelled_efforts_by_hand():
     ]
 
 
-def test_balanced_layers_are_divided_by_their_mean_over_the_pool_whatever_the_shards():
+def test_balanced_layers_are_divided_by_their_mean_over_the_pool_whatever_the_shards(tmp_path, monkeypatch):
     model = make_model("qwen2")
     weights = weights_of(model, "linear", "qwen2")
     norms = np.array([[oracle(model, POOL, i, [weight])[0] for weight in weights] for i in POSITIONS])
     expected = np.sqrt(((norms / norms.mean(0)) ** 2).sum(1))
+    path = tmp_path / "scores.npz"
+    scorer = Scorer(model, "linear", balance=True)
+    last = {3: len(POOL) // 3 * 3, 512: 0}
+
+    def killed(positions, seconds):
+        if positions[0] == last[shards.SHARD]:
+            raise KeyboardInterrupt
+
     for shard in (3, 512):
-        kept: dict[int, dict] = {}
-        for _ in range(2):  # the second time from what was kept, all of it but one shard
-            found = score_shards(
-                lambda: Scorer(model, "linear", 64, balance=True),
-                POOL,
-                kept.get,
-                kept.__setitem__,
-                shard=shard,
-            )
-            np.testing.assert_allclose(found["effort"], expected, rtol=1e-10)
-            del kept[0]
-    scorer = Scorer(model, "linear", 64, balance=True)
-    np.testing.assert_allclose(
-        np.sort(scorer.calibrate(POOL, POSITIONS[:4])), np.sort(norms[:4].mean(0)), rtol=1e-10
-    )
-    alone = scorer.scores(POOL, [5])["effort"]
+        monkeypatch.setattr(shards, "SHARD", shard)
+        arguments = (lambda: (partial(scorer.scores, POOL), 64), POOL.lengths, path)
+        with pytest.raises(KeyboardInterrupt):
+            score_by_shards(*arguments, on_shard=killed)
+        assert len(list(tmp_path.glob("shard-*.npz"))) == last[shard] / shard
+        scores = score_by_shards(*arguments)  # the rest, beside what is there
+        np.testing.assert_allclose(scores["effort"], expected, rtol=1e-10)
+        assert not list(tmp_path.glob("shard-*.npz"))
+    means = scorer.scores(POOL, POSITIONS[:4])["site_norms"].mean(0)
+    np.testing.assert_allclose(np.sort(means), np.sort(norms[:4].mean(0)), rtol=1e-10)
+    alone = level(scorer.scores(POOL, [5])["site_norms"], means)
     np.testing.assert_allclose(alone, np.sqrt(((norms[5] / norms[:4].mean(0)) ** 2).sum()), rtol=1e-10)
 
 
 def test_balancing_one_weight_is_refused():
     with pytest.raises(ValueError, match="--balance-layers needs a scope of several weights"):
-        SelectConfig(balance_layers=True)
+        Scoring(balance_layers=True)
 
 
-def test_a_fresh_adapter_that_never_gets_a_gradient_is_left_out_of_the_balance():
+def test_a_fresh_adapter_that_never_gets_a_gradient_is_left_out_of_the_balance(tmp_path):
     from staff.models.adapters import add_lora
 
     model = add_lora(make_model("llama"), 4, 8, seed=0)  # B = 0: the gradient of A is 0
-    kept: dict[int, dict] = {}
-    found = score_shards(lambda: Scorer(model, "lora", 64, balance=True), POOL, kept.get, kept.__setitem__)
-    assert (kept[0]["site_norms"] == 0).any(0).mean() == 0.5
-    assert np.isfinite(found["effort"]).all()
+    scorer = Scorer(model, "lora", balance=True)
+    path = tmp_path / "scores.npz"
+    scores = score_by_shards(lambda: (partial(scorer.scores, POOL), 64), POOL.lengths, path)
+    assert (scorer.scores(POOL, POSITIONS)["site_norms"] == 0).any(0).mean() == 0.5
+    assert np.isfinite(scores["effort"]).all()
 
 
 def test_the_released_scope_is_a_seeded_sketch():
@@ -107,10 +114,8 @@ def test_the_released_scope_drops_tuned_queries_and_values_and_keeps_the_rest(la
 @pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
 def test_experts_score_alike_in_any_batch_in_float32(layout):
     model = make_model(layout, torch.float32, settle=1.0)
-    one_by_one = Scorer(model, batch_tokens=1).scores(POOL, POSITIONS)["effort"]
-    np.testing.assert_allclose(
-        Scorer(model, batch_tokens=1000).scores(POOL, POSITIONS)["effort"], one_by_one, rtol=1e-4
-    )
+    one_by_one = Scorer(model).scores(POOL, POSITIONS, 1)["effort"]
+    np.testing.assert_allclose(Scorer(model).scores(POOL, POSITIONS, 1000)["effort"], one_by_one, rtol=1e-4)
 
 
 def test_a_last_block_without_softmax_attention_sends_the_search_to_one_that_has_it():

@@ -48,7 +48,8 @@ def test_staff_chooses_what_the_released_script_chooses(path, monkeypatch):
     target = Target(np.float32(case["target_scores"]))
     budget = int(case["n"] * case["keep_rate"])
     selection = staff(
-        np.float32(case["draft_scores"]),
+        len(np.float32(case["draft_scores"])),
+        scores=np.float32(case["draft_scores"]),
         budget=budget,
         rng=rng(),
         verify=target,
@@ -84,7 +85,14 @@ def test_ten_samples_by_hand():
     # smallest first: region 1: floor(6 / 2) = 3, region 0: min(6, 3 * V / V) = 3; highest first: {9, 8, 7} and {5, 4, 3}
     target = Target(draft * 3)
     selection = staff(
-        draft, budget=6, rng=rng(), verify=target, num_regions=2, verification_budget=4, hard_cutoff=0.0
+        len(draft),
+        scores=draft,
+        budget=6,
+        rng=rng(),
+        verify=target,
+        num_regions=2,
+        verification_budget=4,
+        hard_cutoff=0.0,
     )
     assert selection.indices.tolist() == [3, 4, 5, 7, 8, 9]
     first, second = selection.regions
@@ -116,7 +124,14 @@ def test_what_the_target_finds_harder_gets_the_larger_share():
     draft = np.array([1.0, 1, 1, 1, 1, 2, 2, 2, 2, 2])
     target = Target([1.0] * 5 + [8.0] * 5)
     selection = staff(
-        draft, budget=5, rng=rng(), verify=target, num_regions=2, verification_budget=4, hard_cutoff=0.0
+        len(draft),
+        scores=draft,
+        budget=5,
+        rng=rng(),
+        verify=target,
+        num_regions=2,
+        verification_budget=4,
+        hard_cutoff=0.0,
     )
     assert [(r.ratio, r.budget) for r in selection.regions] == [(1.0, 1), (4.0, 4)]
     assert selection.indices.tolist() == [0, 5, 6, 7, 8]  # of equal scores the earlier position
@@ -124,7 +139,7 @@ def test_what_the_target_finds_harder_gets_the_larger_share():
 
 def test_the_target_is_asked_once_for_the_drawn_positions_and_nothing_else():
     draft, target = pool()
-    selection = staff(draft, budget=100, rng=rng(), verify=target)
+    selection = staff(len(draft), scores=draft, budget=100, rng=rng(), verify=target)
     assert len(target.asked) == 1
     assert target.asked[0].tolist() == selection.verified.tolist() == sorted(set(selection.verified.tolist()))
     larger = [region for region in selection.regions if region.size > 10]
@@ -138,45 +153,46 @@ def test_what_is_verified_depends_neither_on_the_budget_nor_on_the_pick_nor_on_t
     draft, target = pool()
     for budget in (0, 60, 300, 600):
         for options in ({}, {"pick": "random"}, {"allocation": "paper"}):
-            staff(draft, budget=budget, rng=rng(7), verify=target, **options)
+            staff(len(draft), scores=draft, budget=budget, rng=rng(7), verify=target, **options)
     assert len({positions.tobytes() for positions in target.asked}) == 1
 
 
 def test_another_seed_verifies_others():
     draft, target = pool()
-    staff(draft, budget=100, rng=rng(0), verify=target)
-    staff(draft, budget=100, rng=rng(1), verify=target)
+    staff(len(draft), scores=draft, budget=100, rng=rng(0), verify=target)
+    staff(len(draft), scores=draft, budget=100, rng=rng(1), verify=target)
     assert target.asked[0].tolist() != target.asked[1].tolist()
 
 
 def test_a_pool_of_small_regions_never_calls_the_target():
     target = Target(np.ones(10))
-    selection = staff(np.arange(10.0), budget=5, rng=rng(), verify=target)
+    selection = staff(len(np.arange(10.0)), scores=np.arange(10.0), budget=5, rng=rng(), verify=target)
     assert target.asked == []
     assert len(selection.verified) == 0
 
 
 def test_without_a_target_every_region_counts_the_same():
     draft, _ = pool()
-    selection = staff(draft, budget=100, rng=rng())
+    selection = staff(len(draft), scores=draft, budget=100, rng=rng())
     assert {region.ratio for region in selection.regions} == {1.0}
     assert len(selection.verified) == 0
     assert (
-        METHODS["direct"].select(draft, budget=100, rng=rng()).indices.tolist() == selection.indices.tolist()
+        METHODS["direct"].select(len(draft), scores=draft, budget=100, rng=rng()).indices.tolist()
+        == selection.indices.tolist()
     )
 
 
 def test_pick_random_takes_as_many_from_each_region_but_others():
     draft, target = pool()
-    top = staff(draft, budget=200, rng=rng(), verify=target)
-    drawn = staff(draft, budget=200, rng=rng(), verify=target, pick="random")
+    top = staff(len(draft), scores=draft, budget=200, rng=rng(), verify=target)
+    drawn = staff(len(draft), scores=draft, budget=200, rng=rng(), verify=target, pick="random")
     assert [r.budget for r in top.regions] == [r.budget for r in drawn.regions]
     assert top.indices.tolist() != drawn.indices.tolist()
 
 
 def test_pick_top_takes_the_highest_of_each_region():
     draft, target = pool()
-    selection = staff(draft, budget=200, rng=rng(), verify=target)
+    selection = staff(len(draft), scores=draft, budget=200, rng=rng(), verify=target)
     assert selection.filled == 0
     for i, region in enumerate(selection.regions):
         members = np.flatnonzero(selection.region_of == i)
@@ -188,10 +204,10 @@ def test_pick_top_takes_the_highest_of_each_region():
 
 def test_the_hardest_are_left_out_until_the_rest_is_used_up():
     draft = np.arange(100.0)
-    selection = staff(draft, budget=90, rng=rng())
+    selection = staff(len(draft), scores=draft, budget=90, rng=rng())
     assert selection.indices.tolist() == list(range(90))
     assert selection.filled_from_cut == 0
-    selection = staff(draft, budget=93, rng=rng())
+    selection = staff(len(draft), scores=draft, budget=93, rng=rng())
     assert selection.indices.tolist() == list(range(93))  # easiest of the cut ones first
     assert selection.filled_from_cut == 3
     assert set(selection.region_of[90:]) == {-1}
@@ -200,7 +216,8 @@ def test_the_hardest_are_left_out_until_the_rest_is_used_up():
 def test_what_the_papers_rule_leaves_over_is_filled_and_counted():
     draft = np.linspace(0, 1, 100)
     selection = staff(
-        draft,
+        len(draft),
+        scores=draft,
         budget=50,
         rng=rng(),
         verify=Target(draft * 0.5),
@@ -216,16 +233,18 @@ def test_what_the_papers_rule_leaves_over_is_filled_and_counted():
 
 def test_a_draft_of_zeros_counts_as_one_where_the_target_agrees_and_is_refused_where_not():
     draft = np.zeros(30)
-    selection = staff(draft, budget=10, rng=rng(), verify=Target(np.zeros(30)))
+    selection = staff(len(draft), scores=draft, budget=10, rng=rng(), verify=Target(np.zeros(30)))
     assert selection.regions[0].ratio == 1.0
     with pytest.raises(ValueError, match="region 0 has draft scores of 0 where the target's are not"):
-        staff(draft, budget=10, rng=rng(), verify=Target(np.ones(30)))
+        staff(len(draft), scores=draft, budget=10, rng=rng(), verify=Target(np.ones(30)))
 
 
 def test_a_target_that_finds_everything_easy_shares_evenly():
     draft, _ = pool()
-    zeros = staff(draft, budget=100, rng=rng(), verify=Target(np.zeros(600)), verification_budget=1)
-    ones = staff(draft, budget=100, rng=rng(), verify=Target(draft), verification_budget=1)
+    zeros = staff(
+        len(draft), scores=draft, budget=100, rng=rng(), verify=Target(np.zeros(600)), verification_budget=1
+    )
+    ones = staff(len(draft), scores=draft, budget=100, rng=rng(), verify=Target(draft), verification_budget=1)
     assert zeros.indices.tolist() == ones.indices.tolist()
 
 
@@ -235,18 +254,24 @@ def test_a_target_score_that_is_no_norm_is_refused_by_position(bad):
     scores[[4, 5]] = bad
     with pytest.raises(ValueError, match=r"no usable score to 2 of 29 samples \(positions \[4, 5\]\)"):
         staff(
-            np.ones(30), budget=10, rng=rng(2), verify=Target(scores), verification_budget=29, hard_cutoff=0.0
+            len(np.ones(30)),
+            scores=np.ones(30),
+            budget=10,
+            rng=rng(2),
+            verify=Target(scores),
+            verification_budget=29,
+            hard_cutoff=0.0,
         )
 
 
 def test_a_target_that_answers_too_little_is_refused():
     with pytest.raises(ValueError, match=r"10 positions.*shape \(\)"):
-        staff(np.ones(30), budget=10, rng=rng(), verify=lambda positions: 1.0)
+        staff(len(np.ones(30)), scores=np.ones(30), budget=10, rng=rng(), verify=lambda positions: 1.0)
 
 
 def test_minmax_sees_the_whole_pool_and_says_so():
     draft, target = pool()
-    selection = staff(draft, budget=100, rng=rng(), verify=target, normalise="minmax")
+    selection = staff(len(draft), scores=draft, budget=100, rng=rng(), verify=target, normalise="minmax")
     assert selection.verified.tolist() == list(range(600))
     assert target.asked[0].tolist() == list(range(600))
 
@@ -266,14 +291,14 @@ def test_minmax_sees_the_whole_pool_and_says_so():
 )
 def test_an_option_out_of_range_is_named(options, message):
     with pytest.raises(ValueError, match=message):
-        staff(np.arange(10.0), **({"budget": 5, "rng": rng()} | options))
+        staff(10, scores=np.arange(10.0), **({"budget": 5, "rng": rng()} | options))
 
 
 def test_a_negative_score_is_no_norm():
     with pytest.raises(ValueError, match="must not be negative"):
-        staff(np.array([1.0, -1.0]), budget=1, rng=rng())
+        staff(len(np.array([1.0, -1.0])), scores=np.array([1.0, -1.0]), budget=1, rng=rng())
 
 
 def test_an_unknown_option_is_refused_before_anything_runs():
     with pytest.raises(ValueError, match="no option 'num_region'"):
-        METHODS["staff"].check_options({"num_region": 5})
+        METHODS["staff"].select(2, scores=np.ones(2), budget=1, rng=rng(), num_region=5)

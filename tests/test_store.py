@@ -1,5 +1,6 @@
 """Files are whole or absent, a run has one owner, changed inputs are named, the target is asked once."""
 
+import os
 import subprocess
 import sys
 
@@ -7,7 +8,9 @@ import numpy as np
 import pytest
 
 from staff import files
-from staff.runs import store
+from staff.runs import account, store
+from staff.runs.store import open_run
+from staff.types import Stage
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
@@ -59,47 +62,75 @@ def test_a_files_hash_is_remembered_until_it_changes(tmp_path, monkeypatch):
 
 
 def test_a_second_run_in_a_folder_is_told_who_holds_it(tmp_path):
-    run = store.RunDirectory(tmp_path / "x")
-    code = f"from staff.runs.store import RunDirectory; RunDirectory({str(tmp_path / 'x')!r})"
-    held = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "is in use by process" in held.stderr
-    run.close()
+    code = f"from staff.runs.store import open_run\nwith open_run({str(tmp_path / 'x')!r}, 'run'): pass"
+    with open_run(tmp_path / "x", "run"):
+        held = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert f"is in use by process {os.getpid()}" in held.stderr
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).returncode == 0
 
 
 def test_a_folder_of_other_files_and_one_that_cannot_be_written_are_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="not a run's"):
-        store.RunDirectory(tmp_path)
-    with pytest.raises(ValueError, match="can't be written to"):
-        store.RunDirectory(tmp_path / "notes.txt" / "x")
+    (tmp_path / "work").mkdir()
+    with (
+        pytest.raises(ValueError, match=r"holds files that are not a run's \(there is no .staff.json\)"),
+        open_run(tmp_path, "run"),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match="can't be written to"),
+        open_run(tmp_path / "notes.txt" / "x", "run"),
+    ):
+        pass
+    with open_run(tmp_path / "a", "adapter") as run:
+        run.begin({}, {}, update=False)
+    with (
+        pytest.raises(ValueError, match=r"made by another command \(adapter\)"),
+        open_run(tmp_path / "a", "run"),
+    ):
+        pass
+
+
+def test_a_folder_in_which_nothing_was_begun_is_left_as_it_was_found(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "new"):
+        with pytest.raises(ValueError, match="no such file"), open_run(tmp_path / name, "run"):
+            raise ValueError("no such file")
+    assert [path.name for path in tmp_path.iterdir()] == [] or not any((tmp_path / "empty").iterdir())
 
 
 def test_changed_settings_and_inputs_are_named_and_update_accepts_them(tmp_path):
-    run = store.RunDirectory(tmp_path / "x")
-    run.begin({"pruning_rate": 0.8, "seed": 1}, {"data": "aa"}, update=False)
-    run.begin({"pruning_rate": 0.8, "seed": 1}, {"data": "aa"}, update=False)
-    with pytest.raises(ValueError, match=r"other settings:\n  pruning_rate: 0.8 -> 0.5\n"):
-        run.begin({"pruning_rate": 0.5, "seed": 1}, {"data": "aa"}, update=False)
-    with pytest.raises(ValueError, match="data changed since"):
-        run.begin({"pruning_rate": 0.8, "seed": 1}, {"data": "bb"}, update=False)
-    run.begin({"pruning_rate": 0.5, "seed": 1}, {"data": "bb"}, update=True)
-    run.begin({"pruning_rate": 0.5, "seed": 1}, {"data": "bb"}, update=False)
+    with open_run(tmp_path / "x", "run") as run:
+        run.begin({"pruning_rate": 0.8, "seed": 1}, {"data": "aa"}, update=False)
+        run.begin({"pruning_rate": 0.8, "seed": 1}, {"data": "aa"}, update=False)
+        with pytest.raises(ValueError, match=r"other settings:\n  pruning_rate: 0.8 -> 0.5\n"):
+            run.begin({"pruning_rate": 0.5, "seed": 1}, {"data": "aa"}, update=False)
+        with pytest.raises(ValueError, match="data changed since"):
+            run.begin({"pruning_rate": 0.8, "seed": 1}, {"data": "bb"}, update=False)
+        run.begin({"pruning_rate": 0.5, "seed": 1}, {"data": "bb"}, update=True)
+        run.begin({"pruning_rate": 0.5, "seed": 1}, {"data": "bb"}, update=False)
 
 
 def test_the_account_adds_up_stages_and_forgives_a_cut_last_line(tmp_path):
-    run = store.RunDirectory(tmp_path / "x")
-    run.spend(stage="score", seconds=1.5, tokens=10)
-    run.spend(stage="score", seconds=2.5, tokens=30)
-    with open(run.work / "account.jsonl", "a") as file:
+    stage = Stage("score", "draft")
+    account.spend(tmp_path, stage, seconds=1.5, tokens=10)
+    account.spend(tmp_path, stage, seconds=2.5, tokens=30)
+    with open(tmp_path / "account.jsonl", "a") as file:
         file.write('{"stage": "sco')
-    assert run.account() == {"score": {"seconds": 4.0, "tokens": 40}}
+    assert account.spent(tmp_path) == {stage: {"seconds": 4.0, "tokens": 40}}
+
+
+def test_a_part_that_was_lost_and_done_again_counts_its_seconds_twice_and_its_operations_once(tmp_path):
+    stage = Stage("score", "draft")
+    for part, seconds in [("shard 0", 1.0), ("shard 1", 2.0), ("shard 1", 3.0)]:
+        account.spend(tmp_path, stage, once=part, seconds=seconds, flops=10)
+    assert account.spent(tmp_path) == {stage: {"seconds": 6.0, "flops": 20, "repeated_seconds": 2.0}}
 
 
 def test_the_ledger_asks_for_each_sample_once_and_remembers_it_on_disk(tmp_path):
     calls = []
 
-    def score(positions):
+    def score(positions, part):
         calls.append(positions.tolist())
         return positions * 10.0
 

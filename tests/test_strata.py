@@ -136,9 +136,9 @@ def test_a_cutoff_is_a_fraction_and_binary_fractions_do_not_cost_a_sample():
 
 def test_scores_that_are_no_numbers_are_refused_by_position():
     with pytest.raises(ValueError, match=r"2 of 4 scores are nan or infinite \(positions 1, 3\)"):
-        check_scores(np.array([0, np.nan, 1, np.inf]))
+        check_scores(np.array([0, np.nan, 1, np.inf]), 4)
     with pytest.raises(ValueError, match="one number a sample"):
-        check_scores(np.zeros((3, 2)))
+        check_scores(np.zeros((3, 2)), 3)
 
 
 @given(st.lists(finite, max_size=60), st.floats(0, 0.99))
@@ -192,7 +192,8 @@ def test_staff_keeps_exactly_m_samples_whatever_it_is_given(
     scores = np.array(scores)
     budget = round((1 - p) * len(scores))
     selection = staff(
-        scores,
+        len(scores),
+        scores=scores,
         budget=budget,
         rng=np.random.default_rng(seed),
         verify=lambda positions: scores[positions] * 2,

@@ -1,4 +1,8 @@
-"""What a run is told: frozen dataclasses that become flags, YAML and the run's own config.yaml."""
+"""What a run is told: frozen dataclasses that become flags, YAML and the run's own config.yaml.
+
+A value is checked once, by its field's type and the `Range` beside it, whether it came as a flag, from a YAML file or
+from Python, so the message is the same.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,108 @@ import dataclasses
 import difflib
 import os
 import re
+import types
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Scope = Literal["last-value", "last-block", "linear", "lora", "released"]
 
 
 @dataclass(frozen=True)
-class Reading:
+class Range:
+    """Where a number must lie: from `low` to `high`, an open end left out.
+
+    Attributes:
+        about: what the number is, where the message would not be clear without it.
+    """
+
+    low: float
+    high: float = float("inf")
+    open_low: bool = False
+    open_high: bool = False
+    about: str = ""
+
+    def check(self, value: float, flag: str) -> None:
+        """Raise ValueError where a value lies outside."""
+        below = value <= self.low if self.open_low else value < self.low
+        above = value >= self.high if self.open_high else value > self.high
+        if below or above or value != value or value == float("inf"):
+            left, right = (
+                "(" if self.open_low else "[",
+                ")" if self.open_high or self.high == float("inf") else "]",
+            )
+            about = f"is {self.about}, in" if self.about else "must lie in"
+            raise ValueError(f"{flag} {about} {left}{self.low:g}, {self.high:g}{right}; found {value}")
+
+
+Share = Annotated[float, Range(0, 1, open_low=True)]
+Epochs = Annotated[float, Range(0)]
+SomeEpochs = Annotated[float, Range(0, open_low=True)]
+Count = Annotated[int, Range(1)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+PruningRate = Annotated[float, Range(0, 1, open_high=True, about="the fraction of the pool removed")]
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+def _checked(value: Any, hint: Any, flag: str) -> Any:
+    """A value as its field's type has it: a single one where several may stand, a whole number where 3.0 is meant.
+
+    Raises:
+        ValueError: another type, another choice, or a number out of range.
+    """
+    if get_origin(hint) in (Union, types.UnionType):
+        if value is None:
+            return None
+        hint = next(part for part in get_args(hint) if part is not type(None))
+    if get_origin(hint) is tuple:
+        values = () if value is None else value if isinstance(value, (list, tuple)) else (value,)
+        return tuple(_checked(part, get_args(hint)[0], flag) for part in values)
+    if get_origin(hint) is Annotated:
+        base, *ranges = get_args(hint)
+        number = _checked(value, base, flag)
+        for limit in ranges:
+            limit.check(number, flag)
+        return number
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ValueError(f"{flag} must be one of {', '.join(get_args(hint))}; found {value!r}")
+        return value
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint in (int, float):
+        if isinstance(value, str) and hint is float and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+            return float(value)  # YAML reads 1e-4 as text
+        if (
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and (hint is float or value == int(value))
+        ):
+            return hint(value)
+        raise ValueError(f"{flag} must be a {'whole ' * (hint is int)}number; found {value!r}")
+    if hint is str and isinstance(value, (str, os.PathLike)):
+        return str(value)
+    raise ValueError(f"{flag} must be {'true or false' if hint is bool else 'text'}; found {value!r}")
+
+
+class _Checked:
+    """Checks every field by its type as a config is made, and takes one value where several may stand."""
+
+    def __post_init__(self) -> None:
+        for name, hint in _hints(type(self)).items():  # type: ignore[arg-type]
+            if not dataclasses.is_dataclass(hint):  # a group has checked itself
+                flag = "--" + name.replace("_", "-")
+                object.__setattr__(self, name, _checked(getattr(self, name), hint, flag))
+
+
+@dataclass(frozen=True)
+class Reading(_Checked):
     """How the data is read; the same for every command."""
 
     columns: str | None = None
@@ -23,6 +120,8 @@ class Reading:
     """Take the loss on the last assistant turn of a conversation, or on every one."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do with a row that can't be used: stop, or leave it out, count it and list it."""
+    max_length: Annotated[int, Range(2)] = 1024
+    """Tokens of a sample at most; longer prompts lose their start."""
     dataset_info: str | None = None
     """LLaMA-Factory's dataset_info.json, or its folder; --data then names entries."""
     split: str | None = None
@@ -33,71 +132,73 @@ class Reading:
     """Revision of a hub data set."""
 
     def keywords(self) -> dict[str, Any]:
-        """As `formats.read` takes them."""
-        values = dataclasses.asdict(self)
-        return {"config": values.pop("dataset_config"), **values}
+        """As `rows.read` takes them."""
+        return {
+            "columns": self.columns,
+            "train_on": self.train_on,
+            "on_bad_row": self.on_bad_row,
+            "dataset_info": self.dataset_info,
+            "split": self.split,
+            "config": self.dataset_config,
+            "revision": self.revision,
+        }
 
 
-def _own_first(kind: type) -> type:
-    """A class decorator: its own fields before those it shares with others, as --help and config.yaml show them."""
-    fields = dataclasses.fields(kind)
-    shared = {name for base in kind.__mro__[1:] for name in getattr(base, "__dataclass_fields__", ())}
-    order = sorted(fields, key=lambda field: field.name in shared)
-    setattr(kind, "__dataclass_fields__", {field.name: field for field in order})  # noqa: B010 -- mypy knows no such attribute
-    return kind
+@dataclass(frozen=True)
+class Engine(_Checked):
+    """Where models compute and in what."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Engine:
-    """Where models compute and in what; what commands that load one have in common."""
-
-    reading: Reading = Reading()
-    """How the data is read."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
     dtype: Dtype = "auto"
     """What models compute in; auto is bfloat16 where the hardware has it, else float32."""
+    load_in: Literal["8bit", "4bit"] | None = None
+    """Quantise the models' weights as they load, with bitsandbytes."""
     trust_remote_code: bool = False
     """Run Python code that a model's repository brings along."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Scoring(_Engine):
-    """What an effort is, and how models are loaded to score."""
+@dataclass(frozen=True)
+class Scoring(_Checked):
+    """What an effort is, and how it is taken."""
 
-    scope: Literal["last-value", "last-block", "linear", "lora", "released"] = "last-value"
+    scope: Scope = "last-value"
     """Which weights the effort is taken on."""
     loss: Literal["mean", "sum", "sqrt"] = "mean"
-    """L of a sample: its response tokens' losses summed and divided by their number, by nothing, or by the number's root."""
+    """L of a sample: its response tokens' losses summed and divided by their number, by nothing, or by its root."""
     balance_layers: bool = False
-    """Divide the gradient norm of each weight by its mean over the pool first, so that wide layers do not drown the others."""
-    load_in: Literal["8bit", "4bit"] | None = None
-    """Quantise the models' weights as they load, with bitsandbytes."""
-    batch_tokens: int | None = None
+    """Divide the gradient norm of each weight by its mean over the pool, so that wide layers do not drown others."""
+    batch_tokens: Count | None = None
     """Padded tokens of a scoring batch at most; left out, what the device's memory bears."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.balance_layers and self.scope in ("last-value", "released"):
+            raise ValueError(
+                f"--balance-layers needs a scope of several weights, as last-block or linear; {self.scope} has one"
+            )
 
-@dataclass(frozen=True, kw_only=True)
-class _Training:
+
+@dataclass(frozen=True)
+class Training(_Checked):
     """How a LoRA adapter is trained."""
 
-    lora_rank: int = 8
+    lora_rank: Count = 8
     """Rank of the LoRA adapter, on all linear layers."""
     lora_alpha: int = 16
     """Scale of the adapter: its product is multiplied by alpha / rank."""
-    learning_rate: float = 1e-4
+    learning_rate: Annotated[float, Range(0)] = 1e-4
     """Peak learning rate; warm-up, then cosine."""
-    warmup: float = 0.1
+    warmup: Annotated[float, Range(0, 1)] = 0.1
     """Share of the steps in which the learning rate rises."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Samples of a training step."""
-    checkpoint_seconds: float = 60.0
+    checkpoint_seconds: Annotated[float, Range(0)] = 60.0
     """How often fine-tuning is saved for a resume."""
 
 
-@_own_first
 @dataclass(frozen=True, kw_only=True)
-class SelectConfig(_Training, _Scoring):
+class SelectConfig(_Checked):
     """Choose the coreset of a pool: the main job."""
 
     data: tuple[str, ...] = ()
@@ -110,9 +211,9 @@ class SelectConfig(_Training, _Scoring):
     """Scores of your own in place of a draft's: .npy in the data's order, or a table with row or id and score."""
     validation: str | None = None
     """A few rows of the task as it will be judged, for the method less."""
-    pruning_rate: tuple[float, ...] = ()
+    pruning_rate: tuple[PruningRate, ...] = ()
     """Fraction of the pool removed, in [0, 1); several make a coreset each."""
-    budget: int | None = None
+    budget: Annotated[int, Range(0, about="a number of samples")] | None = None
     """Samples kept, in place of a pruning rate."""
     output: str | None = None
     """The run's folder. Typing the same command again goes on where it stopped."""
@@ -126,62 +227,41 @@ class SelectConfig(_Training, _Scoring):
     """Options of methods that have no flag of their own, as in num_strata=20 or part=bottom."""
     group_by: str | None = None
     """A column of the data: the budget is shared over its values by size, and selection runs inside each."""
-    draft_epochs: float = 0.0
+    draft_epochs: Epochs = 0.0
     """T, epochs of fine-tuning the draft before it scores; 0 scores it as it comes, the paper has 3."""
-    draft_share: float = 1.0
+    draft_share: Share = 1.0
     """f, share of the pool that the draft is fine-tuned on, drawn at random, in (0, 1]."""
-    target_epochs: float = 3.0
+    target_epochs: SomeEpochs = 3.0
     """Epochs of fine-tuning the target for the methods that score a fine-tuned one: grand, el2n, ccs, d2."""
     draft_blocks: Literal["first", "even", "last", "ends"] = "first"
     """Which blocks a self:N draft keeps: the first, spread evenly, the last, or half from either end."""
-    num_regions: int = 50
+    num_regions: Count = 50
     """K, intervals of equal width that the scores are cut into."""
-    verification_budget: int = 10
+    verification_budget: Count = 10
     """b_v, samples of each region that the target scores."""
-    hard_cutoff: float = 0.1
+    hard_cutoff: Annotated[float, Range(0, 1, open_high=True)] = 0.1
     """Fraction of the pool with the highest scores that is set aside first."""
     allocation: Literal["released", "paper"] = "released"
     """The budget rule over the regions: the authors' released code, or Eq. 4 as printed."""
     pick: Literal["top", "random"] = "top"
     """Which samples of a region are kept: the highest scores, or random ones."""
-    max_length: int = 1024
-    """Tokens of a sample at most; longer prompts lose their start."""
-    seed: int = 42
+    seed: Seed = 42
     """One seed for the draft's sample and adapter, the draws, the picks and the fill."""
+    reading: Reading = Reading()
+    scoring: Scoring = Scoring()
+    training: Training = Training()
+    engine: Engine = Engine()
 
-    def __post_init__(self):
-        _as_paths(self)
-        method, rates = self.method, self.pruning_rate
-        object.__setattr__(
-            self, "method", (method,) if isinstance(method, str) else tuple(dict.fromkeys(method))
-        )
-        object.__setattr__(
-            self,
-            "pruning_rate",
-            (rates,) if isinstance(rates, (int, float)) else tuple(dict.fromkeys(rates or ())),
-        )
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("method", "pruning_rate"):
+            object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         if self.pruning_rate and self.budget is not None:
             raise ValueError("give --pruning-rate or --budget, not both")
-        for rate in self.pruning_rate:
-            if not 0 <= rate < 1:
-                raise ValueError(
-                    f"--pruning-rate is the fraction of the pool removed, in [0, 1); found {rate}"
-                )
-        if self.budget is not None and self.budget < 0:
-            raise ValueError(f"--budget is a number of samples, 0 or more; found {self.budget}")
-        _in_range(self, "draft_share", 0, 1, open_below=True)
-        _in_range(self, "hard_cutoff", 0, 1, open_above=True)
-        _in_range(self, "draft_epochs", 0, None)
-        _in_range(self, "target_epochs", 0, None, open_below=True)
-        for name in ("num_regions", "verification_budget"):
-            _in_range(self, name, 1, None)
-        _check_scoring(self)
-        _check_training(self)
 
 
-@_own_first
 @dataclass(frozen=True, kw_only=True)
-class ScoreConfig(_Scoring):
+class ScoreConfig(_Checked):
     """Score every sample of a pool on one model, and nothing else."""
 
     data: tuple[str, ...] = ()
@@ -190,26 +270,19 @@ class ScoreConfig(_Scoring):
     """A hub id, a folder or a .gguf file."""
     output: str | None = None
     """The Parquet file to write: row, id, effort, loss, el2n, entropy, tokens."""
-    lora_rank: int = 8
+    lora_rank: Count = 8
     """Rank of the fresh adapter that scope lora looks at, where the model has none."""
     lora_alpha: int = 16
     """Scale of that adapter."""
-    max_length: int = 1024
-    """Tokens of a sample at most; longer prompts lose their start."""
-    seed: int = 42
+    seed: Seed = 42
     """Seed of that adapter."""
-
-    def __post_init__(self):
-        _as_paths(self)
-        _in_range(self, "lora_rank", 1, None)
-        _check_scoring(self)
-        _in_range(self, "max_length", 2, None)
-        _in_range(self, "seed", 0, 2**32 - 1)
+    reading: Reading = Reading()
+    scoring: Scoring = Scoring()
+    engine: Engine = Engine()
 
 
-@_own_first
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(_Training, _Engine):
+class FinetuneConfig(_Checked):
     """Fine-tune a model on a file with LoRA, loss on the responses alone."""
 
     data: tuple[str, ...] = ()
@@ -218,26 +291,19 @@ class FinetuneConfig(_Training, _Engine):
     """A hub id, a folder or a .gguf file."""
     output: str | None = None
     """Where the adapter goes. Typing the same command again goes on where it stopped."""
-    epochs: float = 3.0
+    epochs: SomeEpochs = 3.0
     """Passes over the data."""
-    max_steps: int | None = None
+    max_steps: Count | None = None
     """Training steps in place of epochs, so that coresets of different sizes can be compared at equal updates."""
-    max_length: int = 1024
-    """Tokens of a sample at most; longer prompts lose their start."""
-    seed: int = 42
+    seed: Seed = 42
     """Seed of the adapter and of the order of the samples."""
-
-    def __post_init__(self):
-        _as_paths(self)
-        _in_range(self, "epochs", 0, None, open_below=True)
-        if self.max_steps is not None:
-            _in_range(self, "max_steps", 1, None)
-        _check_training(self)
+    reading: Reading = Reading()
+    training: Training = Training()
+    engine: Engine = Engine()
 
 
-@_own_first
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig(_Engine):
+class PlanConfig(_Checked):
     """Predict what every method would take on this machine, before any work."""
 
     data: tuple[str, ...] = ()
@@ -246,54 +312,28 @@ class PlanConfig(_Engine):
     """The model the coreset is for: a hub id, a folder or a .gguf file."""
     draft: str | None = None
     """The small model that speculates, or self:N; without one, methods that need it are left out."""
-    pruning_rate: tuple[float, ...] = (0.5, 0.8, 0.9)
+    pruning_rate: tuple[PruningRate, ...] = (0.5, 0.8, 0.9)
     """Fractions of the pool removed, in [0, 1), to predict for."""
-    epochs: float = 3.0
+    epochs: SomeEpochs = 3.0
     """Epochs of fine-tuning the target on what is kept."""
-    scope: Literal["last-value", "last-block", "linear", "lora", "released"] = "last-value"
-    """Which weights the effort is taken on."""
-    draft_epochs: float = 0.0
+    draft_epochs: Epochs = 0.0
     """T, epochs of fine-tuning the draft before it scores."""
-    draft_share: float = 1.0
+    draft_share: Share = 1.0
     """f, share of the pool that the draft is fine-tuned on."""
-    num_regions: int = 50
+    num_regions: Count = 50
     """K, intervals that the scores are cut into."""
-    verification_budget: int = 10
+    verification_budget: Count = 10
     """b_v, samples of each region that the target scores."""
-    lora_rank: int = 8
-    """Rank of the LoRA adapters."""
-    batch_size: int = 8
-    """Samples of a training step."""
-    batch_tokens: int | None = None
-    """Padded tokens of a scoring batch at most; left out, what the device's memory bears."""
-    max_length: int = 1024
-    """Tokens of a sample at most."""
-    seed: int = 42
+    seed: Seed = 42
     """Seed of the samples that are timed."""
-    load_in: Literal["8bit", "4bit"] | None = None
-    """Quantise the models' weights as they load, with bitsandbytes."""
-
-    def __post_init__(self):
-        _as_paths(self)
-        object.__setattr__(self, "pruning_rate", tuple(self.pruning_rate))
-        for rate in self.pruning_rate:
-            if not 0 <= rate < 1:
-                raise ValueError(
-                    f"--pruning-rate is the fraction of the pool removed, in [0, 1); found {rate}"
-                )
-        _in_range(self, "epochs", 0, None, open_below=True)
-        _in_range(self, "draft_epochs", 0, None)
-        _in_range(self, "draft_share", 0, 1, open_below=True)
-        for name in ("num_regions", "verification_budget", "lora_rank", "batch_size"):
-            _in_range(self, name, 1, None)
-        if self.batch_tokens is not None:
-            _in_range(self, "batch_tokens", 1, None)
-        _in_range(self, "max_length", 2, None)
+    reading: Reading = Reading()
+    scoring: Scoring = Scoring()
+    training: Training = Training()
+    engine: Engine = Engine()
 
 
-@_own_first
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(_Engine):
+class EvaluateConfig(_Checked):
     """Answer a test file with a model and compare with its references."""
 
     data: tuple[str, ...] = ()
@@ -301,107 +341,35 @@ class EvaluateConfig(_Engine):
     model: str = ""
     """A hub id, a folder (an adapter's too) or a .gguf file."""
     output: str | None = None
-    """The per-example file to write, .jsonl or .parquet; the summary goes beside it. The same command goes on where it stopped."""
-    max_new_tokens: int = 256
-    """Tokens of an answer at most."""
-    max_length: int = 1024
-    """Tokens of prompt and answer at most; longer prompts lose their start."""
-    load_in: Literal["8bit", "4bit"] | None = None
-    """Quantise the weights as they load, with bitsandbytes."""
-    batch_tokens: int = 16384
+    """The per-example file to write, .jsonl or .parquet; the summary goes beside it."""
+    max_new_tokens: Count = 256
+    """Tokens of an answer at most; --max-length then is that of prompt and answer together."""
+    batch_tokens: Count = 16384
     """Padded tokens of a batch at most, those of the answers included."""
+    reading: Reading = Reading()
+    engine: Engine = Engine()
 
-    def __post_init__(self):
-        _as_paths(self)
-        for name in ("batch_tokens", "max_new_tokens"):
-            _in_range(self, name, 1, None)
-        _in_range(self, "max_length", 2, None)
-        if self.max_new_tokens >= self.max_length:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        length = self.reading.max_length
+        if self.max_new_tokens >= length:
             raise ValueError(
-                f"--max-new-tokens {self.max_new_tokens} leaves no room for a prompt in --max-length {self.max_length}: "
+                f"--max-new-tokens {self.max_new_tokens} leaves no room for a prompt in --max-length {length}: "
                 "lower the one or raise the other"
             )
 
 
-def _check_scoring(config) -> None:
-    if config.batch_tokens is not None:
-        _in_range(config, "batch_tokens", 1, None)
-    if config.balance_layers and config.scope in ("last-value", "released"):
-        raise ValueError(
-            f"--balance-layers needs a scope of several weights, as last-block or linear; {config.scope} has one"
-        )
-
-
-@dataclass(frozen=True)
-class InspectConfig:
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig(_Checked):
     """Show how a file is read, and what a model would see of it; no weights are loaded."""
 
     data: tuple[str, ...] = ()
-    """What to look at, in any format that `staff select` reads."""
+    """What to look at, in any format that `staff select` reads. Bad rows are always listed and left out."""
     model: str | None = None
-    """A hub id, a folder or a .gguf file: its tokenizer and chat template say what is masked and what is truncated."""
-    max_length: int = 1024
-    """Tokens of a sample at most, as `staff select` takes it."""
-    reading: Reading = Reading()
-    """How the data is read; rows that can't be used are always listed and left out."""
+    """A hub id, a folder or a .gguf file: its tokenizer and chat template say what is masked and truncated."""
     trust_remote_code: bool = False
     """Run Python code that a model's repository brings along."""
-
-    def __post_init__(self):
-        _as_paths(self)
-        _in_range(self, "max_length", 2, None)
-
-
-def check_named(config, *names: str) -> None:
-    """Raise ValueError for the first of these settings that has nothing in it."""
-    for name in names:
-        if not getattr(config, name):
-            raise ValueError(f"name the {name} with --{name}")
-
-
-def _as_paths(config) -> None:
-    """One path as data is a tuple of one."""
-    object.__setattr__(config, "data", (config.data,) if isinstance(config.data, str) else tuple(config.data))
-
-
-def _check_training(config) -> None:
-    for name in ("lora_rank", "batch_size"):
-        _in_range(config, name, 1, None)
-    _in_range(config, "max_length", 2, None)
-    _in_range(config, "warmup", 0, 1)
-    _in_range(config, "learning_rate", 0, None)
-    _in_range(config, "checkpoint_seconds", 0, None)
-    _in_range(config, "seed", 0, 2**32 - 1)
-
-
-def _in_range(config, name: str, low, high, open_below: bool = False, open_above: bool = False) -> None:
-    value = getattr(config, name)
-    flag = "--" + name.replace("_", "-")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{flag} must be a number; found {value!r}")
-    below = value <= low if open_below else value < low
-    above = high is not None and (value >= high if open_above else value > high)
-    if below or above or value != value:
-        interval = f"{'(' if open_below else '['}{low}, {'inf' if high is None else high}{')' if open_above or high is None else ']'}"
-        raise ValueError(f"{flag} must lie in {interval}; found {value}")
-
-
-def flat(config) -> dict[str, Any]:
-    """Every setting by its own name, those of a group (`reading`) among the rest."""
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        values |= flat(value) if dataclasses.is_dataclass(value) else {field.name: value}
-    return values
-
-
-def _groups(kind: type) -> dict[str, type]:
-    """The fields of a config that are configs themselves."""
-    return {
-        field.name: type(field.default)
-        for field in dataclasses.fields(kind)
-        if dataclasses.is_dataclass(field.default)
-    }
+    reading: Reading = Reading()
 
 
 # several settings under one name; what else is given overrides them
@@ -419,69 +387,66 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def from_mapping(kind: type, values: dict[str, Any], source: str):
-    """A config of named settings, as a YAML file has them: flat, those of a group among the rest, "preset" a key of PRESETS.
+def check_named(config: Any, *names: str) -> None:
+    """Raise ValueError for the settings among these that have nothing in them, all at once."""
+    missing = [f"the {name} with --{name}" for name in names if not getattr(config, name)]
+    if missing:
+        raise ValueError("name " + " and ".join(missing))
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """Every setting by its own name, those of the groups (`reading`, `scoring`, ...) among the rest."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        values |= flat(value) if dataclasses.is_dataclass(value) else {field.name: value}
+    return values
+
+
+def names_of(kind: type) -> dict[str, str]:
+    """Every setting of a config by name -> the field of the config itself that it lies in."""
+    groups = {name: hint for name, hint in _hints(kind).items() if dataclasses.is_dataclass(hint)}
+    own = {field.name: field.name for field in dataclasses.fields(kind) if field.name not in groups}
+    return own | {field.name: name for name, group in groups.items() for field in dataclasses.fields(group)}
+
+
+def from_mapping(kind: type, values: dict[str, Any], source: str) -> Any:
+    """A config of named settings, as a YAML file has them: flat, those of a group among the rest.
+
+    "preset" is a key of PRESETS; ${NAME} in a text is filled in from the environment.
 
     Raises:
         ValueError: a name that no field has, or a value of the wrong type; says what was meant.
     """
-    groups = _groups(kind)
-    own = {field.name: field for field in dataclasses.fields(kind) if field.name not in groups}
-    fields = own | {field.name: field for group in groups.values() for field in dataclasses.fields(group)}
-    clean: dict[str, Any] = {}
-    values = dict(values)
-    if "preset" in values and any(name in fields for preset in PRESETS.values() for name in preset):
+    names, values = names_of(kind), dict(values)
+    if "preset" in values and any(name in names for preset in PRESETS.values() for name in preset):
         preset = values.pop("preset")
         if preset not in PRESETS:
             raise ValueError(f"{source}: there is no preset {preset!r}; there is {', '.join(PRESETS)}")
-        values = {name: value for name, value in PRESETS[preset].items() if name in fields} | values
+        values = {name: value for name, value in PRESETS[preset].items() if name in names} | values
+    own: dict[str, Any] = {}
+    grouped: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         key = str(name).replace("-", "_")
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, 1)
-            cure = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(fields)}"
+        if key not in names:
+            near = difflib.get_close_matches(key, names, 1)
+            cure = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
             raise ValueError(f"{source}: there is no setting {name!r}; {cure}")
-        clean[key] = _typed(value, str(fields[key].type), f"{source}: {name}")
-    for name, group in groups.items():
-        taken = {
-            field.name: clean.pop(field.name) for field in dataclasses.fields(group) if field.name in clean
-        }
-        clean[name] = group(**taken)
-    return kind(**clean)
+        if value is None and _hints(kind).get(key) is str:
+            continue
+        place = own if names[key] == key else grouped.setdefault(names[key], {})
+        place[key] = _expanded(value)
+    try:
+        groups = {name: _hints(kind)[name](**settings) for name, settings in grouped.items()}
+        return kind(**own, **groups)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
 
 
-def _typed(value: Any, type_name: str, where: str) -> Any:
-    """A YAML value as the field's type has it; text is never read as a number, nor 3.0 refused for 3."""
-    if value is None and "None" in type_name:
-        return None
-    if value is None and type_name.startswith("tuple"):
-        return ()
-    if type_name == "tuple[float, ...]":
-        numbers = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(_typed(number, "float", where) for number in numbers)
-    if type_name.startswith("tuple"):
-        parts = [value] if isinstance(value, str) else value
-        if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) for part in parts):
-            raise ValueError(f"{where} must be text or a list of texts; found {value!r}")
-        return tuple(map(expand, parts))
-    base = type_name.split(" | ")[0]
-    if base == "float" and isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
-        return float(value)  # YAML reads 1e-4 as text
-    wanted: dict[str, tuple[type, ...]] = {"float": (int, float), "int": (int,), "bool": (bool,)}
-    if not isinstance(value, wanted.get(base, (str,))) or (base != "bool" and isinstance(value, bool)):
-        raise ValueError(f"{where} must be {base if base in wanted else 'text'}; found {value!r}")
-    if base not in wanted:
-        value = expand(str(value))
-        if base.startswith(("Literal", "Dtype")):
-            choices = re.findall(r'["\']([\w-]+)["\']', type_name) or [
-                "auto",
-                "float32",
-                "bfloat16",
-                "float16",
-            ]
-            if value not in choices:
-                raise ValueError(f"{where} must be one of {', '.join(choices)}; found {value!r}")
-    return value
+def _expanded(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_expanded(part) for part in value]
+    return expand(value) if isinstance(value, str) else value
 
 
 def expand(text: str) -> str:
@@ -491,7 +456,7 @@ def expand(text: str) -> str:
         ValueError: the variable is not set.
     """
 
-    def fill(match: re.Match) -> str:
+    def fill(match: re.Match[str]) -> str:
         if match[1] not in os.environ:
             raise ValueError(f"{text!r} needs the environment variable {match[1]}, which is not set")
         return os.environ[match[1]]
@@ -525,7 +490,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def to_yaml(config) -> str:
+def to_yaml(config: Any) -> str:
     """A config as YAML that `read_yaml` and `from_mapping` turn into the same config again."""
     import yaml
 

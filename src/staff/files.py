@@ -268,5 +268,9 @@ def check_mark(folder: Path, kind: str, flag: str = "--output") -> None:
     except (OSError, ValueError, KeyError, TypeError):
         found = None
     if found != kind:
-        holds = f"a {found}" if found else f"files that are not a {kind}'s (there is no {MARK})"
+        holds = (
+            f"what was made by another command ({found})"
+            if found
+            else f"files that are not a {kind}'s (there is no {MARK})"
+        )
         raise ValueError(f"{folder} holds {holds}: name an empty or a new folder with {flag}")

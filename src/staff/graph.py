@@ -25,22 +25,14 @@ ROWS_AT_ONCE = 512
 NUM_CHECKED = 200  # rows on which an approximate search is held against the exact one
 
 
-def derive(quantity: str, array: np.ndarray, seed: int) -> np.ndarray:
-    """What a need with a dot in it asks for: "features.neighbours" of features, "loss.clusters" of (n, k) losses.
+def derive(made: str, array: np.ndarray, seed: int) -> np.ndarray:
+    """What is made of a quantity: neighbours of (n, d) features, clusters of (n, k) losses.
 
     Args:
-        quantity: the part of a need after the slash, "base.made".
-        array: (n, d) the base quantity.
+        made: one of `types.MADE`.
+        array: (n, d) the quantity.
         seed: of the clustering.
-
-    Raises:
-        ValueError: nothing of that name can be made.
     """
-    made = quantity.rpartition(".")[2]
-    if made not in MAKES:
-        raise ValueError(
-            f"{quantity!r}: only {', '.join(MAKES)} can be made of another quantity; found {made!r}"
-        )
     return MAKES[made](array, seed=seed)
 
 

@@ -1,59 +1,36 @@
-"""The stages of a run, in order: read, tokenise, tune the draft, score, verify, select, write."""
+"""The main job, as Algorithm 1 of the paper reads: speculate on the draft, verify on the target, select."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import hashlib
-import json
-import logging
-import platform
-import shutil
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from staff.config import FinetuneConfig, ScoreConfig, SelectConfig, check_named, flat, to_yaml, yaml_value
-from staff.data import rows as formats
+from staff import files
+from staff.config import SelectConfig, flat, to_yaml, yaml_value
+from staff.data import rows
+from staff.data.layouts import near
 from staff.data.locate import locate
-from staff.files import (
-    changed_files,
-    failures_are_said,
-    fingerprint,
-    hash_file,
-    read_checked,
-    remove,
-    sealed,
-    write_checked,
-    write_json,
-    write_text,
-    write_whole,
-)
 from staff.methods import METHODS, Method
+from staff.methods.fidelity import spearman
 from staff.methods.groups import select_by_group
-from staff.runs.outputs import Cell, Run, find_finished, pushed, warn, write, write_tables
-from staff.runs.pieces import PACKAGES, TRAINING, Progress, Work, check_running, commit, version_of
-from staff.runs.scorefile import read_scores, write_scores
-from staff.runs.store import RunDirectory
-from staff.types import Selection
+from staff.runs import account, outputs
+from staff.runs.outputs import Run
+from staff.runs.scorefile import read_scores
+from staff.runs.store import Inputs, RunFolder, open_run
+from staff.types import Need, Progress, Selection, Stage
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:  # torch comes in with them
+    from staff.models.files import Source
+    from staff.runs.pieces import Pieces
 
-NOT_RESULTS = (
-    "data",
-    "output",
-    "scores",
-    "validation",
-    "checkpoint_seconds",
-    "push_to_hub",
-    "device",
-    "trust_remote_code",
-)  # named by content, or of no consequence
+# named by content, or of no consequence to the results
+NO_INGREDIENTS = {"data", "output", "scores", "validation", "push_to_hub", "checkpoint_seconds", "device"}
+NO_INGREDIENTS |= {"trust_remote_code"}
 
 
 def select(
@@ -79,200 +56,80 @@ def select(
     Raises:
         ValueError: something that the user can mend; nothing was half-written.
     """
-    _check(config, data, methods)
-    sources = _sources(config, methods)
-    settings = {name: value for name, value in flat(config).items() if name not in NOT_RESULTS}
+    check(config, data, methods)
+    sources = find_models(config, methods)
+    settings = ingredients(config)
     reading = config.reading
     places = (reading.split, reading.dataset_config, reading.revision, reading.dataset_info)
     located = locate(list(config.data), *places) if data is None else None
-    paths = (
-        located.paths if located and located.keep is None else ()
-    )  # () where nothing on disk could be compared
-
-    def read() -> formats.Rows:
-        return formats.read(located if data is None else data, **reading.keywords())
-
-    run = RunDirectory(config.output or tempfile.mkdtemp(prefix="staff-"))
-    with contextlib.closing(run), failures_are_said(run.path):
-        tell = _noted(run, on_progress)
-        contents = {name: _content_of(run, source) for name, source in sources.items()}
-        contents |= {
-            name: _hash_of(run, name, path)
-            for name in ("scores", "validation")
-            if (path := getattr(config, name))
-        }
-        if paths:
-            contents["data"] = lambda: fingerprint([run.hash_file(path) for path in paths])
-        inputs = {name: content() for name, content in contents.items()}
-        rows = None if paths else read()
-        if rows is not None:
-            inputs["data"] = _fingerprint_rows(rows)
-
-        def unchanged(*names: str) -> None:
-            for name in names or contents:
-                if name in contents and contents[name]() != inputs[name]:
-                    what = ", ".join(config.data) if name == "data" else f"--{name} {getattr(config, name)}"
-                    raise ValueError(
-                        f"{what} changed while the run was reading it: put it back and go on, or start again with --update"
-                    )
-
-        cells = _cells(config, run)
-        keys = [
-            fingerprint(
-                {
-                    "method": _named(methods, cell.method),
-                    "rate": cell.pruning_rate,
-                    "settings": settings,
-                    "inputs": inputs,
-                }
-            )
-            for cell in cells
-        ]
-        finished = [find_finished(cell, key, read) for cell, key in zip(cells, keys, strict=True)]
-        if all(finished):
-            return pushed(config, [done for done in finished if done])
-        tell("read", 0, 1)
-        rows = rows if rows is not None else read()
-        tell("read", 1, 1)
-        budgets = [_budget(config, cell.pruning_rate, len(rows)) for cell in cells]
-        if sources:
+    read = partial(rows.read, located if data is None else data, **reading.keywords())
+    with open_run(config.output or tempfile.mkdtemp(prefix="staff-"), "run", on_progress) as run:
+        paths = located.paths if located and located.keep is None else ()
+        pool = None if paths else read()
+        inputs = _inputs(config, run, sources, paths, pool)
+        coresets = outputs.coresets_of(config, run)
+        keys = [_key(methods, c.method, c.pruning_rate, settings, inputs) for c in coresets]
+        finished = [outputs.find_run(coreset, key, read) for coreset, key in zip(coresets, keys, strict=True)]
+        if not all(finished):
+            run.tell(Stage("read"), 0, 1)
+            pool = pool or read()
+            run.tell(Stage("read"), 1, 1)
+            budgets = [_budget(config, coreset.pruning_rate, len(pool)) for coreset in coresets]
+            groups = _groups(config, pool)
             _check_models(config, sources)
-        run.begin(settings, inputs, update)
-        write_text(run.path / "config.yaml", to_yaml(config))
-        work = Work(config, run, rows, sources, inputs, tell, unchanged, _takes_running(config, methods))
-        selections = []
-        for cell, budget, done in zip(cells, budgets, finished, strict=True):
-            (cell.folder / "manifest.json").unlink(missing_ok=True)
-            selections.append(done or _choose(config, methods, cell.method, budget, rows, work))
-        work.free()
-        unchanged()
-        runs = []
-        for cell, key, chosen in zip(cells, keys, selections, strict=True):
-            runs.append(
-                chosen
-                if isinstance(chosen, Run)
-                else write(config, run, cell, methods[cell.method], rows, *chosen, work, key)
-            )
-        if len(cells) > 1:
-            write_tables(run.path, cells, runs)
-        run.note("done")
-        return pushed(config, runs)
+            run.begin(settings, inputs, update)
+            files.write_text(run.path / "config.yaml", to_yaml(config))
+            pieces: Pieces | None = None
+            if sources:
+                from staff.runs.pieces import Pieces  # torch comes in here
+
+                wanted = [need for name in config.method for need in methods[name].needs.values()]
+                pieces = Pieces(config, run, pool, sources, inputs, wanted)
+            selections: dict[int, tuple[Selection, np.ndarray | None]] = {}
+            for place, (coreset, budget) in enumerate(zip(coresets, budgets, strict=True)):
+                if finished[place]:
+                    continue
+                (coreset.folder / "manifest.json").unlink(missing_ok=True)
+                method = methods[coreset.method]
+                arguments = options(config, method)
+                # speculate: numbers of the whole pool, from the draft (Eq. 2)
+                for argument, need in method.needs.items():
+                    if config.scores and argument == "scores":
+                        ids = [example.id for example in pool.examples()]
+                        arguments[argument] = read_scores(config.scores, pool.numbers, ids)
+                    else:
+                        assert pieces is not None
+                        arguments[argument] = pieces.array(need)
+                # verify: efforts of single samples on the target, asked for from within (Eq. 3)
+                if method.verify and pieces and "target" in sources:
+                    arguments["verify"] = pieces.ledger(method.verify.model)
+                # select: regions, ratios, budgets, picks (Eq. 3, Eq. 4)
+                rng = np.random.default_rng(config.seed)
+                if groups is None:
+                    selection = method.select(len(pool), budget=budget, rng=rng, **arguments)
+                else:
+                    selection = select_by_group(
+                        method, groups, len(pool), budget=budget, rng=rng, **arguments
+                    )
+                selections[place] = selection, arguments.get("scores")
+            if pieces:
+                pieces.free()
+            inputs.check()
+            for place, (selection, scores) in selections.items():
+                columns, cost, about = _results(
+                    config, pool, methods[coresets[place].method], selection, scores, pieces, run
+                )
+                about |= {"inputs": dict(inputs), "settings": settings, "seed": config.seed}
+                finished[place] = outputs.write(
+                    run, coresets[place], keys[place], config, pool, selection, columns, cost, about
+                )
+        runs = [done for done in finished if done]
+        if len(runs) > 1 and not all((run.path / name).exists() for name in ("cells.csv", "likeness.csv")):
+            outputs.write_tables(run.path, coresets, runs)
+        return outputs.publish(config, runs)
 
 
-def _noted(run: RunDirectory, on_progress: Progress | None) -> Progress:
-    """The progress, with a line in the run's log for each stage that begins; the log begins with what runs here."""
-    begun: set[str] = set()
-    run.note(
-        " ".join(
-            [
-                f"staff {version_of('staff-coreset')} {commit() or ''}",
-                *(f"{name} {version_of(name)}" for name in PACKAGES),
-            ]
-        )
-    )
-
-    def tell(stage: str, done: int, total: int) -> None:
-        if stage not in begun:
-            begun.add(stage)
-            run.note(f"{stage}: {done} of {total}")
-        if on_progress:
-            on_progress(stage, done, total)
-
-    return tell
-
-
-def _content_of(run: RunDirectory, source) -> Callable[[], str]:
-    return lambda: fingerprint({path.name: run.hash_file(path) for path in source.files()})
-
-
-def _hash_of(run: RunDirectory, name: str, path: str) -> Callable[[], str]:
-    found = _existing(name, path)
-    return lambda: run.hash_file(found)
-
-
-def _cells(config: SelectConfig, run: RunDirectory) -> list[Cell]:
-    rates = config.pruning_rate or (None,)
-    if len(rates) * len(config.method) == 1:
-        return [Cell(config.method[0], rates[0], run.path, run.work / "selection.npz")]
-    names = [
-        (method, rate, method if rate is None else f"{method}-{rate:g}")
-        for method in config.method
-        for rate in rates
-    ]
-    return [
-        Cell(method, rate, run.path / name, run.work / f"selection-{name}.npz")
-        for method, rate, name in names
-    ]
-
-
-def _named(methods: Mapping[str, Method], name: str) -> Any:
-    """A method in a fingerprint: its name, and of a variant what it is."""
-    method = methods[name]
-    if METHODS.get(name) == method:
-        return name
-    return [name, method.function.__name__, dict(method.needs), method.verify, dict(method.fixed)]
-
-
-def _choose(
-    config: SelectConfig,
-    methods: Mapping[str, Method],
-    name: str,
-    budget: int,
-    rows: formats.Rows,
-    work: Work,
-) -> tuple[Selection, np.ndarray | None]:
-    """The selection of one cell, and the scores that it was made by."""
-    method = methods[name]
-    wanted = [need for name in config.method for need in methods[name].needs.values()]
-    arrays: dict[str, Any] = {
-        name: work.array(need, wanted)
-        for name, need in method.needs.items()
-        if not (name == "scores" and config.scores)
-    }
-    if config.scores and "scores" in method.needs:
-        arrays["scores"] = read_scores(
-            config.scores, rows.numbers, [example.id for example in rows.examples()]
-        )
-    scores = arrays.pop("scores", None)
-    if method.verify and "target" in work.sources:
-        arrays["verify"] = work.ledger(method.verify.split("/")[0])
-    arguments = {
-        **arrays,
-        **_options(config, method),
-        "budget": budget,
-        "rng": np.random.default_rng(config.seed),
-    }
-    counted = np.zeros(len(rows)) if scores is None else scores
-    if config.group_by is None:
-        return method.select(counted, **arguments), scores
-    groups = [
-        str(row.get(config.group_by)) if config.group_by in row else None
-        for row in rows.raw(range(len(rows)))
-    ]
-    if None in groups:
-        raise ValueError(
-            f"--group-by {config.group_by}: row {rows.numbers[groups.index(None)]} has no such column"
-        )
-    return select_by_group(method, groups, counted, **arguments), scores
-
-
-def _options(config: SelectConfig, method: Method) -> dict[str, Any]:
-    """A method's own options: the settings of the same name, then those given with --option."""
-    known = method.options()
-    options = {name: getattr(config, name) for name in known if hasattr(config, name)}
-    for name, value in (pair.split("=", 1) for pair in config.option):
-        if name in known:
-            options[name] = yaml_value(value)
-    return options
-
-
-def _existing(name: str, path: str) -> Path:
-    if not Path(path).is_file():
-        raise ValueError(f"--{name} {path}: there is no such file")
-    return Path(path)
-
-
-def _check(config: SelectConfig, data: Any, methods: Mapping[str, Method]) -> None:
+def check(config: SelectConfig, data: Any, methods: Mapping[str, Method]) -> None:
     """What can be known to be wrong before anything is read or loaded."""
     if data is None and not config.data:
         raise ValueError("name the pool with --data FILE")
@@ -283,28 +140,114 @@ def _check(config: SelectConfig, data: Any, methods: Mapping[str, Method]) -> No
         raise ValueError(
             "say how much to keep: --pruning-rate 0.8 keeps a fifth, --budget 500 keeps 500 samples"
         )
+    known = sorted({option for name in config.method for option in methods[name].options()})
     for pair in config.option:
-        name = pair.split("=", 1)[0]
-        known = {option for method in config.method for option in methods[method].options()}
-        if "=" not in pair or name not in known:
-            raise ValueError(
-                f"--option {pair}: give name=value; the options of {', '.join(config.method)} are {', '.join(sorted(known)) or 'none'}"
-            )
-    if _takes_running(config, methods):
-        check_running(config)
+        if "=" not in pair or pair.split("=", 1)[0] not in known:
+            of = f"the options of {', '.join(config.method)} are {', '.join(known) or 'none'}"
+            raise ValueError(f"--option {pair}: give name=value; {of}")
     for name in config.method:
-        if not config.draft_epochs and any(
-            need.startswith("draft@") for need in methods[name].needs.values()
-        ):
+        needs = methods[name].needs.values()
+        if not config.draft_epochs and any(need.checkpoints and need.model == "draft" for need in needs):
             raise ValueError(
                 f"--method {name} follows the draft through its tuning, and it is not tuned: give --draft-epochs, 3 say"
             )
-    if "less" in config.method and not config.validation:
-        raise ValueError("--method less needs a few rows of the task as it will be judged: --validation FILE")
+        if any(need.quantity == "similarity" for need in needs) and not config.validation:
+            raise ValueError(
+                f"--method {name} needs a few rows of the task as it will be judged: --validation FILE"
+            )
+    for flag in ("scores", "validation"):
+        path = getattr(config, flag)
+        if path and not Path(path).is_file():
+            raise ValueError(f"--{flag} {path}: there is no such file")
 
 
-def _takes_running(config: SelectConfig, methods: Mapping[str, Method]) -> bool:
-    return any("draft/effort_running" in methods[name].needs.values() for name in config.method)
+def ingredients(config: Any) -> dict[str, Any]:
+    """The settings that results hang on, by name."""
+    return {name: value for name, value in flat(config).items() if name not in NO_INGREDIENTS}
+
+
+def find_models(config: SelectConfig, methods: Mapping[str, Method]) -> dict[str, Source]:
+    """The models that the methods ask for, found; hub ids are fetched here.
+
+    Returns:
+        "target" and "draft" -> files, those that are needed.
+    """
+    wanted: set[str] = set()
+    for method in (methods[name] for name in config.method):
+        # the user's own scores stand in for a model's; the target verifies where there is one
+        needs = [
+            need for argument, need in method.needs.items() if not (config.scores and argument == "scores")
+        ]
+        if method.verify and (config.target or not config.scores):
+            needs.append(method.verify)
+        wanted |= {need.base for need in needs}
+    if not wanted:
+        return {}
+    from staff.models import files as model_files
+    from staff.models import load
+
+    if not config.target:
+        raise ValueError("name the model that the coreset is for with --target")
+    target = model_files.resolve(config.target, "--target")
+    if "draft" not in wanted:
+        return {"target": target}
+    if not config.draft:
+        siblings = ", ".join(load.suggest_drafts(config.target))
+        known = "No smaller sibling of its family is known here"
+        known = f"Known smaller siblings of its family: {siblings}" if siblings else known
+        raise ValueError(
+            f"--method {' '.join(config.method)} needs a small draft of the target's family: name one with --draft. "
+            f"{known}. Without one: --draft self:8 keeps 8 of the target's own blocks, --method direct scores the "
+            "target itself"
+        )
+    if load.self_blocks(config.draft) is not None:
+        return {"target": target, "draft": target}
+    return {"target": target, "draft": model_files.resolve(config.draft, "--draft")}
+
+
+def _check_models(config: SelectConfig, sources: Mapping[str, Source]) -> None:
+    """A scope or a load that is not available is known before any work is done."""
+    if sources:
+        from staff.models import load
+
+        for source in {id(source): source for source in sources.values()}.values():
+            load.check(source, config.scoring.scope, config.engine.load_in, config.engine.trust_remote_code)
+
+
+def _inputs(
+    config: SelectConfig,
+    run: RunFolder,
+    sources: Mapping[str, Source],
+    paths: tuple[Path, ...],
+    pool: rows.Rows | None,
+) -> Inputs:
+    contents: dict[str, Any] = {name: partial(content_of, run, source) for name, source in sources.items()}
+    given = {name: getattr(config, name) for name in ("scores", "validation") if getattr(config, name)}
+    contents |= {name: partial(run.hash_file, Path(path)) for name, path in given.items()}
+    if paths:
+        contents["data"] = lambda: files.fingerprint([run.hash_file(path) for path in paths])
+    named = {name: f"--{name} {getattr(config, name)}" for name in (*sources, *given)}
+    inputs = Inputs(contents, {**named, "data": ", ".join(config.data)})
+    if pool is not None:
+        inputs["data"] = outputs.fingerprint_rows(pool)
+    return inputs
+
+
+def content_of(run: RunFolder, source: Source) -> str:
+    """A fingerprint of a model's files."""
+    return files.fingerprint({path.name: run.hash_file(path) for path in source.files()})
+
+
+def _key(
+    methods: Mapping[str, Method], name: str, rate: float | None, settings: Mapping[str, Any], inputs: Inputs
+) -> str:
+    """What a coreset is made of: a method's name, and of a variant what it is."""
+    method = methods[name]
+    named: Any = name
+    if METHODS.get(name) != method:
+        needs = {argument: str(need) for argument, need in method.needs.items()}
+        named = [name, method.function.__name__, needs, str(method.verify), dict(method.fixed)]
+    return files.fingerprint({"method": named, "rate": rate, "settings": settings, "inputs": inputs})
 
 
 def _budget(config: SelectConfig, pruning_rate: float | None, n: int) -> int:
@@ -320,216 +263,79 @@ def _budget(config: SelectConfig, pruning_rate: float | None, n: int) -> int:
     return budget
 
 
-def _sources(config: SelectConfig, methods: Mapping[str, Method]) -> dict[str, Any]:
-    """The models that the methods ask for, found; hub ids are fetched here."""
-    wanted: set[str] = set()
-    for method in (methods[name] for name in config.method):
-        # the user's own scores stand in for a model's; the target verifies where there is one
-        needs = [need for name, need in method.needs.items() if not (config.scores and name == "scores")]
-        if method.verify and (config.target or not config.scores):
-            needs.append(method.verify)
-        wanted |= {need.split("/")[0].split("@")[0] for need in needs}
-    if not wanted:
-        return {}
-    from staff.models import load as models
-
-    if not config.target:
-        raise ValueError("name the model that the coreset is for with --target")
-    target = models.resolve(config.target, "--target")
-    if not wanted & {"draft", "raw_draft"}:
-        return {"target": target}
-    if not config.draft:
-        siblings = ", ".join(models.suggest_drafts(config.target))
-        known = (
-            f"Known smaller siblings of its family: {siblings}"
-            if siblings
-            else "No smaller sibling of its family is known here"
-        )
-        raise ValueError(
-            f"--method {' '.join(config.method)} needs a small draft of the target's family: name one with --draft. {known}. "
-            "Without one: --draft self:8 keeps 8 of the target's own blocks, --method direct scores the target itself"
-        )
-    is_self = models.self_blocks(config.draft) is not None
-    return {"target": target, "draft": target if is_self else models.resolve(config.draft, "--draft")}
-
-
-def _check_models(config: SelectConfig, sources: dict[str, Any]) -> None:
-    """A scope or a load that can't be had is known before any work is done."""
-    from staff.models import load as models
-
-    for source in {id(source): source for source in sources.values()}.values():
-        models.check(source, config.scope, config.load_in, config.trust_remote_code)
-
-
-def _fingerprint_rows(rows: formats.Rows) -> str:
-    digest = hashlib.sha256()
-    for row in rows.raw(range(len(rows))):
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode(errors="surrogatepass") + b"\n")
-    return digest.hexdigest()[:12]
-
-
-def finetune(config: FinetuneConfig, *, update: bool = False, on_progress: Progress | None = None) -> Path:
-    """Fine-tune a model on a file with LoRA; the adapter is left in config.output.
-
-    Args:
-        update: begin again in a folder that was begun with other settings or inputs.
-
-    Returns:
-        the folder of the adapter, as PEFT, TRL and vLLM load it.
-
-    Raises:
-        ValueError: something that the user can mend.
-    """
-    from staff.models import load as models
-
-    check_named(config, "data", "model", "output")
-    assert config.output
-    rows = formats.read(list(config.data), **config.reading.keywords())
-    source = models.resolve(config.model, "--model")
-    run = RunDirectory(config.output)
-    with contextlib.closing(run), failures_are_said(run.path):
-        tell = _noted(run, on_progress)
-        inputs = {"data": _fingerprint_rows(rows), "model": _content_of(run, source)()}
-        settings = {name: value for name, value in flat(config).items() if name not in NOT_RESULTS}
-        run.begin(settings, inputs, update)
-        key = {"settings": settings, "inputs": inputs}
-        manifest = read_checked(run.path / "manifest.json")
-        if (
-            manifest
-            and manifest["finished"] == fingerprint(key)
-            and not changed_files(run.path, manifest["files"])
-        ):
-            logger.info("%s is finished: nothing to do", run.path)
-            return run.path
-        from staff.data.tokens import tokenise
-        from staff.models import (
-            finetune as training,
-        )  # here, so that a finished one is recognised without torch
-
-        device = models.pick_device(config.device)
-        dtype = models.pick_dtype(config.dtype, device)
-        given = source
-        if source.gguf:
-            source = models.unpack_gguf(
-                source, run.piece("model", {"gguf": inputs["model"], "dtype": str(dtype)}), dtype
-            )
-        tokenizer = models.load_tokenizer(source, config.trust_remote_code)
-        folder = run.piece("adapter", key)
-        if sealed(folder) is None:
-            pool = tokenise(
-                rows.examples(), tokenizer, config.max_length, lambda done: tell("tokenise", done, len(rows))
-            )
-            warn(rows, pool, config.max_length, run.path / "skipped.jsonl")
-            model = models.load_model(source, dtype, device, config.trust_remote_code)
-            began, steps = time.monotonic(), []
-
-            def advance(done: int, total: int) -> None:
-                steps.append(done)
-                tell("fine-tune", done, total)
-
-            tuned = training.finetune(
-                model,
-                pool,
-                np.arange(len(pool)),
-                folder,
-                epochs=config.epochs,
-                max_steps=config.max_steps,
-                on_progress=advance,
-                **{name: getattr(config, name) for name in TRAINING},
-            )
-            # of a resumed one, what all steps would have taken at the pace of those since
-            seconds = (time.monotonic() - began) * steps[-1] / (steps[-1] - steps[0] + 1) if steps else 0.0
-            size = dataclasses.asdict(models.measure(tuned))
-            write_json(
-                folder / "cost.json", {"seconds": seconds, "steps": steps[-1] if steps else 0, "size": size}
-            )
-        cost = json.loads((folder / "cost.json").read_text()) if (folder / "cost.json").exists() else {}
-        if _content_of(run, given)() != inputs["model"]:
+def _groups(config: SelectConfig, pool: rows.Rows) -> list[str] | None:
+    """The label of each row, where the budget is shared over groups."""
+    if config.group_by is None:
+        return None
+    groups = []
+    for place, row in enumerate(pool.raw(range(len(pool)))):
+        if config.group_by not in row:
+            hint = near(config.group_by, row)
             raise ValueError(
-                f"--model {config.model} changed while it was read: put it back, or start again with --update"
+                f"--group-by {config.group_by}: row {pool.numbers[place]} has no such column{hint}"
             )
-        tokenizer.save_pretrained(folder / "tokenizer")
-        found = [*(folder / name for name in training.ADAPTER), *sorted((folder / "tokenizer").iterdir())]
-        for path in found:
-            write_whole(run.path / path.name, partial(shutil.copyfile, path))
-        if not given.adapter:
-            _name_base(run.path / "adapter_config.json", config.model)
-        write_text(run.path / "config.yaml", to_yaml(config))
-        about = {
-            "staff": version_of("staff-coreset"),
-            "commit": commit(),
-            "finished": fingerprint(key),
-            **key,
-            "seed": config.seed,
-        }
-        about |= {
-            "versions": {name: version_of(name) for name in PACKAGES},
-            "python": platform.python_version(),
-        }
-        about |= {
-            "machine": platform.machine(),
-            "device": str(device),
-            "dtype": str(dtype).removeprefix("torch."),
-        }
-        about |= {"cost": cost, "files": {path.name: hash_file(run.path / path.name) for path in found}}
-        write_checked(run.path / "manifest.json", about)
-        for piece in (*run.work.glob("model-*"), *run.work.glob("adapter-*")):
-            remove(piece)
-        return run.path
+        groups.append(str(row[config.group_by]))
+    return groups
 
 
-def _name_base(path: Path, model: str) -> None:
-    """Let an adapter name its base as it was given, not a folder that it was unpacked or cached in."""
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    base = Path(model).expanduser()
-    write_json(path, {**settings, "base_model_name_or_path": str(base.resolve()) if base.exists() else model})
+def options(config: SelectConfig, method: Method) -> dict[str, Any]:
+    """A method's own options: the settings of the same name, then those given with --option."""
+    known = method.options()
+    values = {name: getattr(config, name) for name in known if hasattr(config, name)}
+    for name, value in (pair.split("=", 1) for pair in config.option):
+        if name in known:
+            values[name] = yaml_value(value)
+    return values
 
 
-def score(config: ScoreConfig, *, on_progress: Progress | None = None) -> tuple[Path, int]:
-    """Score every sample of a pool on one model and write a Parquet file; what is done is kept beside it until the end.
-
-    Returns:
-        the file, and n.
-
-    Raises:
-        ValueError: something that the user can mend.
-    """
-    check_named(config, "data", "model", "output")
-    output = Path(str(config.output))
-    if output.suffix != ".parquet":
-        raise ValueError(
-            f"--output {output}: the scores are written as Parquet; name a file that ends in .parquet"
-        )
-    from staff.models import load as models
-
-    source = models.resolve(config.model, "--model")
-    rows = formats.read(list(config.data), **config.reading.keywords())
-    run = RunDirectory(output.with_suffix(".unfinished"))
-    with contextlib.closing(run), failures_are_said(run.path):
-        tell = _noted(run, on_progress)
-        inputs = {"data": _fingerprint_rows(rows), "target": _content_of(run, source)()}
-
-        def unchanged(*names: str) -> None:
-            if _content_of(run, source)() != inputs["target"]:
-                raise ValueError(
-                    f"--model {config.model} changed while it was read: put it back and go on, or type the same command again"
-                )
-
-        names = {field.name for field in dataclasses.fields(SelectConfig)}
-        shared = {
-            name: getattr(config, name)
-            for name in names & {field.name for field in dataclasses.fields(config)}
-        }
-        stand_in = SelectConfig(**shared)
-        run.begin(
-            {name: value for name, value in flat(stand_in).items() if name not in NOT_RESULTS},
-            inputs,
-            update=True,
-        )
-        work = Work(stand_in, run, rows, {"target": source}, inputs, tell, unchanged)
-        found = work.quantities("target")
-        columns = {"row": rows.numbers, "id": [example.id for example in rows.examples()], **found}
-        write_scores(output, {**columns, "tokens": work.pool("target").response_tokens()})
-        warn(rows, work.pool("target"), config.max_length, output.with_suffix(".skipped.jsonl"))
-    remove(run.path)
-    return output, len(rows)
+def _results(
+    config: SelectConfig,
+    pool: rows.Rows,
+    method: Method,
+    selection: Selection,
+    scores: np.ndarray | None,
+    pieces: Pieces | None,
+    run: RunFolder,
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """What is written of a selection beside the rows: columns of scores.parquet, the cost, what the manifest says."""
+    need = None if config.scores else method.needs.get("scores")
+    values: dict[str, Any] = (
+        {} if scores is None else {need.quantity if need else "score": np.asarray(scores)}
+    )
+    about = outputs.facts_of(pool)
+    terms = target_pass = None
+    if pieces:
+        name = "draft" if "draft" in pieces.sources else "target"
+        tokens = pieces.pool(name)
+        response = tokens.response_tokens()
+        if need and need.quantity in ("effort", "el2n", "entropy") and not need.made:
+            values["loss"] = pieces.scores(need.model)["loss"]
+        values |= {"prompt_tokens": tokens.lengths - response, "response_tokens": response}
+        about |= {**outputs.facts_of(pool, tokens), **pieces.facts, "tokens": int(tokens.lengths.sum())}
+        if len(selection.verified) and method.verify and scores is not None:
+            on_target = pieces.ledger(method.verify.model)(selection.verified)
+            about["fidelity"] = spearman(np.asarray(scores)[selection.verified], on_target)
+            values["target_effort"] = np.full(len(pool), np.nan, np.float32)
+            values["target_effort"][selection.verified] = on_target
+        if any(
+            stage.model == "target" and stage.kind in ("score", "verify") for stage in account.spent(run.work)
+        ):
+            target_pass = pieces.one_pass("target")
+        if target_pass and need == Need("draft", "effort"):
+            terms = {
+                "epochs": config.draft_epochs,
+                "share": config.draft_share,
+                "relative_cost": pieces.one_pass("draft") / target_pass,
+                "verified_share": len(selection.verified) / len(pool),
+            }
+    every = np.arange(len(pool))
+    if selection.region_of is not None:
+        values["region"] = selection.region_of  # -1: cut
+    if len(selection.verified):
+        values["verified"] = np.isin(every, selection.verified)
+    values["selected"] = np.isin(every, selection.indices)
+    return (
+        {**outputs.row_columns(pool), **values},
+        account.cost(account.spent(run.work), target_pass, terms),
+        about,
+    )

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from staff.methods import METHODS, Method
+from staff.types import Stage
 
-CHECKPOINTS = 4  # of a draft's tuning, that loss trajectories are taken over
+SNAPSHOTS = 4  # of a draft's tuning, that loss trajectories are taken over
 
 
 def staff_passes(epochs: float, share: float, relative_cost: float, verified_share: float) -> float:
@@ -84,31 +85,26 @@ def stages(method: Method, job: Job, speeds: Mapping[str, Speed]) -> dict[str, f
     Args:
         speeds: "target", and "draft" where there is one.
     """
-    found: dict[str, float] = {}
+    seconds: dict[str, float] = {}
     for need in method.needs.values():
-        name, _, quantity = need.partition("/")
-        label, _, checkpoints = name.partition("@")
-        if label == "pool":
+        if need.model == "pool":
             continue
-        base = "target" if "target" in label else "draft"
-        if base not in speeds or (checkpoints and not job.draft_epochs):
+        if need.base not in speeds or (need.checkpoints and not job.draft_epochs):
             return None
-        scoring = job.tokens * speeds[base].scoring
-        training = job.tokens * speeds[base].training
-        if label == "draft" and job.draft_epochs:
-            found["fine-tune the draft"] = job.draft_epochs * job.draft_share * training
-        if label == "tuned_target":
-            found["fine-tune the target"] = job.target_epochs * training
-        if quantity == "effort_running":
-            continue
-        if quantity == "unconditional_loss":
-            found["score without prompts"] = job.response_share * scoring
-        else:
-            stage = f"score on the {label.replace('_', ' ')}" + (" at checkpoints" if checkpoints else "")
-            found[stage] = scoring * (CHECKPOINTS if checkpoints else 1)
+        scoring = job.tokens * speeds[need.base].scoring
+        training = job.tokens * speeds[need.base].training
+        if need.model == "draft" and job.draft_epochs:
+            seconds[str(Stage("tune", "draft"))] = job.draft_epochs * job.draft_share * training
+        if need.model == "tuned_target":
+            seconds[str(Stage("tune", "target"))] = job.target_epochs * training
+        without_prompts = need.quantity == "unconditional_loss"
+        part = "without prompts" * without_prompts or "at checkpoints" * need.checkpoints
+        share = job.response_share if without_prompts else SNAPSHOTS if need.checkpoints else 1
+        seconds[str(Stage("score", need.model, part))] = share * scoring
     if method.verify:
-        found["verify on the target"] = job.verified_share * job.tokens * speeds["target"].scoring
-    return found
+        verified = job.verified_share * job.tokens * speeds[method.verify.base].scoring
+        seconds[str(Stage("verify", method.verify.model))] = verified
+    return seconds
 
 
 def table(job: Job, speeds: Mapping[str, Speed], pruning_rates: tuple[float, ...]) -> list[dict]:

@@ -28,26 +28,28 @@ def measure(model: Any, pool: Pool, config: PlanConfig) -> plan.Speed:
     positions = rng.permutation(len(pool))[: 2 * SAMPLES]
     positions = np.resize(positions, 2 * SAMPLES)
     with_adapter: Any = (
-        adapters.add_lora(model, config.lora_rank, config.lora_rank, config.seed)
-        if config.scope == "lora"
+        adapters.add_lora(model, config.training.lora_rank, config.training.lora_rank, config.seed)
+        if config.scoring.scope == "lora"
         else None
     )
-    scorer = Scorer(with_adapter or model, config.scope, config.batch_tokens)
-    scorer.scores(pool, positions[:SAMPLES])
+    scorer = Scorer(with_adapter or model, config.scoring.scope)
+    scorer.scores(pool, positions[:SAMPLES], config.scoring.batch_tokens)
     began = time.perf_counter()
-    scorer.scores(pool, positions[SAMPLES:])
+    scorer.scores(pool, positions[SAMPLES:], config.scoring.batch_tokens)
     scoring = (time.perf_counter() - began) / pool.lengths[positions[SAMPLES:]].sum()
     if with_adapter:
         model = with_adapter.unload()  # training puts on one of its own
     steps: list[float] = []
-    chosen = np.resize(positions, STEPS * config.batch_size)
+    chosen = np.resize(positions, STEPS * config.training.batch_size)
     with tempfile.TemporaryDirectory(prefix="staff-") as folder:
         finetune(
-            model, pool, chosen, Path(folder), epochs=1, batch_size=config.batch_size, lora_rank=config.lora_rank, seed=config.seed,
+            model, pool, chosen, Path(folder), epochs=1, batch_size=config.training.batch_size, lora_rank=config.training.lora_rank, seed=config.seed,
             on_progress=lambda done, total: steps.append(time.perf_counter()),
         )  # fmt: skip
     order = sample_order(len(chosen), config.seed, 0)
-    timed = pool.lengths[chosen[order[config.batch_size :]]].sum()  # without the first step, which warms up
+    timed = pool.lengths[
+        chosen[order[config.training.batch_size :]]
+    ].sum()  # without the first step, which warms up
     return plan.Speed(float(scoring), float((steps[-1] - steps[0]) / timed))
 
 
@@ -65,8 +67,8 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
     if not config.data or not config.target:
         raise ValueError("name the pool with --data FILE and the model that the coreset is for with --target")
     rows = formats.read(list(config.data), **config.reading.keywords())
-    device = models.pick_device(config.device)
-    dtype = models.pick_dtype(config.dtype, device)
+    device = models.pick_device(config.engine.device)
+    dtype = models.pick_dtype(config.engine.dtype, device)
     keep = models.self_blocks(config.draft)
     names = {"target": config.target} | (
         {"draft": config.target if keep else config.draft} if config.draft else {}
@@ -75,9 +77,13 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
     speeds, pools = {}, {}
     for label, source in sources.items():
         pools[label] = tokenise(
-            rows.examples(), models.load_tokenizer(source, config.trust_remote_code), config.max_length
+            rows.examples(),
+            models.load_tokenizer(source, config.engine.trust_remote_code),
+            config.reading.max_length,
         )
-        model = models.load_model(source, dtype, device, config.trust_remote_code, config.load_in)
+        model = models.load_model(
+            source, dtype, device, config.engine.trust_remote_code, config.engine.load_in
+        )
         speeds[label] = measure(
             draft.cut(model, keep) if label == "draft" and keep else model, pools[label], config
         )

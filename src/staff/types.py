@@ -1,13 +1,103 @@
-"""The plain data that passes between stages: Region, Selection, Cost. numpy alone."""
+"""The words that the parts speak to each other: Need, Stage, Region, Selection. numpy alone."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 Progress = Callable[[str, int, int], None]  # stage, done, in all
+
+# what one pass of a model, or the pool itself, can give of each sample, and what can be made of it
+QUANTITIES = ("effort", "loss", "el2n", "entropy", "features", "unconditional_loss", "similarity", "tokens")
+MADE = ("neighbours", "clusters")
+
+
+@dataclass(frozen=True)
+class Need:
+    """Numbers of the whole pool that a method must be given.
+
+    Written "model[@checkpoints]/quantity[.made]", as "draft/effort" or "draft@checkpoints/loss.clusters".
+
+    Attributes:
+        model: a key of the run's models, or "pool" for what needs none.
+        quantity: one of QUANTITIES.
+        checkpoints: the quantity along the model's tuning, (n, checkpoints).
+        made: one of MADE, computed from the quantity; None for the quantity itself.
+    """
+
+    model: str
+    quantity: str
+    checkpoints: bool = False
+    made: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Need:
+        """The need that a text names.
+
+        Raises:
+            ValueError: the text is not of that form, or names a quantity that nothing gives.
+        """
+        match = re.fullmatch(r"(\w+)(@checkpoints)?/(\w+)(?:\.(\w+))?", text)
+        if not match or match[3] not in QUANTITIES or match[4] not in (None, *MADE):
+            raise ValueError(
+                f"{text!r} names no numbers: write model/quantity, with a quantity of {', '.join(QUANTITIES)}; "
+                f"or model@checkpoints/quantity; and behind it, with a dot, {' or '.join(MADE)}"
+            )
+        return cls(match[1], match[3], bool(match[2]), match[4])
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model}{'@checkpoints' * self.checkpoints}/{self.quantity}"
+            f"{f'.{self.made}' if self.made else ''}"
+        )
+
+    @property
+    def base(self) -> str:
+        """The model that must be there for it, "draft" or "target" or one of a comparison's own; "pool" for none."""
+        return {"raw_draft": "draft", "tuned_target": "target"}.get(self.model, self.model)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A piece of work that takes time: what the progress shows and the account counts. Its `str` is for people.
+
+    Attributes:
+        kind: a key of SENTENCES.
+        model: a key of the run's models; "" where none takes part.
+        part: what of the pool, where it is not all of it.
+        snapshot: "2/4", at which checkpoint of the model's tuning.
+    """
+
+    kind: str
+    model: str = ""
+    part: str = ""
+    snapshot: str = ""
+
+    def __post_init__(self) -> None:
+        assert self.kind in SENTENCES, self.kind
+
+    def __str__(self) -> str:
+        words = SENTENCES[self.kind].format(model=self.model.replace("_", " "))
+        return words + f" {self.part}" * bool(self.part) + f" at {self.snapshot}" * bool(self.snapshot)
+
+
+SENTENCES = {
+    "read": "read",
+    "tokenise": "tokenise",
+    "unpack": "unpack the {model}",
+    "load": "load models",
+    "tune": "fine-tune the {model}",
+    "score": "score on the {model}",
+    "verify": "verify on the {model}",
+    "calibrate": "calibrate the {model}",
+    "gradients": "gradients of the {model}",
+    "query": "gradients of the validation rows",
+    "answer": "answer",
+    "judge": "metrics",
+}
 
 
 @dataclass(frozen=True)

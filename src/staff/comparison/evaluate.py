@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -27,8 +26,9 @@ from staff.files import (
     write_json,
     write_whole,
 )
-from staff.runs.store import RunDirectory
-from staff.types import Progress
+from staff.runs import account
+from staff.runs.store import RunFolder, open_run
+from staff.types import Progress, Stage
 
 if TYPE_CHECKING:
     from staff.data.tokens import Pool
@@ -76,17 +76,16 @@ def evaluate(config: EvaluateConfig, *, on_progress: Progress | None = None) -> 
     from staff.models import load as models
 
     metrics.judge_answers(["a word"], ["a word"])  # a package that is missing is known before the work
-    tell = on_progress or (lambda stage, done, total: None)
     source = models.resolve(config.model, "--model")
     rows = formats.read(list(config.data), **config.reading.keywords())
     examples = list(rows.examples())
     for number, example in zip(rows.numbers, examples, strict=True):
         if example.turns[0].role == "text":
             raise ValueError(f"row {number} has a text and no prompt: there is nothing to answer")
-    device = models.pick_device(config.device)
-    dtype = models.pick_dtype(config.dtype, device)
+    device = models.pick_device(config.engine.device)
+    dtype = models.pick_dtype(config.engine.dtype, device)
     unfinished = output.with_suffix(".unfinished")
-    with failures_are_said(output), contextlib.closing(RunDirectory(unfinished)) as run:
+    with failures_are_said(output), open_run(unfinished, "scores", on_progress) as run:
         inputs = {
             "data": hashlib.sha256(json.dumps(examples, ensure_ascii=True).encode()).hexdigest()[:12],
             "model": fingerprint({path.name: run.hash_file(path) for path in source.files()}),
@@ -103,13 +102,15 @@ def evaluate(config: EvaluateConfig, *, on_progress: Progress | None = None) -> 
                 source = models.unpack_gguf(source, unpacked, dtype)
 
             def load() -> Any:
-                tell("load the model", 0, 1)
-                return models.load_model(source, dtype, device, config.trust_remote_code, config.load_in)
+                run.tell(Stage("load"), 0, 1)
+                return models.load_model(
+                    source, dtype, device, config.engine.trust_remote_code, config.engine.load_in
+                )
 
-            tokenizer = models.load_tokenizer(source, config.trust_remote_code)
+            tokenizer = models.load_tokenizer(source, config.engine.trust_remote_code)
             folder = run.piece("answers", {"made_of": made_of})
-            answers, shortened = _answers(config, examples, tokenizer, load, run, folder, tell)
-            tell("metrics", 0, 1)
+            answers, shortened = _answers(config, examples, tokenizer, load, run, folder)
+            run.tell(Stage("judge"), 0, 1)
             references = [example.turns[-1].text.strip() for example in examples]
             each, overall, how = metrics.judge_answers(answers["prediction"], references)
             table: dict[str, Sequence[Any]] = {
@@ -133,7 +134,7 @@ def evaluate(config: EvaluateConfig, *, on_progress: Progress | None = None) -> 
                 "answer_tokens": sum(answers["answer_tokens"]),
                 "cut": sum(answers["cut"]),
                 "shortened_prompts": shortened,
-                "seconds": run.account().get("answer", {}).get("seconds", 0.0),
+                "seconds": account.spent(run.work).get(Stage("answer"), {}).get("seconds", 0.0),
                 "settings": json.loads(json.dumps(settings)),
                 "dtype": str(dtype).removeprefix("torch."),
                 "device": device.type,
@@ -151,9 +152,8 @@ def _answers(
     examples: Sequence[Any],
     tokenizer: Any,
     load: Callable[[], Any],
-    run: RunDirectory,
+    run: RunFolder,
     folder: Path,
-    tell: Progress,
 ) -> tuple[dict[str, list[Any]], int]:
     """Answers and losses of all examples, by shards kept in `folder`; and how many prompts lost their start.
 
@@ -163,16 +163,16 @@ def _answers(
     from staff.data.tokens import tokenise
 
     prompts, end = split_prompts(tokenise(examples, tokenizer, UNBOUNDED))
-    room = config.max_length - config.max_new_tokens
+    room = config.reading.max_length - config.max_new_tokens
     shortened = sum(len(prompt) > room for prompt in prompts)
     if shortened:
         logger.warning(
             "%d prompts lost their start: they leave no room for an answer in --max-length %d",
             shortened,
-            config.max_length,
+            config.reading.max_length,
         )
     prompts = [prompt[-room:] for prompt in prompts]
-    pool = tokenise(examples, tokenizer, config.max_length)
+    pool = tokenise(examples, tokenizer, config.reading.max_length)
     # like lengths together: little padding
     order = np.argsort([-len(prompt) for prompt in prompts], kind="stable")
     columns: dict[str, list[Any]] = {"prediction": [], "answer_tokens": [], "cut": [], "loss": []}
@@ -189,12 +189,13 @@ def _answers(
             part = dict(answerer.answer([prompts[i] for i in places]))
             part["loss"] = answerer.losses(pool, places).tolist()
             # before the shard: a kill between the two counts the work twice, as it is then done twice
-            run.spend(stage="answer", seconds=time.monotonic() - began, samples=len(places))
+            seconds, samples = time.monotonic() - began, len(places)
+            account.spend(run.work, Stage("answer"), once=path.name, seconds=seconds, samples=samples)
             write_checked(path, part)
         began = time.monotonic()
         for name, values in columns.items():
             values += part[name]
-        tell("answer", start + len(places), len(order))
+        run.tell(Stage("answer"), start + len(places), len(order))
     back = np.argsort(order)
     answers = {name: [values[i] for i in back] for name, values in columns.items()}
     return {**answers, "prompt_tokens": [len(prompt) for prompt in prompts]}, shortened

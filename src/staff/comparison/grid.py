@@ -17,9 +17,11 @@ from staff.config import (
     SelectConfig,
     expand,
     from_mapping,
+    names_of,
     read_yaml,
 )
 from staff.methods import METHODS, Method
+from staff.types import Need
 
 SETTINGS = (
     "tasks", "target", "draft", "drafts", "methods", "pruning_rates", "seeds", "select", "finetune", "evaluate", "metrics", "full",
@@ -209,7 +211,7 @@ def _task(name: str, given: Any, values: Mapping[str, Any], path) -> Task:
         if not given.get(part):
             raise ValueError(f"{where}: needs a {part} file")
     reading = _mapping(given.get("reading") or {}, f"{where}: reading")
-    _known(reading, [f.name for f in dataclasses.fields(Reading)], f"{where}: reading")
+    _known(reading, names_of(Reading), f"{where}: reading")
     stages = {}
     for stage in ("select", "finetune", "evaluate"):
         stages[stage] = {
@@ -241,29 +243,25 @@ def _variants(name: str, given: Any, drafts: Mapping[str, str], where: str) -> d
             f"{where}: there is no method {base!r}; name one with 'method:', of {', '.join(METHODS)}"
         )
     method = METHODS[base]
-    needs = {**method.needs, **_mapping(given.pop("needs", None) or {}, f"{where}: needs")}
-    _known(needs, list(method.needs), f"{where}: needs")
-    verify = given.pop("verify", method.verify)
-    method = (
-        dataclasses.replace(method, needs=needs, verify=verify)
-        if (needs, verify) != (dict(method.needs), method.verify)
-        else method
-    )
+    changed = _mapping(given.pop("needs", None) or {}, f"{where}: needs")
+    _known(changed, list(method.needs), f"{where}: needs")
+    if changed or "verify" in given:
+        try:
+            needs = {**method.needs, **{name: Need.parse(str(text)) for name, text in changed.items()}}
+            text = given.pop("verify", None if method.verify is None else str(method.verify))
+            verify = None if text is None else Need.parse(str(text))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if (needs, verify) != (dict(method.needs), method.verify):
+            method = dataclasses.replace(method, needs=needs, verify=verify)
     own = {option: value for option, value in given.items() if option in method.options()}
     settings = {setting: value for setting, value in given.items() if setting not in own}
-    fields = {f.name for f in dataclasses.fields(SelectConfig)} - {
-        *OWN,
-        "target",
-        "method",
-        "pruning_rate",
-        "budget",
-        "reading",
-        "option",
-    }
+    set_here = {*OWN, "target", "method", "pruning_rate", "budget", "option", *names_of(Reading)}
+    fields = names_of(SelectConfig).keys() - set_here
     _known(settings, sorted({*fields, *method.options(), "method", "needs", "verify"}), where)
     if own:
         method = dataclasses.replace(method, fixed=own)
-    speculates = any(need.startswith(("draft", "raw_draft")) for need in needs.values())
+    speculates = any(need.base == "draft" for need in method.needs.values())
     if "draft" in settings or not speculates or len(drafts) <= 1:
         return {name: Variant(name, method, settings)}
     return {

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from staff import graph, pipeline
+from staff import graph, jobs, pipeline
 from staff.comparison import diversity, metrics
 from staff.comparison import evaluate as evaluation
 from staff.comparison.grid import (
@@ -44,9 +44,10 @@ from staff.files import (
 )
 from staff.methods import Method
 from staff.models import load as models
+from staff.runs.account import stages_of
+from staff.runs.keys import model_specs
 from staff.runs.outputs import Run
-from staff.runs.pieces import models_of
-from staff.types import Progress
+from staff.types import Progress, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +167,7 @@ def _open(comparison: Comparison) -> Grid:
         folder = comparison.output / "models" / contents["target"]
         folder.mkdir(parents=True, exist_ok=True)
         config = finetune_config(comparison, next(iter(comparison.tasks.values())), ("x",), 0, "x")
-        dtype = models.pick_dtype(config.dtype, models.pick_device(config.device))
+        dtype = models.pick_dtype(config.engine.dtype, models.pick_device(config.engine.device))
         source = models.unpack_gguf(source, folder, dtype)
     if Path(comparison.target).exists() and not source.adapter:
         comparison = dataclasses.replace(comparison, target=str(source.folder.resolve()))
@@ -197,7 +198,8 @@ def _made_of(grid: Grid, cell: Cell) -> str:
         variant = comparison.variants[cell.method]
         method = variant.method
         key |= {"select": task.select, "settings": variant.settings, "function": method.function.__name__}
-        key |= {"needs": dict(method.needs), "verify": method.verify, "fixed": dict(method.fixed)}
+        needs = {name: str(need) for name, need in method.needs.items()}
+        key |= {"needs": needs, "verify": str(method.verify), "fixed": dict(method.fixed)}
     return fingerprint({**key, **dataclasses.asdict(cell)})
 
 
@@ -230,9 +232,9 @@ def _work(grid: Grid, cell: Cell, runs: dict[str, list[Run]], tell: Progress) ->
     if cell.method != UNTOUCHED:
         own = dataclasses.replace(task, finetune=reading)
         tuning = finetune_config(comparison, own, data, seed, str(folder / "adapter"))
-        model = str(pipeline.finetune(tuning, update=True, on_progress=tell))
+        model = str(jobs.finetune(tuning, update=True, on_progress=tell))
         spent = (read_checked(folder / "adapter" / "manifest.json") or {}).get("cost", {})
-        steps = -(-len(chosen) // tuning.batch_size)
+        steps = -(-len(chosen) // tuning.training.batch_size)
         epochs = tuning.epochs if tuning.max_steps is None else tuning.max_steps / steps
         rows = formats.read(list(data), **tuning.reading.keywords())
         figures |= {
@@ -298,14 +300,14 @@ def _lengths(grid: Grid, task: Task) -> dict[str, np.ndarray]:
 
     config = finetune_config(grid.comparison, task, task.train, 0, "x")
     pool_contents = [grid.contents[name] for name in task.train]
-    key = fingerprint([grid.contents["target"], pool_contents, config.max_length])
+    key = fingerprint([grid.contents["target"], pool_contents, config.reading.max_length])
     path = grid.place("selections", task.name, f"lengths-{key}.npz")
     lengths = read_arrays(path)
     if lengths is None:
         source = models.resolve(grid.comparison.target)
         rows = formats.read(list(task.train), **config.reading.keywords())
-        tokenizer = models.load_tokenizer(source, config.trust_remote_code)
-        pool = tokenise(rows.examples(), tokenizer, config.max_length)
+        tokenizer = models.load_tokenizer(source, config.engine.trust_remote_code)
+        pool = tokenise(rows.examples(), tokenizer, config.reading.max_length)
         lengths = {"tokens": pool.lengths, "responses": pool.response_tokens()}
         write_arrays(path, lengths)
     return lengths
@@ -378,40 +380,34 @@ def selection_cost(method: Method, config: SelectConfig, run: Run) -> dict[str, 
     Every stage that its needs call for counts in full, since alone it would have had to do it, the fine-tuned
     target of a baseline too; verification counts by the samples it asked for. Loading models counts for none.
     """
-    stages, known = run.cost["stages"], models_of(config)
-    shares: dict[str, float] = {"tokenise": 1.0} if method.needs or method.verify else {}
+    stages, specs = stages_of(run.cost), model_specs(config)
+    shares: dict[Stage, float] = {Stage("tokenise"): 1.0} if method.models() else {}
     for need in method.needs.values():
-        label, _, quantity = need.partition("/")
-        name, _, checkpoints = label.partition("@")
-        if name not in known:
+        if need.model not in specs:
             continue
-        model = known[name]
-        if model.epochs:
-            shares[f"fine-tune the {model.base}"] = 1.0
-        if quantity == "effort_running":
-            continue
-        if quantity == "similarity":
-            shares["gradients of the validation rows"] = 1.0
-        twin = next(
-            (other for other, spec in known.items() if spec == model and other != name), None
-        )  # an untuned draft is the raw one
-        for alias in (name, twin):
-            stage = f"score on the {str(alias).replace('_', ' ')}"
-            if quantity == "unconditional_loss":
-                stage += " without prompts"
-            if quantity == "similarity":
-                stage = f"gradients of the {str(alias).replace('_', ' ')}"
-            wanted = (
-                {other for other in stages if other.startswith(f"{stage} at ")}
-                if checkpoints
-                else {stage} & stages.keys()
-            )
+        spec = specs[need.model]
+        if spec.epochs:
+            shares[Stage("tune", spec.base)] = 1.0
+        if need.quantity == "similarity":
+            shares[Stage("query")] = 1.0
+        kind = "gradients" if need.quantity == "similarity" else "score"
+        part = "without prompts" if need.quantity == "unconditional_loss" else ""
+        twins = [name for name, other in specs.items() if other == spec]  # an untuned draft is the raw one
+        for name in (need.model, *twins):
+            wanted = [
+                stage
+                for stage in stages
+                if (stage.kind, stage.model, stage.part) == (kind, name, part)
+                and bool(stage.snapshot) == need.checkpoints
+            ]
             if wanted:
                 shares |= dict.fromkeys(wanted, 1.0)
                 break
-    stage = f"verify on the {str(method.verify).partition('/')[0]}"
-    if method.verify and stages.get(stage, {}).get("samples"):
-        shares[stage] = min(1.0, len(run.selection.verified) / stages[stage]["samples"])
+    if method.verify:
+        stage = Stage("verify", method.verify.model)
+        samples = stages.get(stage, {}).get("samples")
+        if samples:
+            shares[stage] = min(1.0, len(run.selection.verified) / samples)
     return {
         name: sum(stages.get(stage, {}).get(name, 0.0) * share for stage, share in shares.items())
         for name in ("seconds", "tokens", "flops")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import array
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -40,6 +40,18 @@ class Pool:
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """The pool as named arrays, as `from_arrays` takes them."""
+        counts = np.array([self.truncated, self.cut_responses, self.spelled])
+        tokens = {"input_ids": self.input_ids, "is_response": self.is_response, "offsets": self.offsets}
+        return {**tokens, "counts": counts}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Pool:
+        """What `to_arrays` gave."""
+        counts = map(int, arrays["counts"])
+        return cls(arrays["input_ids"], arrays["is_response"], arrays["offsets"], *counts)
 
     @property
     def lengths(self) -> np.ndarray:

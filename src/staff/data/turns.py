@@ -254,7 +254,7 @@ def _chat(layout: Layout, messages: object, column: str) -> list[Turn]:
         others = len(message) > 2 or content_tag not in message
         fields = _fields(message, role_tag, content_tag, what) if others else None
         content = message.get(content_tag)
-        if content is None and (role not in ("user", "assistant") or fields and fields.get("tool_calls")):
+        if content is None and (role not in ("user", "assistant") or (fields and fields.get("tool_calls"))):
             content = ""
         if isinstance(content, list):
             content = [_part(part, what) for part in content]

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +15,10 @@ from staff.methods.d2 import d2
 from staff.methods.features import facility_location, kcenter, moderate, s2l
 from staff.methods.staff import staff
 from staff.methods.top import ifd, perplexity, random, top
-from staff.types import Selection
+from staff.types import Need, Selection
 
 FIXED = ("budget", "rng", "verify")
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -24,87 +26,110 @@ class Method:
     """A selection function and what it must be given.
 
     Attributes:
-        function: f(scores, *, budget, rng, **needed arrays, **options) -> Selection.
-        needs: argument -> "model[@checkpoints]/quantity", computed by the pipeline before the call. A quantity with a
-            dot in it, "features.neighbours", is made from the one before the dot (see graph.py).
-        verify: "model/quantity" that the function may ask for by position while it runs; None: it asks nothing.
+        function: f(n, *, budget, rng, **needed arrays, **options) -> Selection.
+        needs: argument -> what the pipeline computes for it before the call; texts are parsed here, so that a
+            typo fails when the table is made.
+        verify: what the function may ask for by position while it runs; None: it asks nothing.
         paper: where it comes from.
         about: what it keeps, in a few words.
         fixed: options that this entry sets for good; they are no options of it any more.
+
+    Raises:
+        ValueError: a need that names no numbers.
     """
 
     function: Callable[..., Selection]
-    needs: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    verify: str | None = None
+    needs: Mapping[str, Need] = field(default_factory=lambda: NOTHING)
+    verify: Need | None = None
     paper: str | None = None
     about: str = ""
-    fixed: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    fixed: Mapping[str, object] = field(default_factory=lambda: NOTHING)
 
     def options(self) -> dict[str, object]:
         """The function's own options and their defaults."""
         parameters = inspect.signature(self.function).parameters.values()
-        taken = (*self.needs, "scores", *FIXED, *self.fixed)
+        taken = (*self.needs, *FIXED, *self.fixed)
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in taken}
 
-    def check_options(self, options: Mapping[str, object]) -> None:
-        """Raise ValueError for an option that the function does not have. Called before any model loads."""
-        for name in options:
-            if name not in self.options():
-                known = ", ".join(self.options()) or "none"
-                raise ValueError(f"{self.function.__name__} has no option {name!r}; its options: {known}")
+    def models(self) -> list[str]:
+        """The models that must be looked at, verified ones included, each once."""
+        needs = [*self.needs.values(), *([self.verify] if self.verify else [])]
+        return list(dict.fromkeys(need.model for need in needs if need.model != "pool"))
 
-    def select(self, scores: np.ndarray, *, budget: int, rng: np.random.Generator, **arguments) -> Selection:
+    def select(self, n: int, *, budget: int, rng: np.random.Generator, **arguments: Any) -> Selection:
         """Run the function; see its own docstring for the arguments.
 
         Args:
-            scores: (n,) scores, higher is harder; methods without a need for them use their length alone.
+            n: the pool's size, in samples.
             budget: m, in samples.
             rng: numpy Generator; equal seeds give equal coresets.
-            **arguments: `verify`, the needed arrays, and options.
+            **arguments: the needed arrays, `verify`, and options.
 
         Raises:
             ValueError: an unknown option, a missing array, a budget that is not between 0 and n, or whatever the
                 function finds wrong with the numbers, nan among them by name.
         """
-        self.check_options({k: v for k, v in arguments.items() if k not in (*self.needs, "verify")})
-        for name, need in self.needs.items():
-            if name != "scores" and arguments.get(name) is None:
-                raise ValueError(f"{self.function.__name__} needs {name} ({need}), and was given none")
-        if not 0 <= budget <= len(scores):
-            raise ValueError(
-                f"the budget must be between 0 and the pool's {len(scores)} samples; found {budget}"
-            )
+        name = self.function.__name__
+        for option in arguments.keys() - self.needs.keys() - {"verify"}:
+            if option not in self.options():
+                known = ", ".join(self.options()) or "none"
+                raise ValueError(f"{name} has no option {option!r}; its options: {known}")
+        for argument, need in self.needs.items():
+            if arguments.get(argument) is None:
+                raise ValueError(f"{name} needs {argument} ({need}), and was given none")
+        check_budget(budget, n)
         if "verify" not in inspect.signature(self.function).parameters:
             arguments.pop(
                 "verify", None
             )  # a method that asks the target nothing may be offered it all the same
-        selection = self.function(scores, budget=budget, rng=rng, **arguments, **self.fixed)
+        selection = self.function(n, budget=budget, rng=rng, **arguments, **self.fixed)
         assert len(selection.indices) == budget, (
-            f"{self.function.__name__} returned {len(selection.indices)} of {budget} samples"
+            f"{name} returned {len(selection.indices)} of {budget} samples"
         )
         return selection
 
 
+def check_budget(budget: int, n: int) -> None:
+    """Raise ValueError unless 0 <= m <= n."""
+    if not 0 <= budget <= n:
+        raise ValueError(f"the budget must be between 0 and the pool's {n} samples; found {budget}")
+
+
+def entry(
+    function: Callable[..., Selection],
+    needs: Mapping[str, str] = NOTHING,
+    verify: str | None = None,
+    **about: Any,
+) -> Method:
+    """An entry of the table, its needs written as text.
+
+    Raises:
+        ValueError: a need that names no numbers.
+    """
+    parsed = {argument: Need.parse(need) for argument, need in needs.items()}
+    return Method(function, MappingProxyType(parsed), Need.parse(verify) if verify else None, **about)
+
+
 METHODS: dict[str, Method] = {
-    "random": Method(random, about="drawn uniformly: the one to beat"),
-    "direct": Method(
+    "random": entry(random, about="drawn uniformly: the one to beat"),
+    "direct": entry(
         staff,
         needs={"scores": "target/effort"},
         about="STAFF's regions on the released target's own effort; no draft",
     ),
-    "grand": Method(
+    "grand": entry(
         top, needs={"scores": "tuned_target/effort"}, paper="arXiv:2107.07075", about="highest gradient norm"
     ),
-    "el2n": Method(
+    "el2n": entry(
         top, needs={"scores": "tuned_target/el2n"}, paper="arXiv:2107.07075", about="highest error norm"
     ),
-    "ccs": Method(
+    "ccs": entry(
         ccs,
         needs={"scores": "tuned_target/el2n"},
         paper="arXiv:2210.15809",
         about="evenly over strata of difficulty, hardest cut",
     ),
-    "d2": Method(
+    "d2": entry(
         d2,
         needs={
             "scores": "tuned_target/el2n",
@@ -114,51 +139,49 @@ METHODS: dict[str, Method] = {
         paper="arXiv:2310.07931",
         about="hard and unlike one another, by messages between neighbours",
     ),
-    "moderate": Method(
+    "moderate": entry(
         moderate,
         needs={"features": "draft/features", "clusters": "draft/features.clusters"},
         paper="ICLR 2023, openreview 7D5EECbOaf9",
         about="at a middling distance from the cluster's centre",
     ),
-    "loss": Method(top, needs={"scores": "draft/loss"}, about="highest loss"),
-    "perplexity": Method(
+    "loss": entry(top, needs={"scores": "draft/loss"}, about="highest loss"),
+    "perplexity": entry(
         perplexity, needs={"scores": "draft/loss"}, paper="arXiv:2309.04564", about="middling perplexity"
     ),
-    "entropy": Method(top, needs={"scores": "draft/entropy"}, about="highest entropy of the predictions"),
-    "length": Method(
-        top, needs={"scores": "pool/tokens"}, paper="arXiv:2402.04833", about="longest response"
-    ),
-    "ifd": Method(
+    "entropy": entry(top, needs={"scores": "draft/entropy"}, about="highest entropy of the predictions"),
+    "length": entry(top, needs={"scores": "pool/tokens"}, paper="arXiv:2402.04833", about="longest response"),
+    "ifd": entry(
         ifd,
         needs={"scores": "raw_draft/loss", "unconditional_loss": "raw_draft/unconditional_loss"},
         paper="arXiv:2402.00530",
         about="hardest to follow of those whose prompt helps",
     ),
-    "kcenter": Method(
+    "kcenter": entry(
         kcenter,
         needs={"features": "draft/features"},
         paper="arXiv:1708.00489",
         about="no sample far from a kept one",
     ),
-    "facility_location": Method(
+    "facility_location": entry(
         facility_location,
         needs={"features": "draft/features", "neighbours": "draft/features.neighbours"},
         paper="Nemhauser, Wolsey and Fisher 1978",
         about="near to as many samples as can be",
     ),
-    "s2l": Method(
+    "s2l": entry(
         s2l,
         needs={"clusters": "draft@checkpoints/loss.clusters"},
         paper="arXiv:2403.07384",
         about="evenly over clusters of loss trajectories",
     ),
-    "less": Method(
+    "less": entry(
         top,
         needs={"scores": "draft/similarity"},
         paper="arXiv:2402.04333",
         about="gradient most like some validation rows'",
     ),
-    "staff": Method(
+    "staff": entry(
         staff,
         needs={"scores": "draft/effort"},
         verify="target/effort",
@@ -208,10 +231,8 @@ def methods_table(methods: Mapping[str, Method] = METHODS) -> list[MethodRow]:
     """What there is, what each needs and what that costs; one row a method, in the table's order."""
     rows = []
     for name, method in methods.items():
-        needs = [
-            *dict.fromkeys(method.needs.values()),
-            *([f"{method.verify} (drawn samples)"] if method.verify else []),
-        ]
+        needs = [*dict.fromkeys(map(str, method.needs.values()))]
+        needs += [f"{method.verify} (drawn samples)"] if method.verify else []
         options = ", ".join(f"{option}={default!r}" for option, default in method.options().items())
         rows.append(
             MethodRow(name, method.about, ", ".join(needs), cost(method), method.paper or "", options)
@@ -225,12 +246,9 @@ def cost(method: Method) -> str:
     All quantities of one model come from one pass, except the loss without the prompt, which is a pass over the
     responses alone. Neighbours and clusters cost no pass. A model that a comparison adds is written as cost(its name).
     """
-    on_the_way = "draft/effort_running"
-    models = dict.fromkeys(need.partition("/")[0] for need in method.needs.values() if need != on_the_way)
+    models = dict.fromkeys(need.model + "@checkpoints" * need.checkpoints for need in method.needs.values())
     terms = [COSTS.get(model, f"cost({model})") for model in models]
-    if on_the_way in method.needs.values() and "draft" not in models:
-        terms.append("2·T·r")
-    if any(need.endswith("/unconditional_loss") for need in method.needs.values()):
+    if any(need.quantity == "unconditional_loss" for need in method.needs.values()):
         terms.append("u·r")
     if method.verify:
         terms.append("v")

@@ -9,10 +9,11 @@ from staff.types import Region, Selection
 
 
 def ccs(
-    scores: np.ndarray,
+    n: int,
     *,
     budget: int,
     rng: np.random.Generator,
+    scores: np.ndarray,
     num_strata: int = 50,
     hard_cutoff: float = 0.1,
 ) -> Selection:
@@ -29,16 +30,17 @@ def ccs(
     is more than what the cut left, the easiest of the cut samples come back and are counted; the released code returns fewer.
 
     Args:
-        scores: (n,) finite numbers, higher is harder.
+        n: the pool's size, in samples.
         budget: m, in samples, 0 <= m <= n.
         rng: the source of all randomness.
+        scores: (n,) finite numbers, higher is harder.
         num_strata: 50 in the paper.
         hard_cutoff: beta, fraction of the pool set aside as hardest, in [0, 1).
 
     Returns:
         Selection whose regions are the strata; `filled_from_cut` counts cut samples taken back.
     """
-    scores = check_scores(scores)
+    scores = check_scores(scores, n)
     if num_strata < 1:
         raise ValueError(f"num_strata must be 1 or more; found {num_strata}")
     kept, cut = set_hardest_aside(scores, hard_cutoff)
@@ -52,7 +54,7 @@ def ccs(
         if share
     ]
     back = take_back(scores, cut, budget - int(budgets.sum()))
-    region_of = np.full(len(scores), -1, np.int64)
+    region_of = np.full(n, -1, np.int64)
     region_of[kept] = stratum_of
     regions = tuple(
         Region(

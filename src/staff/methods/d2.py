@@ -14,10 +14,11 @@ REVERSE_MESSAGES = ("weighted", "absolute")
 
 
 def d2(
-    scores: np.ndarray,
+    n: int,
     *,
     budget: int,
     rng: np.random.Generator,
+    scores: np.ndarray,
     features: np.ndarray,
     neighbours: np.ndarray,
     num_neighbours: int = 5,
@@ -41,9 +42,10 @@ def d2(
     cutoff for every pruning rate; the defaults are those of its CIFAR-10 example, and STAFF's cutoff.
 
     Args:
-        scores: (n,) finite numbers, higher is harder.
+        n: the pool's size, in samples.
         budget: m, in samples, 0 <= m <= n.
         rng: not used; there is nothing to draw.
+        scores: (n,) finite numbers, higher is harder.
         features: (n, d) float, what distances are measured between.
         neighbours: (n, k) int positions of each sample's nearest others, nearest first; -1 for none.
         num_neighbours: how many of the k to use.
@@ -58,17 +60,17 @@ def d2(
     Raises:
         ValueError: arrays that don't fit, or an option out of range.
     """
-    scores = check_scores(scores)
+    scores = check_scores(scores, n)
     if reverse_message not in REVERSE_MESSAGES:
         raise ValueError(
             f"reverse_message must be one of {', '.join(REVERSE_MESSAGES)}; found {reverse_message!r}"
         )
     if unit_distance not in (None, "median"):
         raise ValueError(f"unit_distance must be 'median' or None; found {unit_distance!r}")
-    features = check_features(features, len(scores))
-    neighbours = check_neighbours(neighbours, len(scores), num_neighbours)
+    features = check_features(features, n)
+    neighbours = check_neighbours(neighbours, n, num_neighbours)
     kept, cut = set_hardest_aside(scores, hard_cutoff)
-    is_kept = np.zeros(len(scores), bool)
+    is_kept = np.zeros(n, bool)
     is_kept[kept] = True
 
     is_edge = (neighbours >= 0) & is_kept[neighbours] & is_kept[:, None]

@@ -21,7 +21,7 @@ FARTHEST_FEW = 2048  # samples that k-center keeps up to date between two looks 
 
 
 def moderate(
-    scores: np.ndarray, *, budget: int, rng: np.random.Generator, features: np.ndarray, clusters: np.ndarray
+    n: int, *, budget: int, rng: np.random.Generator, features: np.ndarray, clusters: np.ndarray
 ) -> Selection:
     """Keep the samples at a middling distance from their cluster's centre (Moderate-DS, Xia et al. 2023, ICLR 2023).
 
@@ -32,21 +32,21 @@ def moderate(
     k-means clusters of the features.
 
     Args:
-        scores: (n,) anything; only the length counts.
+        n: the pool's size, in samples.
         budget: m, in samples, 0 <= m <= n.
         rng: not used; there is nothing to draw.
         features: (n, d) float.
         clusters: (n,) integers >= 0, the cluster of each sample.
     """
-    features, clusters = check_features(features, len(scores)), check_clusters(clusters, len(scores))
+    features, clusters = check_features(features, n), check_clusters(clusters, n)
     distances = np.zeros(len(features))
     for positions in members_of(clusters, int(clusters.max(initial=-1)) + 1):
         own = features[positions]
         distances[positions] = np.linalg.norm(own - np.median(own, axis=0), axis=1)
-    return top(distances, budget=budget, rng=rng, part="middle")
+    return top(n, budget=budget, rng=rng, scores=distances, part="middle")
 
 
-def s2l(scores: np.ndarray, *, budget: int, rng: np.random.Generator, clusters: np.ndarray) -> Selection:
+def s2l(n: int, *, budget: int, rng: np.random.Generator, clusters: np.ndarray) -> Selection:
     """Take as many from every cluster of loss trajectories as evenness allows (S2L, Yang et al. 2024, arXiv 2403.07384).
 
     Samples whose losses over a small model's training run alike have like gradients, so some of each will do. Clusters,
@@ -54,12 +54,12 @@ def s2l(scores: np.ndarray, *, budget: int, rng: np.random.Generator, clusters: 
     code, clusters of two or fewer are not put off to the end, and sources are not kept apart: `--group-by` does that.
 
     Args:
-        scores: (n,) anything; only the length counts.
+        n: the pool's size, in samples.
         budget: m, in samples, 0 <= m <= n.
         rng: the source of all randomness.
         clusters: (n,) integers >= 0: the cluster of each sample's losses over the checkpoints of a draft's training.
     """
-    clusters = check_clusters(clusters, len(scores))
+    clusters = check_clusters(clusters, n)
     members = members_of(clusters, int(clusters.max(initial=-1)) + 1)
     sizes = np.array([len(positions) for positions in members])
     budgets = allocate(np.full(len(members), np.nan), sizes, budget)
@@ -72,7 +72,7 @@ def s2l(scores: np.ndarray, *, budget: int, rng: np.random.Generator, clusters: 
 
 
 def kcenter(
-    scores: np.ndarray,
+    n: int,
     *,
     budget: int,
     rng: np.random.Generator,
@@ -89,7 +89,7 @@ def kcenter(
     The work grows with n * m: a quadratic method. It says so from 10^9 distances on; `num_candidates` is the way out.
 
     Args:
-        scores: (n,) anything; only the length counts.
+        n: the pool's size, in samples.
         budget: m, in samples, 0 <= m <= n.
         rng: draws the first pick, and the candidates.
         features: (n, d) float.
@@ -98,7 +98,7 @@ def kcenter(
     Returns:
         Selection.
     """
-    features = check_features(features, len(scores))
+    features = check_features(features, n)
     pool = np.arange(len(features))
     if num_candidates is not None and num_candidates < len(features):
         if num_candidates < budget:
@@ -166,7 +166,7 @@ def _lower(distances, features, squares, picks):
 
 
 def facility_location(
-    scores: np.ndarray, *, budget: int, rng: np.random.Generator, features: np.ndarray, neighbours: np.ndarray
+    n: int, *, budget: int, rng: np.random.Generator, features: np.ndarray, neighbours: np.ndarray
 ) -> Selection:
     """Pick the samples that most others are near to: greedy facility location on a graph of neighbours.
 
@@ -177,17 +177,15 @@ def facility_location(
     far apart clusters lie. Below about n / k picks it can't reach every sample, and says so.
 
     Args:
-        scores: (n,) anything; only the length counts.
+        n: the pool's size, in samples.
         budget: m, in samples, 0 <= m <= n.
         rng: not used; there is nothing to draw.
         features: (n, d) float, what distances are measured between.
         neighbours: (n, k) int positions of each sample's nearest others; -1 for none.
     """
-    features = check_features(features, len(scores))
-    neighbours = check_neighbours(
-        neighbours, len(scores), neighbours.shape[1] if np.ndim(neighbours) == 2 else 0
-    )
-    n, k = neighbours.shape
+    features = check_features(features, n)
+    neighbours = check_neighbours(neighbours, n, neighbours.shape[1] if np.ndim(neighbours) == 2 else 0)
+    k = neighbours.shape[1]
     if 0 < budget * (k + 1) < n:
         log.warning(
             "%d picks with %d neighbours each reach at most %d of %d samples: give facility_location more",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from staff.methods import Method
-from staff.types import Selection
+from staff.methods import Method, check_budget
+from staff.types import Need, Selection
 
 
 def share_by_size(sizes: np.ndarray, budget: int) -> np.ndarray:
@@ -31,12 +32,12 @@ def share_by_size(sizes: np.ndarray, budget: int) -> np.ndarray:
 
 def select_by_group(
     method: Method,
-    groups: Sequence | np.ndarray,
-    scores: np.ndarray,
+    groups: Sequence[str] | np.ndarray,
+    n: int,
     *,
     budget: int,
     rng: np.random.Generator,
-    **arguments,
+    **arguments: Any,
 ) -> Selection:
     """Run a method inside each group, with a budget in proportion to the group's size.
 
@@ -46,25 +47,22 @@ def select_by_group(
     Args:
         method: an entry of METHODS.
         groups: (n,) labels, strings or numbers.
-        scores: (n,) as for the method.
+        n: the pool's size, in samples.
         budget: m, in samples, over all groups.
         rng: the source of all randomness.
         **arguments: `verify`, the needed arrays, and options, as for `Method.select`.
 
     Returns:
-        Selection of exactly m samples. Regions are those of all groups, one group after another in the order of their
-        labels; `region_of` counts through.
+        Selection of exactly m samples. Regions are those of all groups, one group after another in the order of
+        their labels; `region_of` counts through.
 
     Raises:
         ValueError: not one label a sample, or what the method raises, with the group's name before it.
     """
     labels, group_of = np.unique(np.asarray(groups), return_inverse=True)
-    if np.ndim(groups) != 1 or len(group_of) != len(scores):
-        raise ValueError(
-            f"groups must be one label a sample, ({len(scores)},); found shape {np.shape(groups)}"
-        )
-    if not 0 <= budget <= len(scores):
-        raise ValueError(f"the budget must be between 0 and the pool's {len(scores)} samples; found {budget}")
+    if np.ndim(groups) != 1 or len(group_of) != n:
+        raise ValueError(f"groups must be one label a sample, ({n},); found shape {np.shape(groups)}")
+    check_budget(budget, n)
     verify = arguments.pop("verify", None)
     shares = share_by_size(np.bincount(group_of, minlength=len(labels)), budget)
     parts = []
@@ -74,16 +72,13 @@ def select_by_group(
         if verify is not None:
             own["verify"] = lambda positions, members=members: verify(members[positions])
         try:
-            parts.append(
-                (members, method.select(np.asarray(scores)[members], budget=int(share), rng=own_rng, **own))
-            )
+            parts.append((members, method.select(len(members), budget=int(share), rng=own_rng, **own)))
         except ValueError as error:
-            raise ValueError(
-                f"group {str(labels[group])!r} ({len(members)} samples, positions counted inside it): {error}"
-            ) from error
+            where = f"group {str(labels[group])!r} ({len(members)} samples, positions counted inside it)"
+            raise ValueError(f"{where}: {error}") from error
 
     regions = tuple(region for _, part in parts for region in part.regions)
-    region_of = np.full(len(scores), -1, np.int64) if regions else None
+    region_of = np.full(n, -1, np.int64) if regions else None
     first = 0
     for members, part in parts:
         if region_of is not None and part.region_of is not None:
@@ -99,17 +94,17 @@ def select_by_group(
     )
 
 
-def _take(array, members, need):
+def _take(values: Any, members: np.ndarray, need: Need | None) -> Any:
     """A needed array's rows of one group; options are no needs and pass through."""
     if need is None:
-        return array
-    rows = np.asarray(array)[members]
-    if not need.endswith(".neighbours"):
+        return values
+    rows = np.asarray(values)[members]
+    if need.made != "neighbours":
         return rows
-    place = np.full(len(array) + 1, -1, np.int64)  # the last, for -1: no neighbour is no neighbour
+    place = np.full(len(values) + 1, -1, np.int64)  # the last, for -1: no neighbour is no neighbour
     place[members] = np.arange(len(members))
     return place[rows]
 
 
-def _join(arrays):
-    return np.sort(np.concatenate([np.empty(0, np.int64), *arrays]))
+def _join(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.sort(np.concatenate([np.empty(0, np.int64), *parts]))

@@ -22,10 +22,11 @@ NORMALISATIONS = (None, "minmax")
 
 
 def staff(
-    scores: np.ndarray,
+    n: int,
     *,
     budget: int,
     rng: np.random.Generator,
+    scores: np.ndarray,
     verify: Callable[[np.ndarray], np.ndarray] | None = None,
     num_regions: int = 50,
     verification_budget: int = 10,
@@ -48,9 +49,10 @@ def staff(
     the budget nor on `pick`: one set of target scores serves every pruning rate.
 
     Args:
-        scores: (n,) speculative scores >= 0, higher is harder.
+        n: the pool's size, in samples.
         budget: m, in samples, 0 <= m <= n.
         rng: the source of all randomness.
+        scores: (n,) speculative scores >= 0, higher is harder.
         verify: positions (k,) sorted -> target scores (k,); called once. None: V_i = 1 everywhere.
         num_regions: K.
         verification_budget: b_v, samples of a region that the target scores; regions of b_v or fewer are not verified.
@@ -67,9 +69,9 @@ def staff(
         ValueError: nan among the scores, an unknown option, or a region whose drawn draft scores are all 0 while the
             target's are not (V_i would be infinite).
     """
-    scores = check_scores(scores)
-    if not 0 <= budget <= len(scores):
-        raise ValueError(f"the budget must be between 0 and the pool's {len(scores)} samples; found {budget}")
+    scores = check_scores(scores, n)
+    if not 0 <= budget <= n:
+        raise ValueError(f"the budget must be between 0 and the pool's {n} samples; found {budget}")
     if (scores < 0).any():
         raise ValueError("scores must not be negative: an effort score is a norm")
     if pick not in PICKS:
@@ -88,7 +90,7 @@ def staff(
     verified, ratios = _verify_regions(scores, members, verify, verification_budget, normalise, draws)
     budgets = allocate(ratios, sizes, budget, allocation)
 
-    is_taken = np.zeros(len(scores), bool)
+    is_taken = np.zeros(n, bool)
     for positions, region_budget in zip(members, budgets, strict=True):
         is_taken[_pick(scores, positions, int(region_budget), pick, picks)] = True
     missing = budget - int(np.count_nonzero(is_taken))
@@ -97,7 +99,7 @@ def staff(
     from_cut = take_back(scores, cut, missing - len(filled))
     is_taken[filled] = is_taken[from_cut] = True
 
-    region_of = np.full(len(scores), -1, np.int64)
+    region_of = np.full(n, -1, np.int64)
     region_of[kept] = region_of_kept
     selected = np.bincount(region_of[is_taken & (region_of >= 0)], minlength=num_regions)
     drawn = np.bincount(region_of[verified[region_of[verified] >= 0]], minlength=num_regions)

@@ -7,15 +7,15 @@ import numpy as np
 ALLOCATIONS = ("released", "paper")
 
 
-def check_scores(scores: np.ndarray) -> np.ndarray:
+def check_scores(scores: np.ndarray, n: int) -> np.ndarray:
     """The scores as (n,) float64, or an error that names the samples that have none.
 
     Raises:
         ValueError: not one number a sample, or some are nan or infinite.
     """
     scores = np.asarray(scores, dtype=np.float64)
-    if scores.ndim != 1:
-        raise ValueError(f"scores must be one number a sample, (n,); found shape {scores.shape}")
+    if scores.shape != (n,):
+        raise ValueError(f"scores must be one number a sample, ({n},); found shape {scores.shape}")
     bad = np.flatnonzero(~np.isfinite(scores))
     if len(bad):
         named = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")

@@ -10,18 +10,18 @@ from staff.types import Selection
 PARTS = ("top", "middle", "bottom")
 
 
-def random(scores: np.ndarray, *, budget: int, rng: np.random.Generator) -> Selection:
+def random(n: int, *, budget: int, rng: np.random.Generator) -> Selection:
     """Draw m samples uniformly, without replacement: the one to beat.
 
     Args:
-        scores: (n,) anything; only the length counts.
+        n: the pool's size, in samples.
         budget: m, in samples, 0 <= m <= n.
         rng: the source of all randomness.
     """
-    return Selection(np.sort(rng.choice(len(scores), budget, replace=False)))
+    return Selection(np.sort(rng.choice(n, budget, replace=False)))
 
 
-def top(scores: np.ndarray, *, budget: int, rng: np.random.Generator, part: str = "top") -> Selection:
+def top(n: int, *, budget: int, rng: np.random.Generator, scores: np.ndarray, part: str = "top") -> Selection:
     """Keep the m samples at one end, or in the middle, of the order of the scores.
 
     GraNd and EL2N keep the highest expected gradient norm and the highest error norm (Paul et al. 2021, arXiv
@@ -34,9 +34,10 @@ def top(scores: np.ndarray, *, budget: int, rng: np.random.Generator, part: str 
     2024, arXiv 2402.04333); the highest over the validation rows' tasks, where they name any.
 
     Args:
-        scores: (n,) finite numbers, higher is harder (for LESS: more alike).
+        n: the pool's size, in samples.
         budget: m, in samples, 0 <= m <= n.
         rng: not used; there is nothing to draw.
+        scores: (n,) finite numbers, higher is harder (for LESS: more alike).
         part: "top", the highest scores; "bottom", the lowest; "middle", as many left out below as above (one more
             above, where their number is odd). Of equal scores the earlier positions are kept; in the middle they count
             as the lower ones.
@@ -44,21 +45,21 @@ def top(scores: np.ndarray, *, budget: int, rng: np.random.Generator, part: str 
     Raises:
         ValueError: nan among the scores, or an unknown part.
     """
-    scores = check_scores(scores)
+    scores = check_scores(scores, n)
     if part not in PARTS:
         raise ValueError(f"part must be one of {', '.join(PARTS)}; found {part!r}")
     if part == "top":
         return Selection(highest(scores, budget))
-    below = (len(scores) - budget) // 2 if part == "middle" else 0
+    below = (n - budget) // 2 if part == "middle" else 0
     not_above = highest(-scores, below + budget)
-    is_kept = np.zeros(len(scores), bool)
+    is_kept = np.zeros(n, bool)
     is_kept[not_above] = True
     is_kept[not_above[highest(-scores[not_above], below)]] = False
     return Selection(np.flatnonzero(is_kept))
 
 
 def perplexity(
-    scores: np.ndarray, *, budget: int, rng: np.random.Generator, part: str = "middle"
+    n: int, *, budget: int, rng: np.random.Generator, scores: np.ndarray, part: str = "middle"
 ) -> Selection:
     """Keep the samples of middling perplexity, the best of the three parts in Marion et al. 2023 (arXiv 2309.04564).
 
@@ -66,16 +67,17 @@ def perplexity(
     the paper prunes pretraining text by the perplexity of all of its tokens.
 
     Args:
-        scores: (n,) mean cross-entropy over a sample's response tokens, in nats.
+        n: the pool's size, in samples.
         budget: m, in samples, 0 <= m <= n.
         rng: not used.
+        scores: (n,) mean cross-entropy over a sample's response tokens, in nats.
         part: "middle", "top" or "bottom", see `top`.
     """
-    return top(scores, budget=budget, rng=rng, part=part)
+    return top(n, budget=budget, rng=rng, scores=scores, part=part)
 
 
 def ifd(
-    scores: np.ndarray, *, budget: int, rng: np.random.Generator, unconditional_loss: np.ndarray
+    n: int, *, budget: int, rng: np.random.Generator, scores: np.ndarray, unconditional_loss: np.ndarray
 ) -> Selection:
     """Keep the highest instruction-following difficulty below 1 (Superfiltering, Li et al. 2024, arXiv 2402.00530).
 
@@ -84,21 +86,20 @@ def ifd(
     the released code then returns fewer.
 
     Args:
-        scores: (n,) loss of the response given its prompt, mean over its tokens, in nats.
+        n: the pool's size, in samples.
         budget: m, in samples, 0 <= m <= n.
         rng: not used; there is nothing to draw.
+        scores: (n,) loss of the response given its prompt, mean over its tokens, in nats.
         unconditional_loss: (n,) loss of the same response without its prompt.
 
     Returns:
         Selection; `filled_from_cut` counts samples kept with an IFD of 1 or more.
     """
-    if np.shape(unconditional_loss) != np.shape(scores):
-        raise ValueError(
-            f"unconditional_loss must be one number a sample, {np.shape(scores)}; found shape {np.shape(unconditional_loss)}"
-        )
-    log_ifd = check_scores(scores) - check_scores(
-        unconditional_loss
-    )  # the ratio of perplexities, in logarithms: it can't overflow
+    if np.shape(unconditional_loss) != (n,):
+        shape = np.shape(unconditional_loss)
+        raise ValueError(f"unconditional_loss must be one number a sample, ({n},); found shape {shape}")
+    # the ratio of perplexities, in logarithms: it can't overflow
+    log_ifd = check_scores(scores, n) - check_scores(unconditional_loss, n)
     follows = np.flatnonzero(log_ifd < 0)
     chosen = follows[highest(log_ifd[follows], min(budget, len(follows)))]
     dropped = np.flatnonzero(log_ifd >= 0)

@@ -266,6 +266,7 @@ def finetune(
         output,
         [*ADAPTER, *parts],
         samples=len(positions),
+        steps=steps,
         epochs=steps / steps_an_epoch if max_steps else epochs,
     )
     shutil.rmtree(checkpoints, ignore_errors=True)

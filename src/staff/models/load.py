@@ -137,6 +137,14 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def facts(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """What a manifest says of where and in what a model computed."""
+    import torch
+
+    gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    return {"device": f"{device}{gpu}", "dtype": str(dtype).removeprefix("torch.")}
+
+
 def _cpu_multiplies_bfloat16() -> bool:
     import torch
 

@@ -18,8 +18,12 @@ def write_scores(path: Path, columns: Mapping[str, Any]) -> None:
 
     from staff.files import write_whole
 
-    table = pa.table({name: pa.array(values, pa.string()) if name == "id" else values for name, values in columns.items()})
-    write_whole(path, lambda aside: pq.write_table(table, aside))
+    # from_pandas: nan is a score that there is not
+    arrays = {
+        name: pa.array(values, pa.string() if name == "id" else None, from_pandas=True)
+        for name, values in columns.items()
+    }
+    write_whole(path, lambda aside: pq.write_table(pa.table(arrays), aside))
 
 
 def read_scores(path: str | Path, numbers: np.ndarray, ids: list[str | None]) -> np.ndarray:
@@ -45,14 +49,18 @@ def read_scores(path: str | Path, numbers: np.ndarray, ids: list[str | None]) ->
     table = _read_table(path)
     name = next((value for value in VALUES if value in table), None)
     if name is None:
-        raise ValueError(f"{path}: needs a column of scores named {', '.join(VALUES[:-1])} or {VALUES[-1]}; found {', '.join(table)}")
+        raise ValueError(
+            f"{path}: needs a column of scores named {', '.join(VALUES[:-1])} or {VALUES[-1]}; found {', '.join(table)}"
+        )
     if "row" in table:
         key = "row"
         wanted: list[Any] = numbers.tolist()
     elif "id" in table:
         key, wanted = "id", ids
     else:
-        raise ValueError(f"{path}: needs a column row (0-based row number in the data) or id to match by; found {', '.join(table)}")
+        raise ValueError(
+            f"{path}: needs a column row (0-based row number in the data) or id to match by; found {', '.join(table)}"
+        )
     score_of: dict[Any, Any] = {}
     for place, (label, score) in enumerate(zip(table[key], table[name], strict=True)):
         if label in score_of:
@@ -96,4 +104,6 @@ def _read_table(path: Path) -> dict[str, list]:
     try:
         return readers[path.suffix](str(path)).to_pydict()
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: can't be read as {path.suffix[1:]}: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(
+            f"{path}: can't be read as {path.suffix[1:]}: {' '.join(str(error).split())[:200]}"
+        ) from None

@@ -1,10 +1,10 @@
-"""The run directory: files whole or absent, pieces by fingerprint, one run at a time, the ledger of target calls.
+"""The run folder: one owner, a log, pieces of work by fingerprint, the ledger of target calls.
 
-    config.yaml  work/  then coreset.jsonl  indices.npy  regions.csv  cost.json  manifest.json
+    .staff.json  config.yaml  work/  then coreset.jsonl  indices.npy  regions.csv  cost.json  manifest.json
 
 A piece of `work/` lies in a folder named by a fingerprint of exactly what determines it, with that written out in its
-key.json, so a resumed run takes what fits and never what doesn't. Everything that is taken up again has a checksum: what
-is damaged is named in a warning and made again.
+key.json, so a resumed run takes what fits and never what doesn't. Everything that is taken up again has a checksum:
+what is damaged is named in a warning and made again.
 """
 
 from __future__ import annotations
@@ -15,167 +15,240 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from staff.files import FULL, differences, fingerprint, hash_file, read_arrays, read_checked, remove, write_arrays, write_checked, write_json
+from staff import files
+from staff.runs import account
+from staff.types import Progress, Stage
 
 logger = logging.getLogger(__name__)
 
-ASIDE = re.compile(r"\.(.+)\.\d+(\.partial)?")
+PACKAGES = ("numpy", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
+ASIDE = re.compile(r"\.(.+)\.\d+(\.partial)?")  # what `files.write_whole` writes beside a file
 
 
-class RunDirectory:
-    """A run's folder, held by this process until `close`.
+@contextlib.contextmanager
+def open_run(path: str | Path, kind: str, on_progress: Progress | None = None) -> Iterator[RunFolder]:
+    """A folder of ours, held by this process within the block; failures in it are told in one message.
 
     Args:
         path: made where it does not exist.
+        kind: "run", "adapter" or "scores": what the folder's mark says.
+        on_progress: called with (stage, done, in all); each stage that begins has a line in the log.
 
     Raises:
-        ValueError: it can't be written to, another process holds it, or it holds other files than a run's.
+        ValueError: it can't be written to, another process holds it, or it holds other files than ours; inside the
+            block: the disk is full, a file can't be written or read, memory ran out.
+    """
+    with files.failures_are_said(Path(path)):
+        run = RunFolder(Path(path), kind, on_progress)
+        try:
+            yield run
+        finally:
+            run.close()
+
+
+class RunFolder:
+    """A run's folder; see `open_run`.
+
+    Attributes:
+        path: the folder.
+        work: where what is unfinished lies.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.work = self.path / "work"
-        self._is_new = not self.path.exists() or not any(self.path.iterdir()) if not self.path.is_file() else False
-        # work/ may be deleted once a run is finished
-        is_run = self.work.is_dir() or all((self.path / name).is_file() for name in ("manifest.json", "config.yaml"))
-        if self.path.is_dir() and not is_run and any(self.path.iterdir()):
-            raise ValueError(f"{self.path} holds files that are not a run's: name an empty or a new folder with --output")
+    def __init__(self, path: Path, kind: str, on_progress: Progress | None):
+        from filelock import FileLock, Timeout
+
+        self.path, self.work = path, path / "work"
+        files.check_mark(path, kind, "--output")
+        self._is_new = not path.exists() or not any(path.iterdir())
         try:
-            self.work.mkdir(parents=True, exist_ok=True)
-            self._lock = _hold(self.work / "lock")
+            files.mark(path, kind)
+            self.work.mkdir(exist_ok=True)
+            self._lock = FileLock(self.work / "lock", timeout=0)
+            self._lock.acquire()
+        except Timeout:
+            holder = self.work / "holder.txt"
+            said = holder.read_text().strip() if holder.exists() else "another process"
+            raise ValueError(
+                f"{path} is in use by {said}: wait for it, stop it, or name another --output"
+            ) from None
         except OSError as error:
-            if isinstance(error, BlockingIOError):
-                holder = (self.work / "lock").read_text().strip() or "another process"
-                raise ValueError(f"{self.path} is in use by {holder}: wait for it, stop it, or name another --output") from None
-            if error.errno in FULL:
-                raise ValueError(f"{self.path}: the disk is full. Free some space, or name another --output") from None
-            raise ValueError(f"{self.path} can't be written to: {error.strerror}; name another folder with --output") from None
+            if error.errno in files.FULL:
+                raise ValueError(
+                    f"{path}: the disk is full. Free some space, or name another --output"
+                ) from None
+            raise ValueError(
+                f"{path} can't be written to: {error.strerror}; name another folder with --output"
+            ) from None
+        with contextlib.suppress(OSError):
+            (self.work / "holder.txt").write_text(f"process {os.getpid()}\n")
         self._log = _Log(self.work / "log.txt")
         logging.getLogger("staff").addHandler(self._log)
+        self._on_progress, self._stages = on_progress, set[str]()
         self._hashes_path = self.work / "hashes.json"
-        self._hashes: dict[str, list] = (read_checked(self._hashes_path) or {}).get("hashes", {})
-        for left in (*self.path.glob(".*"), *self.work.rglob(".*")):
-            if ASIDE.fullmatch(left.name) and left.is_file():
+        self._hashes: dict[str, list[Any]] = (files.read_checked(self._hashes_path) or {}).get("hashes", {})
+        for left in (*path.glob(".*"), *self.work.rglob(".*")):
+            if ASIDE.fullmatch(left.name) and left.is_file() and not left.is_symlink():
                 left.unlink(missing_ok=True)  # what a killed process was writing
         self._pieces: set[Path] = set()  # whose key.json was looked at
+        self.note(
+            " ".join([f"staff {version_of('staff-coreset')}", *(f"{p} {version_of(p)}" for p in PACKAGES)])
+        )
         if (self.work / "begun.json").exists():
             self._log.open()
+
+    def close(self) -> None:
+        """Let go of the folder; one in which nothing was begun is left as it was."""
+        logging.getLogger("staff").removeHandler(self._log)
+        self._lock.release()
+        if self._is_new and not (self.work / "begun.json").exists():
+            files.remove(self.work)
+            (self.path / files.MARK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
+
+    def tell(self, stage: Stage, done: int, total: int) -> None:
+        """Show how far a stage is; its first call is noted in the log."""
+        name = str(stage)
+        if name not in self._stages:
+            self._stages.add(name)
+            self.note(f"{name}: {done} of {total}")
+        if self._on_progress:
+            self._on_progress(name, done, total)
+
+    def counter(self, stage: Stage, total: int) -> Callable[[int], None]:
+        """`tell` of one stage, called with how much is done."""
+        return lambda done: self.tell(stage, done, total)
+
+    def clock(self, stage: Stage) -> Callable[[int, int], None]:
+        """`tell` of one stage that also counts the seconds between its calls, so that a kill loses the last alone."""
+        began = time.monotonic()
+
+        def step(done: int, total: int) -> None:
+            nonlocal began
+            now = time.monotonic()
+            account.spend(self.work, stage, seconds=now - began)
+            began = now
+            self.tell(stage, done, total)
+
+        return step
 
     def note(self, line: str) -> None:
         """Write a line to work/log.txt, with the time: stages, versions; never a user's text."""
         self._log.write(line)
 
-    def close(self) -> None:
-        """Let go of the folder; one in which nothing was begun is left as it was found."""
-        logging.getLogger("staff").removeHandler(self._log)
-        if self._is_new and not (self.work / "begun.json").exists():
-            remove(self.work)
-            with contextlib.suppress(OSError):
-                self.path.rmdir()
-        self._lock.close()
-
     def hash_file(self, path: Path) -> str:
         """SHA-256 of a file, remembered in the run."""
-        known = len(self._hashes), self._hashes.get(str(path.resolve()))
-        digest = hash_file(path, self._hashes)
-        if known != (len(self._hashes), self._hashes.get(str(path.resolve()))):
-            write_checked(self._hashes_path, {"hashes": self._hashes})
+        before = self._hashes.get(str(path.resolve()))
+        digest = files.hash_file(path, self._hashes)
+        if before != self._hashes.get(str(path.resolve())):
+            files.write_checked(self._hashes_path, {"hashes": self._hashes})
         return digest
 
-    def begin(self, config: Mapping[str, Any], inputs: Mapping[str, Any], update: bool) -> None:
+    def begin(self, settings: Mapping[str, Any], inputs: Mapping[str, Any], update: bool) -> None:
         """Write down what this run is made of, or compare with what it was made of.
 
         Args:
-            config: the settings that matter to the results.
-            inputs: name -> fingerprint of every file that goes in.
+            settings: those that matter to the results.
+            inputs: name -> fingerprint of everything that goes in.
             update: go on with other settings or inputs; what still fits is kept.
 
         Raises:
             ValueError: settings or inputs have changed since; each is named.
         """
         path = self.work / "begun.json"
-        before = read_checked(path)
-        now = json.loads(json.dumps({"settings": dict(config), "inputs": dict(inputs)}))
+        before = files.read_checked(path)
+        now = json.loads(json.dumps({"settings": dict(settings), "inputs": dict(inputs)}))
+        cure = "Name another --output, or add --update to keep what still fits and do the rest again"
         if before is not None and not update:
-            settings = differences(before["settings"], now["settings"])
-            if settings:
-                raise ValueError(
-                    f"{self.path} was begun with other settings:\n  " + "\n  ".join(settings) + "\n"
-                    "Name another --output, or add --update to keep what still fits and do the rest again"
-                )
-            changed = [line.split(":")[0] for line in differences(before["inputs"], now["inputs"])]
+            changed = files.differences(before["settings"], now["settings"])
             if changed:
-                raise ValueError(
-                    f"{', '.join(changed)} changed since {self.path} was begun. Name another --output, "
-                    "or add --update to keep what still fits and do the rest again"
-                )
+                lines = "\n  ".join(changed)
+                raise ValueError(f"{self.path} was begun with other settings:\n  {lines}\n{cure}")
+            changed = [line.split(":")[0] for line in files.differences(before["inputs"], now["inputs"])]
+            if changed:
+                raise ValueError(f"{', '.join(changed)} changed since {self.path} was begun. {cure}")
         if before != now:
-            write_checked(path, now)
+            files.write_checked(path, now)
         self._log.open()
 
     def piece(self, kind: str, key: Mapping[str, Any]) -> Path:
         """The folder of a piece of work, made by its first caller: work/KIND-FINGERPRINT, the key in key.json."""
-        path = self.work / f"{kind}-{fingerprint(key)}"
+        path = self.work / f"{kind}-{files.fingerprint(key)}"
         about = path / "key.json"
         if path not in self._pieces:
             try:
-                whole = about.exists() and fingerprint(json.loads(about.read_text(encoding="utf-8"))) == fingerprint(key)
+                before = json.loads(about.read_text(encoding="utf-8")) if about.exists() else None
             except ValueError:
-                whole = False
-            if not whole:
+                before = None
+            if before is None or files.fingerprint(before) != files.fingerprint(key):
                 if about.exists():
                     logger.warning("%s is damaged; it is made again", about)
-                write_json(about, key)
+                files.write_json(about, key)
             self._pieces.add(path)
         return path
 
-    def spend(self, **entry: Any) -> None:
-        """Append a line to the account of work done: stage, seconds, samples, tokens, and what else is known."""
-        with open(self.work / "account.jsonl", "ab+") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # the last line of a killed run
-                    file.write(b"\n")
-            file.write(json.dumps(entry).encode() + b"\n")
+    def finished(self, key: str | None, folder: Path | None = None) -> dict[str, Any] | None:
+        """The manifest of what was finished here with this key, its files as they were written; else None."""
+        return find_finished(folder or self.path, key)
 
-    def account(self) -> dict[str, dict[str, float]]:
-        """What each stage took over all the times this run was started: stage -> summed numbers."""
-        total: dict[str, dict[str, float]] = {}
-        path = self.work / "account.jsonl"
-        for line in path.read_bytes().splitlines() if path.exists() else []:
-            try:
-                entry = json.loads(line)
-                name, numbers = str(entry.pop("stage")), {str(key): value + 0 for key, value in entry.items()}
-            except (ValueError, KeyError, TypeError, AttributeError):
-                continue  # the last line of a killed run
-            stage = total.setdefault(name, {})
-            for key, value in numbers.items():
-                stage[key] = stage.get(key, 0) + value
-        return total
+    def finish(
+        self, key: str, about: Mapping[str, Any], names: list[str], folder: Path | None = None
+    ) -> dict[str, Any]:
+        """Write the manifest, which says that all is there: the key, a checksum of each file, what it was made with."""
+        folder = folder or self.path
+        manifest = {
+            "staff": version_of("staff-coreset"),
+            "commit": commit(),
+            "finished": key,
+            "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **about,
+            "files": {name: files.hash_file(folder / name) for name in names},
+            **machine(),
+        }
+        files.write_checked(folder / "manifest.json", manifest)
+        self.note("done")
+        return manifest
 
 
-def _hold(path: Path):
-    """An exclusive lock that the system drops with the process, whatever its end."""
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 -- closed by RunDirectory.close
-    try:
-        import fcntl
+def find_finished(folder: Path, key: str | None) -> dict[str, Any] | None:
+    """The manifest in a folder, where it has this key (None: any) and its files are as they were written; else None."""
+    manifest = files.read_checked(folder / "manifest.json")
+    if manifest is None or key not in (None, manifest.get("finished")):
+        return None
+    return None if files.changed_files(folder, manifest["files"]) else manifest
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # no flock on Windows: runs there are not guarded against each other
-        pass
-    except BlockingIOError:
-        file.close()
-        raise
-    file.truncate(0)
-    file.write(f"process {os.getpid()}\n")
-    file.flush()
-    return file
+
+class Inputs(dict[str, str]):
+    """What goes into a run: name -> fingerprint of its content, as it was when the run began.
+
+    Args:
+        contents: name -> how its fingerprint is taken.
+        named: name -> what messages call it.
+    """
+
+    def __init__(self, contents: Mapping[str, Callable[[], str]], named: Mapping[str, str]):
+        super().__init__({name: content() for name, content in contents.items()})
+        self._contents, self._named = contents, named
+
+    def check(self, *names: str) -> None:
+        """Look at some of them (none named: all) again, before anything that was made of them is kept.
+
+        Raises:
+            ValueError: one changed.
+        """
+        for name in names or self._contents:
+            if name in self._contents and self._contents[name]() != self[name]:
+                what = self._named.get(name, name)
+                raise ValueError(
+                    f"{what} changed while the run was reading it: put it back and go on, or start again with --update"
+                )
 
 
 class _Log(logging.Handler):
@@ -201,8 +274,8 @@ class _Log(logging.Handler):
             self._waiting.append(line)
 
     def _append(self, line: str) -> None:
-        with contextlib.suppress(OSError), open(self._path, "a", encoding="utf-8") as file:  # no run ends for its log
-            file.write(line)
+        with contextlib.suppress(OSError), open(self._path, "a", encoding="utf-8") as file:
+            file.write(line)  # no run ends for its log
 
     def emit(self, record: logging.LogRecord) -> None:
         self.write(f"{record.levelname.lower()}: {record.getMessage()}")
@@ -213,42 +286,87 @@ class Ledger:
 
     Args:
         path: its folder.
-        score: (positions, ascending) -> scores; called for what is missing, a part at a time.
+        score: (positions, ascending; number of the part) -> scores; called for what is missing, a part at a time.
         part: positions scored and written together.
         on_progress: called with (done, asked) after each part.
     """
 
     def __init__(
-        self, path: Path, score: Callable[[np.ndarray], np.ndarray], part: int = 128, on_progress: Callable[[int, int], None] | None = None
+        self,
+        path: Path,
+        score: Callable[[np.ndarray, int], np.ndarray],
+        part: int = 128,
+        on_progress: Callable[[int, int], None] | None = None,
     ):
         self._path, self._score, self._part, self._on_progress = path, score, part, on_progress
-        self._taken: set[int] = set()
-        self._known: dict[int, float] = {}
+        self._parts: set[int] = set()
+        self._scores: dict[int, float] = {}
         for file in sorted(path.glob("ledger-*.npz")):
-            kept = read_arrays(file)
-            if kept is not None:
-                self._known.update(zip(kept["positions"].tolist(), kept["scores"].tolist(), strict=True))
-                self._taken.add(int(file.stem.removeprefix("ledger-")))
-
-    @property
-    def next(self) -> int:
-        """Number of the next part: the first whose file is not there, or is damaged and so asked for again."""
-        return next(number for number in range(len(self._taken) + 1) if number not in self._taken)
+            arrays = files.read_arrays(file)
+            if arrays is not None:
+                self._scores.update(zip(arrays["positions"].tolist(), arrays["scores"].tolist(), strict=True))
+                self._parts.add(int(file.stem.removeprefix("ledger-")))
 
     def __len__(self) -> int:
         """Samples that the target has scored."""
-        return len(self._known)
+        return len(self._scores)
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """(k,) positions -> (k,) float32 scores."""
-        missing = np.unique([p for p in positions.tolist() if p not in self._known]).astype(np.int64)
+        missing = np.unique([p for p in positions.tolist() if p not in self._scores]).astype(np.int64)
         for start in range(0, len(missing), self._part):
             asked = missing[start : start + self._part]
-            scores = np.asarray(self._score(asked), np.float32)
-            number = self.next
-            write_arrays(self._path / f"ledger-{number:05d}.npz", {"positions": asked, "scores": scores})
-            self._taken.add(number)
-            self._known.update(zip(asked.tolist(), scores.tolist(), strict=True))
+            # the first part whose file is not there, or is damaged and so asked for again
+            number = next(number for number in range(len(self._parts) + 1) if number not in self._parts)
+            scores = np.asarray(self._score(asked, number), np.float32)
+            files.write_arrays(
+                self._path / f"ledger-{number:05d}.npz", {"positions": asked, "scores": scores}
+            )
+            self._parts.add(number)
+            self._scores.update(zip(asked.tolist(), scores.tolist(), strict=True))
             if self._on_progress:
                 self._on_progress(len(positions) - len(missing) + start + len(asked), len(positions))
-        return np.array([self._known[p] for p in positions.tolist()], np.float32)
+        return np.array([self._scores[p] for p in positions.tolist()], np.float32)
+
+
+def machine() -> dict[str, Any]:
+    """What things are made with: versions of the packages that decide about numbers, Python, the kind of processor."""
+    import platform
+
+    return {
+        "versions": {name: version_of(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
+
+
+def commit() -> str | None:
+    """The git commit of the checkout that this package runs from, "+changed" where files differ; None elsewhere."""
+    import subprocess
+
+    source = Path(__file__).parents[2]
+    if not (source.parent / ".git").exists() or source.name != "src":
+        return None
+    command = [
+        "git",
+        "-C",
+        str(source),
+        "describe",
+        "--always",
+        "--exclude=*",
+        "--abbrev=40",
+        "--dirty=+changed",
+    ]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        return told.stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a package, None where it is not there."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -35,41 +35,36 @@ def mean_direction(scorer: Scorer, validation: Pool) -> list[torch.Tensor]:
     return [matrix / len(validation) for matrix in total]
 
 
-class Likeness:
-    """Mean cosine between each sample's gradient and the validation rows', in batches, as `memory.score_within` asks for it.
+def similarity(
+    scorer: Scorer,
+    pool: Pool,
+    directions: list[torch.Tensor],
+    positions: np.ndarray,
+    batch_tokens: int,
+    on_samples: Callable[[int], None] | None = None,
+) -> dict[str, np.ndarray]:
+    """Mean cosine between each sample's gradient and the validation rows'.
 
-    LESS stores random projections of all gradients, divided by Adam's second moments, at several checkpoints; here the
-    inner products come out of the pass itself, exact, so nothing is projected or stored. They are taken at the end of
-    the draft's tuning, on plain gradients.
+    LESS stores random projections of all gradients, divided by Adam's second moments, at several checkpoints; here
+    the inner products come out of the pass itself, exact, so nothing is projected or stored. They are taken at the
+    end of the draft's tuning, on plain gradients.
 
     Args:
         directions: of `mean_direction`.
+        positions: (k,) pool positions.
+        batch_tokens: padded tokens of a batch at most.
+        on_samples: called after each batch with the number of its samples.
+
+    Returns:
+        "similarity" (k,) float32 in [-1, 1], in the order asked for; 0 for a sample without a gradient.
     """
-
-    def __init__(self, scorer: Scorer, directions: list[torch.Tensor]):
-        self._scorer, self._directions = scorer, directions
-        self.first_tokens, self.batch_tokens = scorer.first_tokens, scorer.batch_tokens
-
-    def scores(
-        self, pool: Pool, positions: np.ndarray, on_samples: Callable[[int], None] | None = None
-    ) -> dict[str, np.ndarray]:
-        """Of some samples of a pool.
-
-        Args:
-            positions: (k,) pool positions.
-            on_samples: called after each batch with the number of its samples.
-
-        Returns:
-            "similarity" (k,) float32 in [-1, 1], in the order asked for; 0 for a sample without a gradient.
-        """
-        found = np.zeros(len(positions), np.float32)
-        for places in batches(pool.lengths[positions], self.batch_tokens):
-            batch = collate(pool, positions[places], self._scorer.device)
-            both = self._scorer.measure(
-                batch, inner_products(self._directions)
-            )  # a (B, 2) for each site: with the direction, with itself
-            dot, square = torch.stack(both).sum(0).unbind(1)
-            found[places] = torch.where(square > 0, dot / square.sqrt(), 0.0).float().cpu().numpy()
-            if on_samples:
-                on_samples(len(places))
-        return {"similarity": found}
+    cosines = np.zeros(len(positions), np.float32)
+    for places in batches(pool.lengths[positions], batch_tokens):
+        batch = collate(pool, positions[places], scorer.device)
+        # a (B, 2) for each site: the inner product with the direction, and with itself
+        products = scorer.measure(batch, inner_products(directions))
+        dot, square = torch.stack(products).sum(0).unbind(1)
+        cosines[places] = torch.where(square > 0, dot / square.sqrt(), 0.0).float().cpu().numpy()
+        if on_samples:
+            on_samples(len(places))
+    return {"similarity": cosines}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,7 +15,6 @@ from staff.data.tokens import Batch, Pool, batches, collate
 from staff.models import anatomy, attention
 from staff.scoring import scopes
 from staff.scoring.gradnorm import efforts, mean_by_sample, record_sites, response_scores
-from staff.scoring.shards import SHARD, Fitting
 
 if TYPE_CHECKING:  # it needs transformers' cache
     from staff.scoring.prefix import Prefix
@@ -26,7 +26,7 @@ FLOAT16_SCALES = (
     2.0**-4,
 )  # what gradients are multiplied by on their way; the second for samples that overflow
 CPU_TOKENS, MOST_TOKENS = 2048, 65536
-CALIBRATION = 128  # samples that a model's layer means are taken over where it never sees the whole pool
+CALIBRATION = 128  # samples that layer means are taken over where a model never sees the whole pool
 
 
 def settled_tokens(model: torch.nn.Module, scope: str) -> int:
@@ -55,10 +55,9 @@ class Scorer:
     Args:
         model: a causal language model, perhaps with an adapter, on its device.
         scope: a key of `scopes.SCOPES`.
-        batch_tokens: padded tokens of a batch at most; None: `settled_tokens`.
         loss: a key of `gradnorm.LOSSES`.
-        balance: keep the norm of each weight apart, so that `level` can divide it by its mean over the pool.
-        reuse_prefix: compute what all samples of a pool begin with once, where scope and model allow it (see prefix.py).
+        balance: give the norm of each weight too, "site_norms", so that `shards.level` can divide it by its mean.
+        reuse_prefix: compute what all samples of a pool begin with once, where scope and model allow it (prefix.py).
         seed: of scope "released". A tuned draft loses its query and value matrices there, for good.
 
     Raises:
@@ -69,7 +68,6 @@ class Scorer:
         self,
         model: torch.nn.Module,
         scope: str = "last-value",
-        batch_tokens: int | None = None,
         *,
         loss: str = "mean",
         balance: bool = False,
@@ -77,93 +75,74 @@ class Scorer:
         seed: int = 0,
     ):
         self.model = model.eval().requires_grad_(False)
-        self.first_tokens = self.batch_tokens = (
-            settled_tokens(model, scope) if batch_tokens is None else batch_tokens
-        )
+        self.tokens_borne = settled_tokens(model, scope)
         self.loss, self.balance = loss, balance
         self.device = next(model.parameters()).device
         self.head = scopes.head_of(model)
         if scope == "released":
             scopes.drop_tuned_queries_and_values(model)
         self.sites = scopes.sites(model, scope, seed)
-        self.with_features = False  # mean last hidden states of the responses besides, "features" (k, H)
-        self.site_means: np.ndarray | None = None
         self._reuses = reuse_prefix and scope == "last-value"
         self._prefix: tuple[weakref.ref[Pool], Prefix | None] | None = None
-
-    def calibrate(self, pool: Pool, positions: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Take the mean norm of each weight over some samples; from here on efforts are levelled by them.
-
-        For a model that scores single samples and never the whole pool, as the target does in verification.
-
-        Returns:
-            (sites,) float64.
-        """
-        self.site_means = None
-        self.site_means = self.scores(pool, positions)["site_norms"].mean(0, dtype=np.float64)
-        return self.site_means
 
     def scores(
         self,
         pool: Pool,
         positions: Sequence[int] | np.ndarray,
+        batch_tokens: int | None = None,
         on_samples: Callable[[int], None] | None = None,
+        *,
+        features: bool = False,
     ) -> dict[str, np.ndarray]:
         """Score some samples of a pool.
 
         Args:
             positions: (k,) pool positions, in any order.
+            batch_tokens: padded tokens of a batch at most; None: what the device bears.
             on_samples: called after each batch with the number of its samples.
+            features: give the mean last hidden states of the responses too, "features" (k, H).
 
         Returns:
             each of QUANTITIES as (k,) float32 (float64 for a float64 model), in the order asked for. With `balance`
-            "site_norms" (k, sites) besides, and "effort" levelled where the means are known.
+            "site_norms" (k, sites) besides.
 
         Raises:
             ValueError: a score is nan or infinite; the message names the positions.
         """
         positions = np.asarray(positions)
         is_float16 = self.head.module.weight.dtype == torch.float16
-        first, *others = FLOAT16_SCALES if is_float16 else (None,)
-        found = self._scores(pool, positions, first, on_samples)
-        for scale in others:
-            again = np.flatnonzero(~np.isfinite(found["effort"]))
-            if len(again):
-                for name, values in self._scores(pool, positions[again], scale).items():
-                    found[name][again] = values
-        bad = positions[~np.isfinite(found["effort"])]
-        if len(bad):
+        scores: dict[str, np.ndarray] = {}
+        left = np.arange(len(positions))  # places to be scored: all of them, then those that overflowed
+        for scale in FLOAT16_SCALES if is_float16 else (None,):
+            start = self._start_of(pool, scale) if len(left) else None
+            cut = [
+                left[places]
+                for places in batches(pool.lengths[positions[left]], batch_tokens or self.tokens_borne)
+            ]
+            parts = []
+            for places in cut:
+                batch = collate(pool, positions[places], self.device, skip=start.tokens if start else 0)
+                cache, *call = start.for_batch(len(places)) if start else (None,)
+                states: dict[str, torch.Tensor] = {}
+                forward = partial(self._hidden, batch, cache, states if features else None)
+                also: Any = [(0, *call)] if start else []
+                part = efforts(forward, self.head, self.sites, batch, self.loss, scale, also)
+                parts.append({**part, **states})
+                if on_samples and scale in (None, FLOAT16_SCALES[0]):
+                    on_samples(len(places))
+            for name in parts[0] if parts else ():
+                values = torch.cat([part[name] for part in parts]).cpu().numpy()
+                scores.setdefault(name, np.empty((len(positions), *values.shape[1:]), values.dtype))
+                scores[name][np.concatenate(cut)] = values
+            left = np.flatnonzero(~np.isfinite(scores["effort"])) if parts else left[:0]
+        if len(left):
             raise ValueError(
-                f"{len(bad)} samples have an effort that is nan or infinite (positions {bad[:5].tolist()}): "
+                f"{len(left)} samples have an effort that is nan or infinite (positions {positions[left[:5]].tolist()}): "
                 "the model overflows on them; try --dtype float32"
             )
-        if self.site_means is not None:
-            found["effort"] = level(found["site_norms"], self.site_means)
-        return found
-
-    def _scores(self, pool, positions, grad_scale, on_samples=None) -> dict[str, np.ndarray]:
-        cut = batches(pool.lengths[positions], self.batch_tokens)
-        start = self._start_of(pool, grad_scale) if cut else None
-        parts = []
-        for places in cut:
-            skip = start.tokens if start else 0
-            parts.append(
-                self._batch(
-                    collate(pool, positions[places], self.device, skip=skip),
-                    grad_scale,
-                    start,
-                )
-            )
-            if on_samples:
-                on_samples(len(places))
-        order = np.argsort(np.concatenate(cut)) if cut else np.empty(0, np.int64)
-        empty = {name: np.empty(0, np.float32) for name in QUANTITIES}
-        empty |= {"site_norms": np.empty((0, len(self.sites)), np.float32)} if self.balance else {}
-        empty |= {"features": np.empty((0, 0), np.float32)} if self.with_features else {}
-        return {
-            name: torch.cat([part[name] for part in parts]).cpu().numpy()[order] if parts else none
-            for name, none in empty.items()
-        }
+        if not self.balance:
+            scores.pop("site_norms", None)
+        return scores or {name: np.empty(0, np.float32) for name in QUANTITIES}
 
     def _start_of(self, pool: Pool, grad_scale: float | None) -> Prefix | None:
         """What a pool's samples begin with, once it has been seen that the model scores a sample the same with it."""
@@ -174,14 +153,7 @@ class Scorer:
         if self._prefix is None or self._prefix[0]() is not pool:
             start = prefix.find(self.model, self.sites[0], pool)
             for probe in (int(np.argmin(pool.lengths)), int(np.argmax(pool.lengths))) if start else ():
-                plain, reused = (
-                    self._batch(
-                        collate(pool, [probe], self.device, skip=given.tokens if given else 0),
-                        grad_scale,
-                        given,
-                    )["effort"]
-                    for given in (None, start)
-                )
+                plain, reused = (self._effort(pool, probe, grad_scale, given) for given in (None, start))
                 if not torch.allclose(
                     plain, reused, rtol=torch.finfo(next(self.model.parameters()).dtype).eps ** 0.5, atol=0
                 ):
@@ -194,103 +166,37 @@ class Scorer:
             self._prefix = (weakref.ref(pool), start)
         return self._prefix[1]
 
+    def _effort(
+        self, pool: Pool, position: int, grad_scale: float | None, start: Prefix | None
+    ) -> torch.Tensor:
+        batch = collate(pool, [position], self.device, skip=start.tokens if start else 0)
+        cache, *call = start.for_batch(1) if start else (None,)
+        also: Any = [(0, *call)] if start else []
+        forward = partial(self._hidden, batch, cache)
+        return efforts(forward, self.head, self.sites, batch, self.loss, grad_scale, also)["effort"]
+
     def _name(self) -> str:
         return type(anatomy.inner(self.model)).__name__
 
-    def _forward(self, batch: Batch, cache=None) -> torch.Tensor:
+    def _hidden(
+        self, batch: Batch, cache: Any = None, states: dict[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """The final hidden states, (B, T, H); their mean over each response goes into `states`."""
         extra = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
         with attention.short_samples():
-            return anatomy.decoder(self.model)(input_ids=batch.input_ids, **extra).last_hidden_state
-
-    def _batch(
-        self, batch: Batch, grad_scale: float | None, start: Prefix | None = None
-    ) -> dict[str, torch.Tensor]:
-        states: list[torch.Tensor] = []
-        cache, also = None, []
-        if start:
-            cache, layer_input, output = start.for_batch(len(batch.counts))
-            also.append((0, layer_input, output))
-
-        def forward():
-            hidden = self._forward(batch, cache)
-            if self.with_features:
-                of_response = hidden.detach()[batch.sample_of, batch.before + 1].float()
-                states.append(mean_by_sample(of_response, batch.sample_of, batch.counts[:, None]))
-            return hidden
-
-        found = efforts(forward, self.head, self.sites, batch, self.loss, grad_scale, also)
-        return found | ({"features": states[0]} if states else {})
+            hidden = anatomy.decoder(self.model)(input_ids=batch.input_ids, **extra).last_hidden_state
+        if states is not None:
+            of_response = hidden.detach()[batch.sample_of, batch.before + 1].float()
+            states["features"] = mean_by_sample(of_response, batch.sample_of, batch.counts[:, None])
+        return hidden
 
     def measure(
         self, batch: Batch, measure: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
     ) -> list[torch.Tensor]:
         """What a function makes of each site's gradients of a batch; see `gradnorm.record_sites`."""
         with torch.enable_grad(), record_sites(self.sites, measure) as recorded:
-            hidden = self._forward(batch)[batch.sample_of, batch.before]
+            hidden = self._hidden(batch)[batch.sample_of, batch.before]
             losses = mean_by_sample(
                 response_scores(hidden, self.head, batch.labels).loss, batch.sample_of, batch.counts
             )
             return recorded.measured(losses)
-
-
-def level(site_norms: np.ndarray, means: np.ndarray) -> np.ndarray:
-    """Efforts with the norm of each weight divided by its mean, so that wide layers do not drown the others.
-
-    Args:
-        site_norms: (k, sites).
-        means: (sites,); a weight whose mean is 0 never has a gradient, and is left out.
-
-    Returns:
-        (k,) sqrt of the sum of (norm / mean)^2, in the type of site_norms.
-    """
-    shares = np.divide(site_norms, means, out=np.zeros(site_norms.shape), where=means > 0)
-    return np.sqrt(np.square(shares).sum(1)).astype(site_norms.dtype)
-
-
-def score_shards(
-    scorer: Callable[[], Scorer | Fitting],
-    pool: Pool,
-    load: Callable[[int], dict[str, np.ndarray] | None],
-    save: Callable[[int, dict[str, np.ndarray]], None],
-    on_samples: Callable[[int], None] | None = None,
-    shard: int = SHARD,
-) -> dict[str, np.ndarray]:
-    """Score a pool shard by shard, taking from disk what is there.
-
-    Args:
-        scorer: called once, at the first shard that is missing.
-        load, save: shard number -> its scores or None; keep a shard's scores. Shard j holds the positions
-            j * shard to (j + 1) * shard.
-        on_samples: called with the number of samples that were just done, those from disk included.
-
-    Returns:
-        each of QUANTITIES, (n,), and "features" (n, H) where the scorer takes them. Of a scorer with `balance`, "effort"
-        is levelled by the mean norm of each weight over the pool; the norms themselves stay with the shards.
-    """
-    made: list[Scorer | Fitting] = []
-    parts = []
-    sums = np.zeros(0)
-    for number, start in enumerate(range(0, len(pool), shard)):
-        positions = np.arange(start, min(start + shard, len(pool)))
-        part = load(number)
-        if part is None:
-            if not made:
-                made.append(scorer())
-            part = made[0].scores(pool, positions, on_samples)
-            save(number, part)
-        elif on_samples:
-            on_samples(len(positions))
-        if "site_norms" in part:
-            sums = part["site_norms"].sum(0, dtype=np.float64) + (sums if number else 0)
-        parts.append({name: values for name, values in part.items() if name != "site_norms"})
-    names = parts[0] if parts else QUANTITIES
-    found = {
-        name: np.concatenate([part[name] for part in parts]) if parts else np.empty(0, np.float32)
-        for name in names
-    }
-    if len(sums):  # a second walk over the shards: all norms at once may not fit
-        means = sums / len(pool)
-        shards = (load(number) for number in range(len(parts)))
-        found["effort"] = np.concatenate([level(part["site_norms"], means) for part in shards if part])
-        assert len(found["effort"]) == len(pool), "a shard that was saved is gone"
-    return found

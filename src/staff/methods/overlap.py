@@ -10,7 +10,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Likeness:
+class Overlap:
     """Two coresets of one pool, side by side.
 
     Attributes:
@@ -32,7 +32,7 @@ class Likeness:
     chance_jaccard: float
 
 
-def compare(first: str, a: np.ndarray, second: str, b: np.ndarray, n: int) -> Likeness:
+def compare(first: str, a: np.ndarray, second: str, b: np.ndarray, n: int) -> Overlap:
     """Lay two coresets side by side.
 
     Args:
@@ -42,7 +42,7 @@ def compare(first: str, a: np.ndarray, second: str, b: np.ndarray, n: int) -> Li
     """
     shared = len(np.intersect1d(a, b, assume_unique=True))
     by_chance = len(a) * len(b) / n if n else 0.0
-    return Likeness(
+    return Overlap(
         first,
         second,
         shared,
@@ -53,7 +53,7 @@ def compare(first: str, a: np.ndarray, second: str, b: np.ndarray, n: int) -> Li
     )
 
 
-def likeness(coresets: Mapping[str, np.ndarray], n: int) -> list[Likeness]:
+def overlaps(coresets: Mapping[str, np.ndarray], n: int) -> list[Overlap]:
     """How alike methods choose: every pair of coresets, in the order given.
 
     Args:
@@ -66,7 +66,7 @@ def likeness(coresets: Mapping[str, np.ndarray], n: int) -> list[Likeness]:
     ]
 
 
-def nestedness(coresets: Mapping[str, np.ndarray], n: int) -> list[Likeness]:
+def nestedness(coresets: Mapping[str, np.ndarray], n: int) -> list[Overlap]:
     """How nested a method's coresets are across pruning rates: each with the next larger one.
 
     An overlap of 1 throughout says that each coreset lies inside the next, so that one order of the pool serves all rates.

@@ -1,0 +1,176 @@
+"""Every word for people: progress, summaries, tables."""
+
+from __future__ import annotations
+
+import csv
+import math
+from typing import Any
+
+from staff.config import SelectConfig
+from staff.runs.outputs import Run, remarks
+
+
+class Bars:
+    """Shows stages as bars with the time left; plain lines where the output is no terminal."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=True, quiet=quiet)
+        self._bars: Any = None
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Bars:
+        if self._console.is_terminal and not self._console.quiet:
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
+
+            columns = (
+                TextColumn("{task.description:22}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
+            self._bars = Progress(*columns, console=self._console)
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars:
+            self._bars.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._bars:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bars.add_task(stage, total=total)
+            self._bars.update(self._tasks[stage], completed=done, total=total)
+            return
+        if total <= 1:
+            if done == 0:
+                self._console.print(stage, highlight=False, markup=False)
+            return
+        before = self._tasks.get(stage, -1)
+        tenth = 10 * done // max(total, 1)
+        if tenth > before:
+            self._tasks[stage] = tenth
+            self._console.print(f"{stage}: {done} of {total}", highlight=False, markup=False)
+
+
+def summary(run: Run, config: SelectConfig) -> str:
+    """What a person wants to know of a finished selection."""
+    selection, cost, manifest = run.selection, run.cost, run.manifest
+    n, m = manifest["n"], manifest["m"]
+    lines = [
+        "",
+        f"pool       {n} samples ({manifest['format']})"
+        + (f", {manifest['tokens']:,} tokens" if "tokens" in manifest else ""),
+    ]
+    lines += [f"           {remark}" for remark in remarks(manifest, config.reading.max_length)]
+    if manifest["skipped"]:
+        lines.append(f"           rows left out are listed in {run.path / 'skipped.jsonl'}")
+    lines.append(f"coreset    {m} samples, {m / n:.0%} of the pool")
+    regions = [region for region in selection.regions if region.size]
+    if regions:
+        lines.append(f"regions    {len(regions)} with samples, of {len(selection.regions)}")
+    if len(selection.verified):
+        verified = [region for region in regions if not math.isnan(region.ratio)]
+        pool_share = sum(region.size for region in verified) / n
+        budget_share = sum(region.selected for region in verified) / max(m, 1)
+        ratios = sorted(region.ratio for region in verified)
+        count = len(selection.verified)
+        lines.append(
+            f"verified   {count} samples on the target ({count / n:.1%} of the pool), in {len(verified)} regions"
+        )
+        lines.append(
+            f"           that hold {pool_share:.0%} of the pool and {budget_share:.0%} of the coreset"
+        )
+        lines.append(f"           V_i from {ratios[0]:.3g} to {ratios[-1]:.3g}")
+        if min(pool_share, budget_share) < 0.5:
+            lines.append(
+                "           warning: less than half lies in verified regions. Fewer --num-regions hold more samples each"
+            )
+    elif manifest["method"] == "staff":
+        lines.append(
+            f"           warning: none verified, for none has more than {config.verification_budget} samples. Use fewer --num-regions"
+        )
+    if manifest.get("fidelity") is not None:
+        lines.append(
+            f"fidelity   draft and target rank the verified samples with Spearman {manifest['fidelity']:.2f}"
+        )
+        if manifest["fidelity"] < 0.3:
+            lines.append(
+                "           warning: the draft hardly knows what the target finds hard; try another draft, or --method direct"
+            )
+    if selection.filled or selection.filled_from_cut:
+        lines.append(
+            f"fill       {selection.filled} samples drawn at random, since the budgets left them over"
+        )
+        lines.append(
+            f"           {selection.filled_from_cut} taken back from the hardest ones that were set aside"
+        )
+    files = f"for other trainers see {run.path / 'train'}, for every row's scores scores.parquet"
+    lines += ["", _cost_table(cost), "", f"coreset is {run.path / 'coreset.jsonl'}; {files}"]
+    if config.push_to_hub:
+        lines.append(f"it is on the hub as the data set {config.push_to_hub}")
+    target = f" --model {config.target}" if config.target else " --model MODEL"
+    lines.append(
+        f"train on it: staff finetune --data {run.path / 'coreset.jsonl'}{target} --output {run.path / 'adapter'}"
+    )
+    return "\n".join(lines)
+
+
+def grid_table(runs: list[Run], config: SelectConfig) -> str:
+    """A line a coreset, how alike they are, and what all of it cost."""
+    lines = [
+        "",
+        *remarks(runs[0].manifest, config.reading.max_length),
+        f"{'coreset':24}{'pruning rate':>13}{'samples':>9}{'verified':>10}",
+    ]
+    for run in runs:
+        rate = run.manifest["pruning_rate"]
+        lines.append(
+            f"{run.path.name:24}{'' if rate is None else f'{rate:g}':>13}{len(run.indices):9}{len(run.selection.verified):10}"
+        )
+    folder = runs[0].path.parent
+    with open(folder / "likeness.csv", encoding="utf-8") as file:
+        pairs = list(csv.DictReader(file))
+    lines += ["", f"{'of the smaller, shared by':50}{'share':>7}{'by chance':>11}"]
+    for pair in pairs:
+        both = f"{pair['first']} and {pair['second']}"
+        lines.append(f"{both:50}{float(pair['overlap']):7.2f}{float(pair['chance_overlap']):11.2f}")
+    lines += [
+        "",
+        _cost_table(runs[-1].cost),
+        "",
+        f"coresets are in {folder}, one folder each (cells.csv, likeness.csv)",
+    ]
+    return "\n".join(lines)
+
+
+def _cost_table(cost: dict[str, Any]) -> str:
+    """Seconds, tokens and passes of each stage, beside what scoring the target directly would cost."""
+    rows = [
+        (stage, row.get("seconds", 0.0), row.get("tokens"), row.get("passes"))
+        for stage, row in cost["stages"].items()
+    ]
+    rows.append(("in all", cost["seconds"], None, cost.get("passes")))
+    if "direct" in cost and cost["stages"].keys() & {"score on the draft"}:
+        rows.append(("without a draft (direct)", cost["direct"]["seconds"], None, cost["direct"]["passes"]))
+    lines = [f"{'cost':26}{'seconds':>9}{'tokens':>12}{'passes of the target':>22}"]
+    for stage, seconds, tokens, passes in rows:
+        lines.append(
+            f"{stage:26}{seconds:9.1f}{'' if tokens is None else f'{tokens:,.0f}':>12}{'' if passes is None else f'{passes:.2f}':>22}"
+        )
+    if "sum" in cost:
+        terms = "(2 x {epochs:g} x {share:g} + 1) x {relative_cost:.2f} + {verified_share:.2f} = {passes:.2f}".format(
+            **cost["sum"]
+        )
+        lines += [f"by the sum (2 T f + 1) r + v = {terms} passes", cost["verdict"]]
+    return "\n".join(lines)

@@ -1,0 +1,166 @@
+"""What is done with one model and a file: fine-tune it, score every sample on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from staff import files
+from staff.config import FinetuneConfig, ScoreConfig, SelectConfig, Training, check_named, to_yaml
+from staff.data import rows
+from staff.models import files as model_files
+from staff.pipeline import content_of, ingredients
+from staff.runs import account
+from staff.runs.outputs import fingerprint_rows, row_columns, warn
+from staff.runs.scorefile import write_scores
+from staff.runs.store import Inputs, RunFolder, open_run
+from staff.types import Need, Progress, Stage
+
+if TYPE_CHECKING:  # torch comes in with it
+    from staff.models.files import Source
+
+
+def finetune(config: FinetuneConfig, *, update: bool = False, on_progress: Progress | None = None) -> Path:
+    """Fine-tune a model on a file with LoRA; the adapter is left in config.output.
+
+    Args:
+        update: begin again in a folder that was begun with other settings or inputs.
+
+    Returns:
+        the folder of the adapter, as PEFT, TRL and vLLM load it.
+
+    Raises:
+        ValueError: something that the user can mend.
+    """
+    check_named(config, "data", "model", "output")
+    pool = rows.read(list(config.data), **config.reading.keywords())
+    source = model_files.resolve(config.model, "--model")
+    with open_run(str(config.output), "adapter", on_progress) as run:
+        inputs = Inputs({"model": partial(content_of, run, source)}, {"model": f"--model {config.model}"})
+        inputs["data"] = fingerprint_rows(pool)
+        made_of = {"settings": ingredients(config), "inputs": dict(inputs)}
+        run.begin(made_of["settings"], inputs, update)
+        if run.finished(files.fingerprint(made_of)):
+            return run.path
+        _tune(config, run, pool, source, inputs, made_of)
+    return Path(str(config.output))
+
+
+def _tune(
+    config: FinetuneConfig,
+    run: RunFolder,
+    pool: rows.Rows,
+    source: Source,
+    inputs: Inputs,
+    made_of: dict[str, Any],
+) -> None:
+    import numpy as np
+
+    from staff.data.tokens import tokenise  # torch comes in here
+    from staff.models import finetune as training
+    from staff.models import load
+
+    engine, given = config.engine, source
+    device = load.pick_device(engine.device)
+    dtype = load.pick_dtype(engine.dtype, device)
+    if source.gguf:
+        folder = run.piece("model", {"gguf": inputs["model"], "dtype": str(dtype)})
+        source = load.unpack_gguf(source, folder, dtype)
+    tokenizer = load.load_tokenizer(source, engine.trust_remote_code)
+    folder = run.piece("adapter", made_of)
+    stage = Stage("tune", "model")
+    if files.sealed(folder) is None:
+        tell = run.counter(Stage("tokenise"), len(pool))
+        tokens = tokenise(pool.examples(), tokenizer, config.reading.max_length, tell)
+        warn(pool, tokens, config.reading.max_length, run.path / "skipped.jsonl")
+        model = load.load_model(source, dtype, device, engine.trust_remote_code, engine.load_in)
+        tuned = training.finetune(
+            model,
+            tokens,
+            np.arange(len(tokens)),
+            folder,
+            epochs=config.epochs,
+            max_steps=config.max_steps,
+            seed=config.seed,
+            on_progress=run.clock(stage),
+            **dataclasses.asdict(config.training),
+        )
+        files.write_json(folder / "size.json", dataclasses.asdict(load.measure(tuned)))
+    inputs.check("model")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    parts = [*(folder / name for name in training.ADAPTER), *sorted((folder / "tokenizer").iterdir())]
+    for path in parts:
+        files.write_whole(run.path / path.name, partial(shutil.copyfile, path))
+    if not given.adapter:
+        _name_base(run.path / "adapter_config.json", config.model)
+    files.write_text(run.path / "config.yaml", to_yaml(config))
+    spent = account.spent(run.work).get(stage, {})
+    cost = {
+        "seconds": spent.get("seconds"),
+        "steps": (files.sealed(folder) or {}).get("steps"),
+        "size": _read(folder / "size.json"),
+    }
+    about = {**made_of, "seed": config.seed, "cost": cost, **load.facts(device, dtype)}
+    run.finish(files.fingerprint(made_of), about, [path.name for path in parts])
+    for piece in (*run.work.glob("model-*"), *run.work.glob("adapter-*")):
+        files.remove(piece)
+
+
+def _name_base(path: Path, model: str) -> None:
+    """Let an adapter name its base as it was given, not a folder that it was unpacked or cached in."""
+    settings, base = _read(path), Path(model).expanduser()
+    name = str(base.resolve()) if base.exists() else model
+    files.write_json(path, {**settings, "base_model_name_or_path": name})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def score(config: ScoreConfig, *, on_progress: Progress | None = None) -> tuple[Path, int]:
+    """Score every sample of a pool on one model and write a Parquet file; what is done lies beside it until the end.
+
+    Returns:
+        the file, and n.
+
+    Raises:
+        ValueError: something that the user can mend.
+    """
+    check_named(config, "data", "model", "output")
+    output = Path(str(config.output))
+    if output.suffix != ".parquet":
+        raise ValueError(
+            f"--output {output}: scores are written as Parquet; name a file that ends in .parquet"
+        )
+    source = model_files.resolve(config.model, "--model")
+    pool = rows.read(list(config.data), **config.reading.keywords())
+    with open_run(output.with_suffix(".unfinished"), "scores", on_progress) as run:
+        contents = {"target": partial(content_of, run, source)}
+        inputs = Inputs(contents, {"target": f"--model {config.model}"})
+        inputs["data"] = fingerprint_rows(pool)
+        training = Training(lora_rank=config.lora_rank, lora_alpha=config.lora_alpha)
+        stand_in = SelectConfig(
+            seed=config.seed,
+            training=training,
+            reading=config.reading,
+            scoring=config.scoring,
+            engine=config.engine,
+        )
+        run.begin(ingredients(stand_in), inputs, update=True)
+        from staff.runs.pieces import Pieces  # torch comes in here
+
+        pieces = Pieces(stand_in, run, pool, {"target": source}, inputs, [Need("target", "effort")])
+        scores = pieces.scores("target")
+        pieces.free()
+        tokens = pieces.pool("target")
+        response = tokens.response_tokens()
+        columns = {**row_columns(pool), **scores}
+        columns |= {"prompt_tokens": tokens.lengths - response, "response_tokens": response}
+        write_scores(output, columns)
+        warn(pool, tokens, config.reading.max_length, output.with_suffix(".skipped.jsonl"))
+    files.remove(output.with_suffix(".unfinished"))
+    return output, len(pool)

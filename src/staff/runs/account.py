@@ -1,0 +1,101 @@
+"""What the stages of a run took, summed over every time that it was started, and what that is in passes of the target."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from staff import plan
+from staff.types import Stage
+
+FILE = "account.jsonl"
+Numbers = dict[str, float]
+
+
+def spend(
+    work: Path, stage: Stage, *, once: str | None = None, seconds: float = 0.0, **operations: float
+) -> None:
+    """Append a line: what a part of a stage took, in seconds, samples, tokens, flops, whatever is known.
+
+    Args:
+        once: names the part. Written before its result is kept, so that a kill in between loses nothing; where it had
+            to be done again, its seconds count each time and its operations once.
+    """
+    entry = {"stage": dataclasses.asdict(stage), "once": once, "seconds": seconds, **operations}
+    with open(work / FILE, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # the last line of a killed run
+                file.write(b"\n")
+        file.write(json.dumps(entry).encode() + b"\n")
+
+
+def spent(work: Path) -> dict[Stage, Numbers]:
+    """What each stage took over all the times that the run was started.
+
+    Returns:
+        stage -> seconds, of which repeated_seconds went into parts that were lost and done again, and operations.
+    """
+    total: dict[Stage, Numbers] = {}
+    seen: dict[tuple[Stage, str], Numbers] = {}
+    path = work / FILE
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        try:
+            entry = json.loads(line)
+            stage, once = Stage(**entry.pop("stage")), entry.pop("once")
+            numbers = {str(name): value + 0 for name, value in entry.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
+            continue  # the last line of a killed run
+        sums = total.setdefault(stage, {})
+        before = seen.get((stage, once), {}) if once else {}
+        if before:
+            sums["repeated_seconds"] = sums.get("repeated_seconds", 0) + before["seconds"]
+        for name, value in numbers.items():
+            sums[name] = sums.get(name, 0) + value - (before.get(name, 0) if name != "seconds" else 0)
+        if once:
+            seen[stage, once] = numbers
+    return total
+
+
+def cost(
+    stages: Mapping[Stage, Numbers],
+    target_pass: float | None = None,
+    terms: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """What cost.json holds: stages by their sentence, the sum, and what scoring the target directly would have taken.
+
+    Args:
+        stages: of `spent`.
+        target_pass: floating-point operations of one scoring pass of the target over the pool (U); None where the
+            target was never loaded, so that nothing can be said in passes.
+        terms: of STAFF's sum (`plan.staff_passes`), where a draft speculated.
+    """
+    rows: dict[str, dict[str, Any]] = {
+        str(stage): {**dataclasses.asdict(stage), **numbers} for stage, numbers in stages.items()
+    }
+    found: dict[str, Any] = {"stages": rows, "seconds": sum(row.get("seconds", 0) for row in rows.values())}
+    on_target = stages.get(Stage("verify", "target")) or stages.get(Stage("score", "target"))
+    if not target_pass or not on_target or not on_target.get("flops"):
+        return found
+    for row in rows.values():
+        if "flops" in row:
+            row["passes"] = row["flops"] / target_pass
+    found["passes"] = sum(row.get("passes", 0) for row in rows.values())
+    found["direct"] = {"passes": 1.0, "seconds": on_target["seconds"] * target_pass / on_target["flops"]}
+    if terms:
+        found["sum"] = {**terms, "passes": plan.staff_passes(**terms)}
+        found["verdict"] = plan.verdict(found["sum"]["passes"], **terms)
+    return found
+
+
+def stages_of(cost: Mapping[str, Any]) -> dict[Stage, Numbers]:
+    """The stages in what cost.json holds, by what they are and not by their sentence."""
+    names = [field.name for field in dataclasses.fields(Stage)]
+    return {
+        Stage(**{name: row[name] for name in names}): {k: v for k, v in row.items() if k not in names}
+        for row in cost["stages"].values()
+    }
