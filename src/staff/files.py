@@ -45,16 +45,17 @@ OUT_OF_MEMORY = re.compile(
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Make a file whole or not at all: written beside its place, flushed to disk, renamed over it."""
+    """Make a file or folder whole or not at all: written beside its place, flushed to disk, renamed over it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(aside)
-        with open(aside, "rb") as written:
-            os.fsync(written.fileno())
+        if aside.is_file():
+            with open(aside, "rb") as written:
+                os.fsync(written.fileno())
         os.replace(aside, path)
     finally:
-        aside.unlink(missing_ok=True)
+        remove(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,31 +1,31 @@
-"""The coreset on disk and in other trainers: its files, a LLaMA-Factory entry, and snippets for TRL, LLaMA-Factory and Axolotl."""
+"""The coreset on disk, and what TRL, LLaMA-Factory and Axolotl need to train on it."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import yaml
 
-from staff.data.layouts import ROLES, Layout
+from staff.data.layouts import Layout
 from staff.data.locate import read_json
 from staff.data.rows import Rows
-from staff.data.writers import aside
-from staff.files import remove, write_text, write_whole
+from staff.files import remove, write_json, write_text
 
 ROWS_LOOKED_AT = 1_000
 
-# LLaMA-Factory knows one name for each; the first is its default
+CALL = "function_call"
+# LLaMA-Factory knows one name for each: our role, its default
 FACTORY_TAGS = {
-    "user_tag": ("human", "user"),
-    "assistant_tag": ("gpt", "assistant", "chatgpt", "model"),
-    "observation_tag": ("observation", "tool", "function"),
-    "function_tag": ("function_call",),
-    "system_tag": ("system", "developer"),
+    "user_tag": ("user", "human"),
+    "assistant_tag": ("assistant", "gpt"),
+    "observation_tag": ("tool", "observation"),
+    "function_tag": ("assistant", CALL),
+    "system_tag": ("system", "system"),
 }
 
 
@@ -34,9 +34,9 @@ def write_coreset(
 ) -> list[str]:
     """Write the coreset, and what other trainers need to take it.
 
-    coreset.jsonl, with `same` also in the format the rows came in; skipped.jsonl where rows were left out; an entry in
-    dataset_info.json and train/llama_factory.yaml where LLaMA-Factory has words for such rows; train/trl.py and
-    train/axolotl.yaml.
+    coreset.jsonl, with `same` also in the format the rows came in; skipped.jsonl where rows were left out; an
+    entry in dataset_info.json and train/llama_factory.yaml where LLaMA-Factory has words for such rows;
+    train/trl.py and train/axolotl.yaml.
 
     Args:
         folder: where.
@@ -52,16 +52,14 @@ def write_coreset(
     for old in [folder / "skipped.jsonl", *folder.glob("coreset.*")]:  # of a run with other settings
         old.unlink(missing_ok=True)
     remove(folder / "coreset")
-    write_whole(coreset, lambda aside: rows.write_jsonl(aside, positions))
+    rows.write_jsonl(coreset, positions)
     files = [coreset]
-    if same and rows.suffix == "":
-        rows.write_same(folder / "coreset", positions)
-        files += sorted((folder / "coreset").iterdir())
-    elif same and rows.suffix != ".jsonl":
-        files.append(folder / f"coreset{rows.suffix}")
-        write_whole(files[-1], lambda aside: rows.write_same(aside, positions))
+    if same and rows.suffix != ".jsonl":
+        path = folder / f"coreset{rows.suffix}"
+        rows.write_same(path, positions)
+        files += sorted(path.iterdir()) if path.is_dir() else [path]
     if rows.skipped:
-        write_whole(folder / "skipped.jsonl", rows.write_skipped)
+        rows.write_skipped(folder / "skipped.jsonl")
     if len(positions):
         _write_snippets(folder, coreset, rows, positions, model)
     return [path.relative_to(folder).as_posix() for path in files]
@@ -87,59 +85,36 @@ def factory_entry(
         positions: the coreset, to look at its columns and roles; None: the first rows.
 
     Returns:
-        The entry; None where LLaMA-Factory has no words for the rows (text parts, OpenAI's tool calls, prompts that are lists of messages).
+        The entry; None where LLaMA-Factory has no words for the rows (text parts, OpenAI's tool calls, prompts that
+        are lists of messages).
     """
     layout, entry = rows.layout, {"file_name": Path(coreset).name}
     some = list(islice(rows.raw(range(len(rows)) if positions is None else positions), ROWS_LOOKED_AT))
-    present = {c for row in some for c in row}
     if layout.text is not None:
         return {**entry, "columns": {"prompt": layout.text}}  # its pre-training stage
+    present = {c for row in some for c in row}
+    fields = ["prompt", "query", "response", "messages", "system", "history"] + ["tools"] * bool(
+        layout.messages
+    )
+    columns = {f: getattr(layout, f) for f in fields if getattr(layout, f) in present}
     if layout.messages is None:
-        if any(isinstance(row[c], list) for row in some for c in layout.required()):
-            return None
-        columns = {
-            "prompt": layout.prompt,
-            "query": layout.query,
-            "response": layout.response,
-            "system": layout.system,
-            "history": layout.history,
-        }
-        return {**entry, "columns": {k: c for k, c in columns.items() if c in present}}
+        is_chat = any(isinstance(row[c], list) for row in some for c in layout.required())
+        return None if is_chat else {**entry, "columns": columns}
     turns = [turn for row in some for turn in row[layout.messages]]
-    role_tag, content_tag = _tags(layout, turns)
+    role_tag, content_tag = layout.tags(turns[0])
     if not all(isinstance(t.get(content_tag), str) and t.get("tool_calls") is None for t in turns):
+        return None
+    if "tools" in columns and any(not isinstance(row.get(layout.tools), str | None) for row in some):
         return None
     tags = {"role_tag": role_tag, "content_tag": content_tag}
     used = {t.get(role_tag) for t in turns}
-    known = layout.roles if layout.roles is not None else ROLES
-    ours = {
-        "user_tag": "user",
-        "assistant_tag": "assistant",
-        "observation_tag": "tool",
-        "function_tag": "assistant",
-        "system_tag": "system",
-    }
-    for tag, names in FACTORY_TAGS.items():
-        calls = FACTORY_TAGS["function_tag"]
-        found = [
-            n
-            for n in known
-            if n in used and known[n] == ours[tag] and ((n in calls) == (tag == "function_tag"))
-        ]
-        if len(found) > 1:
+    for tag, (role, default) in FACTORY_TAGS.items():
+        is_call = tag == "function_tag"
+        ours = [n for n, r in layout.roles.items() if r == role and n in used and (n == CALL) == is_call]
+        if len(ours) > 1:
             return None
-        tags[tag] = found[0] if found else names[0]
-    columns = {"messages": layout.messages, "system": layout.system, "tools": layout.tools}
-    columns = {k: c for k, c in columns.items() if c in present}
-    if "tools" in columns and any(not isinstance(row.get(columns["tools"]), str | None) for row in some):
-        return None
+        tags[tag] = ours[0] if ours else default
     return {**entry, "formatting": "sharegpt", "columns": columns, "tags": tags}
-
-
-def _tags(layout: Layout, turns: list[Mapping]) -> tuple[str, str]:
-    first = turns[0]
-    role = layout.role_tag or ("role" if "role" in first or "from" not in first else "from")
-    return role, layout.content_tag or ("content" if "content" in first or "value" not in first else "value")
 
 
 def write_factory_entry(entry: dict, folder: str | os.PathLike, name: str = "coreset") -> Path:
@@ -150,9 +125,7 @@ def write_factory_entry(entry: dict, folder: str | os.PathLike, name: str = "cor
     """
     path = Path(folder) / "dataset_info.json"
     entries = read_json(path) if path.exists() else {}
-    entries[name] = entry
-    with aside(path, ()) as file:
-        file.write(json.dumps(entries, indent=2, ensure_ascii=False).encode() + b"\n")
+    write_json(path, {**entries, name: entry})
     return path
 
 
@@ -181,7 +154,8 @@ def push_to_hub(coreset: str | os.PathLike, repository: str, private: bool = Tru
     except Exception as error:  # the network and the hub raise whatever they like
         said = " ".join(str(error).split())
         raise ValueError(
-            f"{coreset} can't be pushed to {repository} ({said[:300]}); log in with `hf auth login` and check the name"
+            f"{coreset} can't be pushed to {repository} ({said[:300]}); "
+            "log in with `hf auth login` and check the name"
         ) from None
     return str(url)
 
@@ -193,7 +167,7 @@ def llama_factory(
     positions: Iterable[int] | None = None,
     name: str = "coreset",
 ) -> str:
-    """A LLaMA-Factory training file (`llamafactory-cli train FILE`) for the coreset; its dataset_info.json entry is in a comment."""
+    """A LLaMA-Factory training file (`llamafactory-cli train FILE`), with the coreset's entry in a comment."""
     entry = factory_entry(rows, coreset, positions)
     if entry is None:
         return "# LLaMA-Factory can't read rows laid out like these; see the snippet for TRL\n"
@@ -211,10 +185,12 @@ def llama_factory(
         del settings["mask_history"]
     else:
         settings["template"] = "TEMPLATE"
-    told = json.dumps({name: entry}, ensure_ascii=False)
-    return f"# dataset_info.json beside the coreset: {told}\n" + yaml.safe_dump(
-        settings, sort_keys=False, allow_unicode=True
-    )
+    told = json.dumps({name: entry})  # in ASCII: a line separator in a column's name would end the comment
+    return f"# dataset_info.json beside the coreset: {told}\n{_yaml(settings)}"
+
+
+def _yaml(settings: dict) -> str:
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
 def axolotl(
@@ -242,14 +218,13 @@ def axolotl(
             instruction["field_system"] = layout.system
         data["type"] = instruction
     else:
-        role_tag, content_tag = _tags(layout, row[layout.messages])
-        known = layout.roles if layout.roles is not None else ROLES
+        role_tag, content_tag = layout.tags(row[layout.messages][0])
         data |= {
             "type": "chat_template",
             "field_messages": layout.messages,
             "message_property_mappings": {"role": role_tag, "content": content_tag},
             "roles": {
-                ours: [n for n, r in known.items() if r == ours]
+                ours: [n for n, r in layout.roles.items() if r == ours]
                 for ours in ("user", "assistant", "system", "tool")
             },
             "roles_to_train": ["assistant"],
@@ -267,19 +242,17 @@ def axolotl(
         "learning_rate": 1e-4,
         "output_dir": "tuned",
     }
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    return _yaml(settings)
 
 
 def trl(rows: Rows, coreset: str | os.PathLike, model: str) -> str:
-    """A Python program that fine-tunes a model on the coreset with TRL's SFTTrainer, with the loss where STAFF takes it."""
+    """A Python program that tunes a model on the coreset with TRL's SFTTrainer, the loss where STAFF takes it."""
     layout = rows.layout
     all_turns = rows.train_on == "all" and layout.messages is not None
     if layout.text is not None:
         body = f'    return {{"text": row[{layout.text!r}]}}'
     elif layout.messages is not None:
-        body = _TRL_CHAT.format(
-            messages=layout.messages, roles=dict(layout.roles if layout.roles is not None else ROLES)
-        )
+        body = _TRL_CHAT.format(messages=layout.messages, roles=dict(layout.roles))
         if layout.system is not None:
             body += f'    if row.get({layout.system!r}) and messages[0]["role"] != "system":\n'
             body += f'        messages.insert(0, {{"role": "system", "content": row[{layout.system!r}]}})\n'

@@ -1,11 +1,26 @@
-"""Which column of a row holds what: found by looking, told by --columns, or by LLaMA-Factory's dataset_info.json."""
+"""Which column of a row holds what: found by looking, or told by --columns or a dataset_info.json."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+
+ROLES: Mapping[str, str] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function": "tool",
+}
 
 
 class BadRow(ValueError):
@@ -14,7 +29,7 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True)
 class Layout:
-    """Which column holds what. A row has `messages`, or `text`, or `prompt` and `response`; the other columns may be missing.
+    """Which column holds what: `messages`, or `text`, or `prompt` and `response`; others may be missing.
 
     Attributes:
         name: what people call it.
@@ -38,18 +53,21 @@ class Layout:
     id: str | None = "id"
     role_tag: str | None = None
     content_tag: str | None = None
-    roles: Mapping[str, str] | None = None
+    roles: Mapping[str, str] = field(default_factory=lambda: ROLES)
     named: tuple[str, ...] = ()
 
     @cached_property
-    def bare(self) -> bool:
-        """A row is a prompt and a response."""
-        return self.messages is None and self.text is None
-
-    @cached_property
-    def extras(self) -> tuple[str, ...]:
-        """The columns that add to a prompt and a response."""
+    def extras(self) -> tuple[str, ...] | None:
+        """The columns that add to a prompt and a response; None where a row is no such pair."""
+        if self.messages is not None or self.text is not None:
+            return None
         return tuple(c for c in (self.query, self.system, self.history, self.tools) if c is not None)
+
+    def tags(self, turn: Mapping) -> tuple[str, str]:
+        """The keys of a turn's role and content."""
+        role = self.role_tag or ("role" if "role" in turn or "from" not in turn else "from")
+        content = "content" if "content" in turn or "value" not in turn else "value"
+        return role, self.content_tag or content
 
     def required(self) -> tuple[str, ...]:
         """The columns every row must have."""
@@ -61,7 +79,7 @@ class Layout:
         return tuple(dict.fromkeys((*self.required(), *(c for c in optional if c is not None))))
 
 
-# Order matters in one place: `text` stands beside other columns in many files (Alpaca's own among them) and counts only alone.
+# `text` stands last: it is beside other columns in many files (Alpaca's own among them) and counts only alone
 LAYOUTS = {
     "messages": Layout("messages", messages="messages", tools="tools"),
     "ShareGPT": Layout("ShareGPT", messages="conversations", system="system", tools="tools"),
@@ -78,21 +96,14 @@ LAYOUTS = {
     "question/answer": Layout("question/answer", prompt="question", response="answer"),
     "text": Layout("text", text="text"),
 }
-
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "tool",
-}
+REQUIRED = tuple(dict.fromkeys(column for layout in LAYOUTS.values() for column in layout.required()))
+# columns that belong to the prompt in the files that have them: a layout without them would leave them out
+PROMPT_COLUMNS = frozenset[str](
+    (
+        *("input", "context", "passage", "instruction", "system", "system_prompt", "history", "tools"),
+        *("choices", "options", "image", "images", "video", "videos", "audio", "audios"),
+    )
+)
 
 # what --columns may name -> the Layout's field
 COLUMN_KEYS = {
@@ -108,11 +119,12 @@ COLUMN_KEYS = {
     "text": "text",
     "id": "id",
 }
+_AS_KEY = {"system_prompt": "system", "context": "input", "passage": "input"}
 
 
-def near(name: str, known: Iterable[str]) -> str:
+def near(name: str, known: Iterable[object]) -> str:
     """' (did you mean 'x'?)' where some known name is near, else nothing."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    match = difflib.get_close_matches(name, [k for k in known if isinstance(k, str)], n=1, cutoff=0.6)
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
@@ -130,19 +142,15 @@ def listed(columns: Iterable[object], limit: int = 12) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def find(columns: Iterable[str], row: Mapping | None = None) -> Layout:
-    """The layout of a file with these columns.
-
-    Args:
-        columns: names, of the first row or the header.
-        row: the first row where there is one, for the cure.
+def find(row: Mapping) -> Layout:
+    """The layout of a file whose first row has these columns.
 
     Raises:
         BadRow: none or several fit.
     """
-    columns = [c for c in columns if isinstance(c, str)]
+    columns = [c for c in row if isinstance(c, str)]
     fits = [layout for layout in LAYOUTS.values() if all(c in columns for c in layout.required())]
-    if len(fits) > 1 and fits[-1].name == "text":
+    if len(fits) > 1 and fits[-1].text is not None:
         fits.pop()
     if len(fits) == 1:
         return fits[0]
@@ -151,35 +159,56 @@ def find(columns: Iterable[str], row: Mapping | None = None) -> Layout:
         raise BadRow(f"can be read as {names}; say which with --columns, for instance {_as_columns(fits[0])}")
     if not columns:
         raise BadRow("is an empty object; it needs for instance 'prompt' and 'response'")
-    for key, value in (row or {}).items():
-        if (
-            isinstance(value, list)
-            and value
-            and all(isinstance(v, dict) for v in value[:3])
-            and len(columns) <= 5
-        ):
-            raise BadRow(
-                f"looks like a wrapper: its key {key!r} holds a list of rows; take it out first, as with jq '.{key}' FILE > rows.json"
-            )
-    wanted = [c for layout in LAYOUTS.values() for c in layout.required()]
-    hint = next(
-        (
-            f" {c!r} looks like {m[0]!r}."
-            for c in columns
-            if (m := difflib.get_close_matches(c.strip().lower(), wanted, 1, 0.8))
-        ),
-        "",
-    )
+    for key in columns:
+        value = row[key]
+        if isinstance(value, list) and value and all(isinstance(v, dict) for v in value[:3]):
+            if {"role", "from"} & value[0].keys():
+                raise BadRow(f"has its turns in {key!r}; name that column: --columns messages={key}")
+            if value[0].keys() == {"input", "output"}:
+                raise BadRow(
+                    f"has pairs of input and output in {key!r}, the turns of one conversation; make them a "
+                    "list of {'role': 'user', 'content': ...} and {'role': 'assistant', 'content': ...}"
+                )
+            if len(columns) <= 5:
+                raise BadRow(
+                    f"looks like a wrapper: its key {key!r} holds a list of rows; take it out first, "
+                    f"as with jq '.{key}' FILE > rows.json"
+                )
+    hint = ""
+    for column in columns:
+        match = difflib.get_close_matches(column.strip().lower(), REQUIRED, 1, 0.8)
+        if match and column not in REQUIRED:
+            nested = isinstance(row[column], dict | list)
+            hint = f" {column!r} looks like {match[0]!r}"
+            hint += f", but holds {shown(row[column], 40)}: take the text out of it first." if nested else "."
+            break
     raise BadRow(
-        "has neither 'messages', 'conversations' nor 'text', nor a known pair such as 'prompt' and 'response'; "
-        f"found {listed(columns)}.{hint} Name the columns: --columns prompt=NAME,response=NAME"
+        "has neither 'messages', 'conversations' nor 'text', nor a known pair such as 'prompt' and "
+        f"'response'; found {listed(columns)}.{hint} Name the columns: --columns prompt=NAME,response=NAME"
     )
 
 
-def _as_columns(layout: Layout) -> str:
+def left_out(layout: Layout, row: Mapping) -> str:
+    """Why a row can't be read in a layout that was only guessed: a column of the prompt would be left out."""
+    used = layout.columns()
+    column = next((c for c in row if c in PROMPT_COLUMNS and c not in used and row[c]), None)
+    if column is None or layout.text is not None:
+        return ""
+    told = _as_columns(layout, row)
+    key = _AS_KEY.get(column, column)
+    more = f",{key}={column}" if key in COLUMN_KEYS and getattr(layout, COLUMN_KEYS[key]) is None else ""
+    cure = f"to read it too: --columns {told}{more}; " if more else ""
+    return (
+        f"has the column {column!r}, which {layout.name} has no place for: the prompt would be read "
+        f"without it; {cure}to leave it out: --columns {told}"
+    )
+
+
+def _as_columns(layout: Layout, row: Mapping | None = None) -> str:
     keys = {v: k for k, v in reversed(COLUMN_KEYS.items())}
-    fields = ("messages", "text", "prompt", "response")
-    return ",".join(f"{keys[f]}={getattr(layout, f)}" for f in fields if getattr(layout, f) is not None)
+    fields = ("messages", "text", "prompt", "response", "query", "system", "history", "tools")
+    present = {*layout.required(), *(row or ())}
+    return ",".join(f"{keys[f]}={getattr(layout, f)}" for f in fields if getattr(layout, f) in present)
 
 
 def from_columns(columns: str) -> Layout:
@@ -190,15 +219,16 @@ def from_columns(columns: str) -> Layout:
     """
     fields: dict[str, str] = {}
     for part in columns.split(","):
-        key, equals, name = part.partition("=")
-        key, name = key.strip(), name.strip()
-        if not equals or not name:
+        key, _, name = (word.strip() for word in part.partition("="))
+        if not name:
             raise ValueError(
-                f"--columns {columns!r}: {part.strip()!r} is not of the form KEY=COLUMN; write for instance prompt=question,response=answer"
+                f"--columns {columns!r}: {part.strip()!r} is not of the form KEY=COLUMN; "
+                "write for instance prompt=question,response=answer"
             )
         if key not in COLUMN_KEYS:
+            known = ", ".join(COLUMN_KEYS)
             raise ValueError(
-                f"--columns {columns!r}: no key {key!r}{near(key, COLUMN_KEYS)}; there are {', '.join(COLUMN_KEYS)}"
+                f"--columns {columns!r}: no key {key!r}{near(key, COLUMN_KEYS)}; there are {known}"
             )
         if COLUMN_KEYS[key] in fields:
             raise ValueError(f"--columns {columns!r}: {key!r} is named twice; name each column once")
@@ -206,13 +236,12 @@ def from_columns(columns: str) -> Layout:
     kinds = ["messages" in fields, "text" in fields, "prompt" in fields or "response" in fields]
     if sum(kinds) != 1 or ("prompt" in fields) != ("response" in fields):
         raise ValueError(f"--columns {columns!r}: name either prompt and response, or messages, or text")
-    named = tuple(
-        name for field, name in fields.items() if field in ("query", "system", "history", "tools", "id")
-    )
+    required = ("messages", "text", "prompt", "response")
+    named = tuple(name for field, name in fields.items() if field not in required)
     return Layout(columns, named=named, **{"id": "id", **fields})  # type: ignore[arg-type]
 
 
-# LLaMA-Factory's defaults (src/llamafactory/data/parser.py): where an entry gives `columns`, those it leaves out are none
+# LLaMA-Factory's defaults (its data/parser.py): where an entry gives `columns`, what it leaves out is none
 _FACTORY_COLUMNS = {
     "alpaca": {"prompt": "instruction", "query": "input", "response": "output"},
     "sharegpt": {"messages": "conversations"},
@@ -225,6 +254,7 @@ _FACTORY_TAGS = {
     "function_tag": ("function_call", "assistant"),
     "system_tag": ("system", "system"),
 }
+_FACTORY_KEYS = ("prompt", "query", "response", "history", "messages", "system", "tools")
 
 
 def from_factory(entry: Mapping, where: str) -> Layout:
@@ -235,53 +265,54 @@ def from_factory(entry: Mapping, where: str) -> Layout:
         where: names file and entry in messages.
 
     Raises:
-        ValueError: an unknown formatting, preference data, images and the like, or columns that make no example.
+        ValueError: an unknown formatting, preference data, images, or columns that make no example.
     """
     formatting = entry.get("formatting", "alpaca")
     if formatting not in _FACTORY_COLUMNS:
-        raise ValueError(
-            f"{where}: formatting is {shown(formatting)}; it can be {', '.join(_FACTORY_COLUMNS)}"
-        )
+        known = ", ".join(_FACTORY_COLUMNS)
+        raise ValueError(f"{where}: formatting is {shown(formatting)}; it can be {known}")
     if entry.get("ranking"):
         raise ValueError(
-            f"{where}: 'ranking' is set: preference pairs have no single response to learn. Use a data set for supervised fine-tuning"
+            f"{where}: 'ranking' is set: preference pairs have no single response to learn. "
+            "Use a data set for supervised fine-tuning"
         )
-    columns, tags = entry.get("columns"), entry.get("tags")
-    for key, value in (("columns", columns), ("tags", tags)):
-        if value is not None and not (
-            isinstance(value, Mapping) and all(isinstance(v, str | None) for v in value.values())
-        ):
+    for key in ("columns", "tags"):
+        value = entry.get(key) or {}
+        if not (isinstance(value, Mapping) and all(isinstance(v, str | None) for v in value.values())):
             raise ValueError(
-                f"{where}: {key!r} is {shown(value)}; it must be an object of names, as in {{'prompt': 'instruction'}}"
+                f"{where}: {key!r} is {shown(value)}; it must be an object of names, "
+                "as in {'prompt': 'instruction'}"
             )
+    columns = entry.get("columns")
     columns = {k: v for k, v in (_FACTORY_COLUMNS[formatting] if columns is None else columns).items() if v}
     media = [k for k in columns if k in ("images", "videos", "audios", "chosen", "rejected", "kto_tag")]
     if media:
         raise ValueError(f"{where}: it has {listed(media)}; only text with a single response can be used")
-    known = ("prompt", "query", "response", "history", "messages", "system", "tools")
     for key in columns:
-        if key not in known:
+        if key not in _FACTORY_KEYS:
+            known = ", ".join(_FACTORY_KEYS)
             raise ValueError(
-                f"{where}: unknown column key {key!r}{near(key, known)}; there are {', '.join(known)}"
+                f"{where}: unknown column key {key!r}{near(key, _FACTORY_KEYS)}; there are {known}"
             )
     common = {"system": columns.get("system"), "tools": columns.get("tools")}
+    name = where.rpartition(", ")[2]
     if formatting == "alpaca":
+        if list(columns) == ["prompt"]:  # of its pre-training stage
+            return Layout(f"text ({name})", text=columns["prompt"])
         if "prompt" not in columns or "response" not in columns:
-            raise ValueError(
-                f"{where}: 'columns' must name 'prompt' and 'response'; found {listed(columns) or 'none'}"
-            )
+            found = listed(columns) or "none"
+            raise ValueError(f"{where}: 'columns' must name 'prompt' and 'response'; found {found}")
         fields = {k: columns.get(k) for k in ("prompt", "query", "response", "history")}
-        return Layout(f"Alpaca ({where.rpartition(', ')[2]})", **fields, **common)  # type: ignore[arg-type]
-    tags = dict(tags or {})
+        return Layout(f"Alpaca ({name})", **fields, **common)  # type: ignore[arg-type]
+    tags = entry.get("tags") or {}
     roles = dict(ROLES) if formatting == "openai" else {}
-    for tag, (default, role) in _FACTORY_TAGS.items():
-        roles[tags.get(tag) or default] = role
-    default_tags = ("role", "content") if formatting == "openai" else ("from", "value")
+    roles |= {tags.get(tag) or default: role for tag, (default, role) in _FACTORY_TAGS.items()}
+    role_tag, content_tag = ("role", "content") if formatting == "openai" else ("from", "value")
     return Layout(
-        f"{'messages' if formatting == 'openai' else 'ShareGPT'} ({where.rpartition(', ')[2]})",
+        f"{'messages' if formatting == 'openai' else 'ShareGPT'} ({name})",
         messages=columns.get("messages") or _FACTORY_COLUMNS[formatting]["messages"],
-        role_tag=tags.get("role_tag") or default_tags[0],
-        content_tag=tags.get("content_tag") or default_tags[1],
+        role_tag=tags.get("role_tag") or role_tag,
+        content_tag=tags.get("content_tag") or content_tag,
         roles=roles,
         system=common["system"],
         tools=common["tools"],

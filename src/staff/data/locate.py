@@ -1,4 +1,4 @@
-"""What `data` names -> files: folders, splits, standard input, hub ids, entries of LLaMA-Factory's dataset_info.json."""
+"""What `data` names -> files: folders, splits, standard input, hub ids, entries of a dataset_info.json."""
 
 from __future__ import annotations
 
@@ -9,36 +9,29 @@ import re
 import shutil
 import sys
 import tempfile
-import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
 from staff.data.layouts import Layout, from_factory, near, shown
-from staff.data.scanners import suffix_of
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
-NOT_DATA = (
-    "dataset_info.json",
-    "dataset_infos.json",
-    "dataset_dict.json",
-    "state.json",
-    "package.json",
-    "config.json",
-)
+DESCRIPTIONS = (
+    "dataset_info",
+    "dataset_infos",
+    "dataset_dict",
+    "state",
+    "package",
+    "config",
+)  # .json, no data
 SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "test": "test",
-    "testing": "test",
-    "dev": "validation",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "eval": "validation",
+    "train": ("train", "training"),
+    "test": ("test", "testing"),
+    "validation": ("dev", "val", "valid", "validation", "eval"),
 }
 STDIN = "standard input"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -49,10 +42,10 @@ class Input:
         paths: files, in order.
         names: what messages call them.
         hub: id of a hub data set, in place of files.
-        config, split, revision, folder: of the hub data set.
+        config, split, revision, folder: of the hub data set; `split` also of what `save_to_disk` wrote.
         layout: where a dataset_info.json entry gives one.
+        samples: how many rows that entry wants of them, drawn at random.
         saved: the folder that `save_to_disk` wrote, if the files are of one.
-        notes: what a user should know, a sentence each.
         keep: holds a temporary file until the last user lets go.
     """
 
@@ -64,8 +57,8 @@ class Input:
     revision: str | None = None
     folder: str | None = None
     layout: Layout | None = None
+    samples: int | None = None
     saved: Path | None = None
-    notes: tuple[str, ...] = ()
     keep: object = field(default=None, compare=False)
 
 
@@ -76,46 +69,37 @@ def locate(
     revision: str | None = None,
     dataset_info: str | os.PathLike | None = None,
 ) -> Input:
-    """Find what `data` names; see `formats.read` for the arguments.
+    """Find what `data` names; see `rows.read` for the arguments.
 
     Raises:
         ValueError: it is not there, or it is several things at once; the message says what is near.
     """
-    given = [os.fspath(d) for d in data] if isinstance(data, list | tuple) else [os.fspath(data)]  # type: ignore[arg-type]
-    for name in given:
+    names = [os.fspath(d) for d in data] if isinstance(data, list | tuple) else [os.fspath(data)]  # type: ignore[arg-type]
+    for name in names:
         if not name or "\0" in name:
             raise ValueError(
-                f"data is {name!r}; give a file, a folder, a hub data set (owner/name), or - for standard input"
+                f"data is {name!r}; give a file, a folder, a hub data set (owner/name), or - for "
+                "standard input"
             )
     if dataset_info is not None:
-        inputs = [_factory(name, Path(dataset_info), split, config, revision) for name in given]
+        inputs = [_factory(name, Path(dataset_info), split, config, revision) for name in names]
     else:
-        inputs = [_one(name, split, config, revision) for name in given]
+        inputs = [_one(name, split, config, revision) for name in names]
+    first = inputs[0]
     if len(inputs) == 1:
-        return inputs[0]
-    for name, found in zip(given, inputs, strict=True):
-        if found.hub is not None or found.keep is not None:
+        return first
+    for name, other in zip(names, inputs, strict=True):
+        if not other.paths or other.keep or other.saved or other.samples is not None:
             raise ValueError(
                 f"{name} can't be read together with other data; read it alone, or save it to a file"
             )
-        if (
-            found.layout is not None
-            and inputs[0].layout is not None
-            and found.layout != inputs[0].layout
-            and _shape(found) != _shape(inputs[0])
-        ):
-            raise ValueError(f"{given[0]} and {name} are laid out differently; select from each alone")
+        if first.layout and other.layout and replace(other.layout, name=first.layout.name) != first.layout:
+            raise ValueError(f"{names[0]} and {name} are laid out differently; select from each alone")
     paths = tuple(p for i in inputs for p in i.paths)
     twice = next((p for n, p in enumerate(paths) if p in paths[:n]), None)
     if twice is not None:
         raise ValueError(f"{twice} is given twice; name each file once")
-    notes = tuple(n for i in inputs for n in i.notes)
-    return Input(paths, tuple(n for i in inputs for n in i.names), layout=inputs[0].layout, notes=notes)
-
-
-def _shape(found: Input) -> tuple:
-    assert found.layout is not None  # all of them have one, or none
-    return (found.layout.columns(), found.layout.role_tag, found.layout.content_tag, found.layout.roles)
+    return Input(paths, tuple(n for i in inputs for n in i.names), layout=first.layout)
 
 
 def _one(name: str, split: str | None, config: str | None, revision: str | None) -> Input:
@@ -138,35 +122,31 @@ def _one(name: str, split: str | None, config: str | None, revision: str | None)
     if path.exists():
         if split is not None or config is not None or revision is not None:
             raise ValueError(
-                f"{name} is a file: --split, --dataset-config and --revision are for hub data sets, --split also for folders"
+                f"{name} is a file: --split, --dataset-config and --revision are for hub data sets, "
+                "--split also for folders"
             )
         return Input((path,), (name,))
-    is_id = (
-        re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
-        and suffix_of(path) not in SUFFIXES
-        and not path.parent.is_dir()
-    )
-    if is_id:
+    if HUB_ID.fullmatch(name) and suffix_of(path) not in SUFFIXES and not path.parent.is_dir():
         return Input(hub=name, config=config, split=split, revision=revision)
     raise _missing(path)
+
+
+def suffix_of(path: Path) -> str:
+    """The extension in small letters, without a .gz behind it."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def _missing(path: Path) -> ValueError:
     folder = path.parent
     if not folder.is_dir():
-        near_folder = (
-            difflib.get_close_matches(folder.name, _listing(folder.parent), n=1)
-            if folder.parent.is_dir()
-            else []
-        )
-        hint = f"; did you mean {folder.parent / near_folder[0] / path.name}?" if near_folder else ""
+        match = difflib.get_close_matches(folder.name, _listing(folder.parent), n=1)
+        hint = f"; did you mean {folder.parent / match[0] / path.name}?" if match else ""
         return ValueError(f"{path}: there is no folder {folder}{hint}")
-    match = difflib.get_close_matches(path.name, _listing(folder), n=1, cutoff=0.6)
-    same_stem = [n for n in _listing(folder) if n.split(".")[0] == path.name.split(".")[0]]
-    nearest = match or same_stem
-    if nearest:
+    names = _listing(folder)
+    same_stem = [n for n in names if n.split(".")[0] == path.name.split(".")[0]]
+    if nearest := difflib.get_close_matches(path.name, names, n=1) or same_stem:
         return ValueError(f"there is no file or folder {path}; did you mean {folder / nearest[0]}?")
-    data = [n for n in _listing(folder) if suffix_of(Path(n)) in SUFFIXES]
+    data = [n for n in names if suffix_of(Path(n)) in SUFFIXES]
     there = f"; data files there: {', '.join(data[:8])}" if data else ""
     return ValueError(f"there is no file or folder {path}{there} (a hub data set is named owner/name)")
 
@@ -179,104 +159,65 @@ def _listing(folder: Path) -> list[str]:
 
 
 def _spooled(stream: IO[bytes], name: str) -> Input:
-    """A pipe as a temporary file: rows are read more than once. It goes away with the last who uses it."""
-    file = tempfile.NamedTemporaryFile(prefix="staff-", delete=False)  # noqa: SIM115
-    path = Path(file.name)
-    keep = _Kept()
-    weakref.finalize(keep, _unlink, path, os.getpid())
+    """A pipe as a temporary file: rows are read more than once. It goes away with the last who uses it.
+
+    Where the system can reach an open file without a name it has none: nothing is left of a killed process.
+    """
+    nameless = Path("/proc/self/fd").is_dir()
     try:
-        with file:
-            shutil.copyfileobj(stream, file, 1 << 20)
+        file = tempfile.TemporaryFile() if nameless else tempfile.NamedTemporaryFile(prefix="staff-")  # noqa: SIM115
+        shutil.copyfileobj(stream, file, 1 << 20)
+        file.flush()
     except OSError as error:
+        where = tempfile.gettempdir()
         raise ValueError(
-            f"{name} can't be read, or {path.parent} not be written: {error.strerror or error}"
+            f"{name} can't be read, or {where} not be written: {error.strerror or error}"
         ) from None
-    if path.stat().st_size == 0:
+    if file.tell() == 0:
         raise ValueError(f"{name} is empty; pipe the rows in, as in: staff select --data - < rows.jsonl")
-    return Input((path,), (name,), keep=keep)
-
-
-class _Kept:
-    """Something a temporary file can be tied to."""
-
-
-def _unlink(path: Path, owner: int) -> None:
-    if os.getpid() == owner:  # not in a worker that was forked with a copy
-        path.unlink(missing_ok=True)
+    path = Path(f"/proc/self/fd/{file.fileno()}" if nameless else file.name)
+    return Input((path,), (name,), keep=file)
 
 
 # ---- folders ----
 
 
 def _folder(path: Path, split: str | None) -> Input:
-    if (path / "dataset_dict.json").is_file():
-        names = read_json(path / "dataset_dict.json").get("splits")
-        if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or not names:
-            raise ValueError(
-                f"{path / 'dataset_dict.json'} lists no splits; save the data set again with save_to_disk"
-            )
-        chosen = split or ("train" if "train" in names else names[0] if len(names) == 1 else None)
-        if chosen is None or chosen not in names:
-            found = f"has no split {chosen!r}{near(chosen, names)}" if chosen else "holds several splits"
-            raise ValueError(f"{path} {found}; name one with --split: {', '.join(names)}")
-        return _saved(inside(path, chosen, path / "dataset_dict.json"))
-    if (path / "state.json").is_file():
-        return _saved(path)
-    files = [p for p in sorted(path.iterdir()) if p.is_file() and not p.name.startswith((".", "_"))]
-    files = [p for p in files if suffix_of(p) in SUFFIXES and p.name not in NOT_DATA]
+    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        for state in path.rglob("state.json"):
+            entries = read_json(state).get("_data_files")
+            if not isinstance(entries, list) or not all(isinstance(e, Mapping) for e in entries):
+                raise ValueError(f"{state} lists no data files; save the data set again with save_to_disk")
+            for entry in entries:
+                inside(state.parent, str(entry.get("filename")), state)
+        files = tuple(sorted(path.rglob("*.arrow")))
+        return Input(files, tuple(map(str, files)), split=split, saved=path)
+    files = tuple(p for p in sorted(path.iterdir()) if p.is_file() and not p.name.startswith((".", "_")))
+    files = tuple(
+        p for p in files if suffix_of(p) in SUFFIXES and p.name.removesuffix(".json") not in DESCRIPTIONS
+    )
     if not files:
         inner = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
         hint = f"; it has the folders {', '.join(inner[:8])}: name one of them" if inner else ""
         raise ValueError(f"{path} holds no data files ({', '.join(SUFFIXES)}, each also with .gz){hint}")
-    by_split: dict[str, list[Path]] = {}
-    for file in files:
-        by_split.setdefault(_split_name(file), []).append(file)
+    splits = [_split_name(p.name) for p in files]
     if split is not None:
-        wanted = SPLIT_NAMES.get(split, split)
-        if wanted not in by_split:
-            raise ValueError(
-                f"{path} has no file of the split {split!r}; its files: {', '.join(p.name for p in files[:12])}"
-            )
-        files = by_split[wanted]
-    elif (
-        len([s for s in by_split if s]) > 1
-    ):  # a test set must not get into the coreset because it lies beside
+        wanted = _split_name(split) or split
+        files, all_files = tuple(p for p, s in zip(files, splits, strict=True) if s == wanted), files
+        if not files:
+            names = ", ".join(p.name for p in all_files[:12])
+            raise ValueError(f"{path} has no file of the split {split!r}; its files: {names}")
+    elif len(several := {s for s in splits if s}) > 1:  # a test set must not get in because it lies beside
+        names = ", ".join(sorted(several))
         raise ValueError(
-            f"{path} holds files of several splits ({', '.join(sorted(s for s in by_split if s))}); choose with --split, or name the files"
+            f"{path} holds files of several splits ({names}); choose with --split, or name the files"
         )
-    return Input(tuple(files), tuple(str(f) for f in files))
+    return Input(files, tuple(map(str, files)))
 
 
-def _split_name(path: Path) -> str:
-    words = re.split(r"[-_.\s]+", path.name.lower())
-    return next((SPLIT_NAMES[w] for w in words if w in SPLIT_NAMES), "")
-
-
-def _saved(path: Path) -> Input:
-    """A folder written by `Dataset.save_to_disk`: state.json lists its Arrow files."""
-    if not (path / "state.json").is_file():
-        raise ValueError(f"{path} has no state.json; save the data set again with save_to_disk")
-    state = read_json(path / "state.json")
-    entries = state.get("_data_files")
-    if (
-        not isinstance(entries, list)
-        or not all(isinstance(e, Mapping) and isinstance(e.get("filename"), str) for e in entries)
-        or not entries
-    ):
-        raise ValueError(
-            f"{path / 'state.json'} lists no data files; save the data set again with save_to_disk"
-        )
-    if state.get("_indices_files"):
-        raise ValueError(
-            f"{path} was saved with an index beside its rows; call flatten_indices() and save it again"
-        )
-    files = [inside(path, e["filename"], path / "state.json") for e in entries]
-    gone = next((f for f in files if not f.is_file()), None)
-    if gone is not None:
-        raise ValueError(
-            f"{path / 'state.json'} names {gone.name}, which is not there; copy the whole folder, or save the data set again"
-        )
-    return Input(tuple(files), tuple(str(f) for f in files), saved=path)
+def _split_name(name: str) -> str:
+    words = re.split(r"[-_.\s]+", name.lower())
+    return next((split for word in words for split, names in SPLIT_NAMES.items() if word in names), "")
 
 
 def inside(folder: Path, name: str, said_by: Path) -> Path:
@@ -285,17 +226,13 @@ def inside(folder: Path, name: str, said_by: Path) -> Path:
     Raises:
         ValueError: it is somewhere else.
     """
-    joined = os.path.normpath(folder / name)
-    root = os.path.normpath(folder)
-    if (
-        os.path.isabs(name)
-        or "\0" in name
-        or os.path.commonpath([os.path.abspath(root), os.path.abspath(joined)]) != os.path.abspath(root)
-    ):
+    joined, root = os.path.abspath(folder / name), os.path.abspath(folder)
+    if os.path.isabs(name) or "\0" in name or os.path.commonpath([root, joined]) != root:
         raise ValueError(
-            f"{said_by} names {name!r}, which lies outside its folder; move the file there, or give its path as the data"
+            f"{said_by} names {name!r}, which lies outside its folder; move the file there, or give "
+            "its path as the data"
         )
-    return Path(joined)
+    return Path(os.path.normpath(folder / name))
 
 
 def read_json(path: Path) -> dict:
@@ -308,11 +245,7 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise ValueError(f"{path} can't be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start}); write it again as UTF-8") from None
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deeply") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}; correct it there") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds {shown(value)}; it must be one object")
@@ -329,22 +262,17 @@ def _factory(name: str, info: Path, split: str | None, config: str | None, revis
     entries = read_json(info)
     entry_name = name
     if name not in entries:
+        files = {k: v.get("file_name") for k, v in entries.items() if isinstance(v, Mapping)}
         real = os.path.realpath(name)
         fits = [
-            k
-            for k, v in entries.items()
-            if isinstance(v, Mapping)
-            and isinstance(v.get("file_name"), str)
-            and os.path.realpath(info.parent / v["file_name"]) == real
+            k for k, f in files.items() if isinstance(f, str) and os.path.realpath(info.parent / f) == real
         ]
         if not fits:
-            raise ValueError(
-                f"{info} has no entry {name!r}{near(name, entries)}; its entries: {', '.join(list(entries)[:20])}"
-            )
+            names = ", ".join(list(entries)[:20])
+            raise ValueError(f"{info} has no entry {name!r}{near(name, entries)}; its entries: {names}")
         if len(fits) > 1:
-            raise ValueError(
-                f"{info} describes {name} more than once; name the entry as the data: {', '.join(fits)}"
-            )
+            names = ", ".join(fits)
+            raise ValueError(f"{info} describes {name} more than once; name the entry as the data: {names}")
         entry_name = fits[0]
     entry, where = entries[entry_name], f"{info}, entry {entry_name!r}"
     if not isinstance(entry, Mapping):
@@ -353,21 +281,19 @@ def _factory(name: str, info: Path, split: str | None, config: str | None, revis
     for key in ("file_name", "hf_hub_url", "subset", "split", "folder", "revision"):
         if entry.get(key) is not None and not isinstance(entry[key], str):
             raise ValueError(f"{where}: {key!r} is {shown(entry[key])}; it must be text")
-    notes = []
-    if entry.get("num_samples") is not None:
-        notes.append(
-            f"{where}: num_samples ({shown(entry['num_samples'])}) is not applied, all rows are read"
-        )
-    if entry.get("hf_hub_url"):
-        return Input(
-            hub=entry["hf_hub_url"],
-            config=config or entry.get("subset"),
-            split=split or entry.get("split"),
-            revision=revision or entry.get("revision"),
-            folder=entry.get("folder"),
-            layout=layout,
-            notes=tuple(notes),
-        )
+    samples = entry.get("num_samples")
+    if samples is not None and (not isinstance(samples, int) or samples < 1):
+        raise ValueError(f"{where}: 'num_samples' is {shown(samples)}; it must be a number of rows")
+    split, hub = split or entry.get("split"), entry.get("hf_hub_url")
+    if hub:
+        # `datasets` takes names of its own builders, such as text, and folders for data sets too
+        if not HUB_ID.fullmatch(hub) or os.path.exists(hub):
+            raise ValueError(f"{where}: 'hf_hub_url' is {hub!r}; it must be a hub data set, owner/name")
+        folder = entry.get("folder")
+        if folder and (os.path.isabs(folder) or ".." in Path(folder).parts or "://" in folder):
+            raise ValueError(f"{where}: 'folder' is {folder!r}; it must be a folder of the hub data set")
+        config, revision = config or entry.get("subset"), revision or entry.get("revision")
+        return Input((), (), hub, config, split, revision, folder, layout, samples)
     if not entry.get("file_name"):
         raise ValueError(
             f"{where} has no 'file_name' (nor 'hf_hub_url'); found {', '.join(entry) or 'nothing'}"
@@ -375,30 +301,48 @@ def _factory(name: str, info: Path, split: str | None, config: str | None, revis
     path = inside(info.parent, entry["file_name"], info)
     if not path.exists():
         raise ValueError(f"{where}: {_missing(path)}")
-    found = _folder(path, split) if path.is_dir() else Input((path,), (str(path),))
-    return Input(found.paths, found.names, layout=layout, saved=found.saved, notes=tuple(notes))
+    source = _folder(path, split) if path.is_dir() else Input((path,), (str(path),))
+    return replace(source, layout=layout, samples=samples)
 
 
-# ---- the hub ----
+# ---- what `datasets` loads ----
 
 
-def load_hub(found: Input) -> Any:
-    """The data set, through `datasets.load_dataset`. Every failure of that library comes out as one ValueError."""
-    name = found.hub
+def load(source: Input) -> Any:
+    """A hub data set or a folder of `save_to_disk`; every failure of `datasets` comes out as one ValueError."""
+    name = source.hub or source.saved
+    what = f"there is no file or folder {name}, and as a hub data set it" if source.hub else f"{name}"
+    cure = "check the name, --dataset-config, --split and --revision, and the connection"
     try:
         import datasets
     except ImportError:
         raise ValueError(
-            f"there is no file or folder {name}; to load it from the hub: pip install 'staff-coreset[datasets]'"
+            f"{what} can't be loaded without datasets: pip install 'staff-coreset[datasets]'"
         ) from None
-    options: dict[str, Any] = {"revision": found.revision, "split": found.split}
-    if found.folder:
-        options["data_dir"] = found.folder
     try:
-        return datasets.load_dataset(name, found.config, **options)
+        if source.saved is not None:
+            cure = "save the data set again with save_to_disk"
+            loaded = datasets.load_from_disk(source.saved)
+        else:
+            loaded = datasets.load_dataset(name, source.config, **_options(source))
     except Exception as error:  # the network, the hub and the builders raise whatever they like
         said = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"there is no file or folder {name}, and as a hub data set it can't be loaded ({type(error).__name__}: {said[:300]}); "
-            "check the name, --dataset-config, --split and --revision, and the connection"
-        ) from None
+        raise ValueError(f"{what} can't be loaded ({type(error).__name__}: {said[:300]}); {cure}") from None
+    return split_of(loaded, source.split, str(name))
+
+
+def _options(source: Input) -> dict[str, Any]:
+    options: dict[str, Any] = {"revision": source.revision, "split": source.split}
+    return {**options, "data_dir": source.folder} if source.folder else options
+
+
+def split_of(data: Any, split: str | None, name: str) -> Any:
+    """The split asked for, else `train`, else the only one; a single Dataset is itself."""
+    if not hasattr(data, "keys"):
+        return data
+    names = list(data)
+    chosen = split or (names[0] if len(names) == 1 else "train")
+    if chosen not in names:
+        cure = f"name one with --split: {', '.join(names)}"
+        raise ValueError(f"{name} has no split {chosen!r}{near(chosen, names)}; {cure}")
+    return data[chosen]

@@ -1,24 +1,33 @@
-"""Data as people have it -> rows: files, folders, hub data sets and rows in memory. Every reading error names file, row and cure."""
+"""Data as people have it -> rows: files, folders, hub data sets, rows in memory."""
 
 from __future__ import annotations
 
 import array
-import contextlib
-import gzip
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from staff.data.layouts import LAYOUTS, BadRow, Layout, find, from_columns, near, shown
-from staff.data.locate import Input, load_hub, locate
-from staff.data.scanners import find_delimiter, suffix_of
-from staff.data.text import TextFile, TextRows, kind_of, peek, stamp
+from staff.data.layouts import (
+    PROMPT_COLUMNS,
+    REQUIRED,
+    BadRow,
+    Layout,
+    find,
+    from_columns,
+    left_out,
+    near,
+    shown,
+)
+from staff.data.locate import Input, load, locate, split_of, suffix_of
+from staff.data.text import LineRows, find_delimiter, kind_of, peek, read_csv, read_json_list
 from staff.data.turns import Example, Turn, build
-from staff.data.writers import aside, dumps, write_table
+from staff.data.writers import csv_lines, dumps, json_lines, without_arrays, write_lines
+from staff.files import write_whole
 
 __all__ = ["Example", "Rows", "Turn", "read"]
 
@@ -33,58 +42,75 @@ USUAL = {
 
 
 class MemoryRows:
-    """Rows that are in memory already: dicts."""
+    """Rows that are in memory: a user's own, or those of JSON lists and CSV.
 
-    kind = "rows in memory"
+    Attributes:
+        kind: "rows in memory", "JSON" or "CSV", with "(gzip)" where they were packed.
+        names: what messages call where they come from.
+        firsts: row number of each name's first row.
+        rows: (line, row) of each.
+        keep: holds a temporary file that standard input was written to.
+    """
 
-    def __init__(self, rows: Sequence[Mapping]):
-        self.rows = rows
+    def __init__(self, kind: str = "rows in memory", keep: object = None):
+        self.kind, self.keep = kind, keep
+        self.delimiter, self.quoted = ",", True  # of CSV
+        self.names: list[str] = []
+        self.firsts: list[int] = []
+        self.rows: list[tuple[int, Any]] = []
 
-    def fetch(self, numbers: Iterable[int]) -> Iterator[Mapping]:
-        return (self.rows[int(i)] for i in numbers)
+    def add(self, name: str, rows: Iterable[tuple[int, Any]]) -> None:
+        self.names.append(name)
+        self.firsts.append(len(self.rows))
+        self.rows.extend(rows)
+
+    def scan(self, columns: Sequence[str] | None = None) -> Iterator[tuple[int, Any]]:
+        return ((line, without_arrays(row)) for line, row in self.rows)
+
+    def fetch(self, numbers: np.ndarray, columns: Sequence[str] | None = None) -> Iterator[Mapping]:
+        return (without_arrays(self.rows[i][1]) for i in numbers.tolist())
 
 
 class Rows:
-    """The usable rows of the input. Opening it looked at every row once; nothing of them is kept.
+    """The usable rows of the input. Opening it looked at every row once.
 
-    Memory: 24 bytes a row of JSONL, JSON or CSV (where it lies, and its number), 8 bytes a row of Parquet or Arrow, and one block: 1 MiB
-    of text, or the longest row if that is more; of Parquet 4096 rows and the column chunks of one row group. Rows in memory stay there.
+    Memory: 16 bytes a row of JSONL (where it lies, and its number), 8 bytes a row of Parquet or Arrow, and one
+    block of the file, or the longest row if that is more. JSON lists, CSV and rows in memory stay there.
 
     Attributes:
-        numbers: (n,) int64 row numbers in the input, 0-based, counted over all files; skipped rows leave gaps.
+        numbers: (n,) int64 row numbers in the input, from 0, counted over all files; skipped rows leave gaps.
         skipped: (row number, reason) of the rows left out.
         format: what was found, for people: "JSONL, prompt/response".
         paths: the files, in order; empty for data in memory.
         layout: which column holds what.
         notes: what a user should know about how the data was read, a sentence each.
+        suffix: the extension of what `write_same` writes; empty where that is a folder of `save_to_disk`.
     """
 
     def __init__(
-        self,
-        source: Any,
-        layout: Layout,
-        train_on: str,
-        numbers: np.ndarray,
-        skipped: list[tuple[int, str]],
-        paths: tuple[Path, ...],
-        notes: Sequence[str] = (),
+        self, source: Any, layout: Layout, train_on: str, numbers: np.ndarray, skipped: list[tuple[int, str]]
     ):
-        self.source, self.layout, self.train_on = source, layout, train_on
-        self.numbers, self.skipped, self.paths, self.notes = numbers, skipped, paths, tuple(notes)
-        gzipped = any(f.gzipped for f in source.files) if isinstance(source, TextRows) else False
-        kind = source.names[0] if source.kind == "Dataset" and source.names[0] != MEMORY else source.kind
-        self.format = f"{kind}{' (gzip)' if gzipped else ''}, {layout.name}"
+        self.source, self.layout, self.train_on, self.numbers, self.skipped = (
+            source,
+            layout,
+            train_on,
+            numbers,
+            skipped,
+        )
+        self.format = f"{source.kind}, {layout.name}"
+        self.paths: tuple[Path, ...] = ()
+        self.notes: tuple[str, ...] = ()
+        self.suffix = ".parquet" if source.kind == "Dataset" else ".jsonl"
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def examples(self, start: int = 0, stop: int | None = None) -> Iterator[Example]:
         """The examples at positions start to stop, in order."""
-        stop = len(self) if stop is None else min(stop, len(self))
         columns = None
-        if _is_table(self.source):
+        if is_table(self.source):
             columns = [c for c in self.layout.columns() if c in self.source.schema.names]
-        for row in self._fetch(range(start, stop), columns):
+        for row in self.source.fetch(self.numbers[start:stop], columns):
             yield build(self.layout, row, self.train_on)
 
     def example(self, i: int) -> Example:
@@ -94,88 +120,70 @@ class Rows:
 
     def raw(self, positions: Iterable[int]) -> Iterator[dict]:
         """The user's own rows at these positions, in the order asked for."""
-        for row in self._fetch(positions):
-            yield dict(row)
+        return map(dict, self.source.fetch(self._numbers(positions)))
 
-    def _fetch(self, positions: Iterable[int], columns: list[str] | None = None) -> Iterator[Mapping]:
-        if isinstance(self.source, TextRows):
-            return self.source.fetch(
-                positions if isinstance(positions, range) else np.asarray(list(positions), np.int64)
-            )
-        if isinstance(positions, range) and positions.step == 1:
-            numbers = self.numbers[positions.start : positions.stop]
-        else:
-            numbers = self.numbers[np.asarray(list(positions), np.int64)]
-        return self.source.fetch(numbers, columns) if columns is not None else self.source.fetch(numbers)
+    def _numbers(self, positions: Iterable[int]) -> np.ndarray:
+        return self.numbers[np.fromiter(positions, np.int64)]
 
     def write_jsonl(self, path: str | os.PathLike, positions: Iterable[int]) -> None:
-        """Write rows as JSON Lines: the very bytes of each line where they come from JSON Lines, else one json.dumps a row.
+        """Write rows as JSON Lines: the very bytes of each line where they come from JSON Lines.
 
-        What JSON has no word for is written as the nearest: NaN as null, times as ISO 8601 to the microsecond, bytes as base64, others as
-        str() has them.
+        What JSON has no word for is written as the nearest: NaN as null, times as ISO 8601 to the microsecond,
+        bytes as base64, others as str() has them.
 
         Args:
             path: the file, replaced in one step once it is complete.
             positions: which, in this order.
         """
-        with aside(path, self.paths) as file:
-            if isinstance(self.source, TextRows) and self.source.kind == "JSONL":
-                for _, line in self.source.very_bytes(np.asarray(list(positions), np.int64)):
-                    file.write(line if line.endswith(b"\n") else line + b"\n")
-            else:
-                for row in self.raw(positions):
-                    file.write(dumps(row) + b"\n")
+        if isinstance(self.source, LineRows):
+            self._write(path, lambda aside: write_lines(aside, self.source.lines(self._numbers(positions))))
+        else:
+            self._write(path, lambda aside: write_lines(aside, map(dumps, self.raw(positions))))
 
     def write_skipped(self, path: str | os.PathLike) -> None:
         """Write the rows left out as JSON Lines: row number and reason."""
-        with aside(path, self.paths) as file:
-            for number, reason in self.skipped:
-                file.write(dumps({"row": number, "reason": reason}) + b"\n")
-
-    @property
-    def suffix(self) -> str:
-        """The extension of what `write_same` writes; empty where it is a folder, as `save_to_disk` makes them."""
-        source = self.source
-        if isinstance(source, TextRows):
-            file = source.files[0]
-            suffix = {"JSONL": ".jsonl", "JSON": ".json"}.get(
-                source.kind, ".tsv" if file.delimiter == "\t" else ".csv"
-            )
-            return suffix + (".gz" if any(f.gzipped for f in source.files) else "")
-        if not _is_table(source):
-            return ".jsonl"
-        return "" if source.saved is not None else ".arrow" if source.kind == "Arrow" else ".parquet"
+        lines = (dumps({"row": number, "reason": reason}) for number, reason in self.skipped)
+        self._write(path, lambda aside: write_lines(aside, lines))
 
     def write_same(self, path: str | os.PathLike, positions: Iterable[int]) -> None:
-        """Write rows in the format they came in: the same bytes for JSONL, JSON and CSV, the same schema and values for Parquet and Arrow.
+        """Write rows in the format they came in: JSONL with its bytes, others with the same values.
 
-        Gzipped text is gzipped again, CSV keeps its header. A hub data set or a Dataset becomes Parquet; rows in memory become JSON Lines.
+        What was packed with gzip is packed again. A hub data set or a Dataset becomes Parquet, a folder of
+        `save_to_disk` another one; rows in memory become JSON Lines.
         """
-        positions = np.asarray(list(positions), np.int64)
-        source = self.source
-        if not isinstance(source, TextRows):
-            if _is_table(source):
-                write_table(Path(path), source, self.numbers[positions], self.paths)
-            else:
-                self.write_jsonl(path, positions)
+        source, path, gzipped = self.source, Path(path), self.suffix.endswith(".gz")
+        if is_table(source):
+            numbers = self._numbers(positions)
+            write = (
+                partial(_save, source.data, numbers)
+                if source.saved
+                else partial(source.write, numbers=numbers)
+            )
+            self._write(path, write)
             return
-        with aside(path, self.paths) as raw, contextlib.ExitStack() as stack:
-            file: Any = raw
-            if any(f.gzipped for f in source.files):
-                file = stack.enter_context(gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0))
-            before, between, after = b"", b"", b""
-            if source.kind == "JSON":
-                before, between, after = b"[\n", b",\n", b"\n]\n"
-            elif source.kind == "CSV":
-                before = source.header_bytes(0)
-            file.write(before)
-            for i, (_, data) in enumerate(source.very_bytes(positions)):
-                file.write(between if i else b"")
-                file.write(data if source.kind == "JSON" or data.endswith(b"\n") else data + b"\n")
-            file.write(after)
+        if isinstance(source, LineRows):
+            lines = source.lines(self._numbers(positions))
+        elif source.kind.startswith("JSON"):
+            lines = json_lines(self.raw(positions))
+        elif source.kind.startswith("CSV"):
+            header = list(next(self.raw([0])))
+            lines = csv_lines(self.raw(positions), header, source.delimiter, source.quoted)
+        else:
+            lines = map(dumps, self.raw(positions))
+        self._write(path, lambda aside: write_lines(aside, lines, gzipped))
+
+    def _write(self, path: str | os.PathLike, write: Callable[[Path], object]) -> None:
+        path = Path(path)
+        if path.exists() and any(p.exists() and path.samefile(p) for p in self.paths):
+            raise ValueError(f"{path} is the input itself; write to another file")
+        write_whole(path, write)
 
 
-def _is_table(source: object) -> bool:
+def _save(data: Any, numbers: np.ndarray, folder: Path) -> None:
+    data.select(numbers).save_to_disk(folder)
+
+
+def is_table(source: object) -> bool:
     return hasattr(source, "schema")
 
 
@@ -196,13 +204,14 @@ def read(
     """Open data and look at every row once.
 
     Args:
-        data: a path, several, a folder (one written by `save_to_disk` too), "-" for standard input, the id of a hub data set; or a list of
-            dicts, a `datasets.Dataset`, a pandas DataFrame; or what `sources.locate` found.
+        data: a path, several, a folder (one written by `save_to_disk` too), "-" for standard input, the id of a
+            hub data set; or a list of dicts, a `datasets.Dataset`, a pandas DataFrame; or what `locate` found.
         columns: names columns, as in "prompt=question,response=answer"; None: found by looking.
         train_on: "last" or "all": the loss is on the last assistant turn or on every one.
         on_bad_row: "error", or "skip" to leave out rows that can't be used and count them in `Rows.skipped`.
         split, config, revision: of a hub data set; `split` also of a folder that holds several.
-        dataset_info: LLaMA-Factory's `dataset_info.json`, or its folder; `data` is then the name of an entry, or a file that one describes.
+        dataset_info: LLaMA-Factory's `dataset_info.json`, or its folder; `data` is then the name of an entry, or
+            a file that one describes.
 
     Returns:
         The rows.
@@ -215,238 +224,184 @@ def read(
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f"on_bad_row is {on_bad_row!r}; it can be 'error' or 'skip'")
     layout = from_columns(columns) if columns is not None else None
-    skip = on_bad_row == "skip"
-    if isinstance(data, list | tuple) and not data:
-        raise ValueError(f"{MEMORY} is an empty list; it should hold at least one row")
-    if isinstance(data, list | tuple) and not all(isinstance(d, str | os.PathLike) for d in data):
-        return _read_memory(data, layout, train_on, skip)
-    if not isinstance(data, str | os.PathLike | list | tuple | Input):
-        return _read_object(data, layout, train_on, skip, split)
-    found = data if isinstance(data, Input) else locate(data, split, config, revision, dataset_info)
-    if layout is not None and found.layout is not None:
+    if not (
+        isinstance(data, Input) or _is_path(data) or (_is_list(data) and data and all(map(_is_path, data)))
+    ):
+        source = _in_memory(data, split)
+        return _checked(source, layout, train_on, on_bad_row == "skip")
+    located = data if isinstance(data, Input) else locate(data, split, config, revision, dataset_info)
+    if layout is not None and located.layout is not None:
         raise ValueError("--columns and --dataset-info both say which column holds what; give one of them")
-    layout = found.layout if layout is None else layout
-    if found.hub is None:
-        return _read_files(found, layout, train_on, skip)
-    from staff.data.tables import open_dataset
-
-    name = f"hub data set {found.hub}"
-    loaded = _split_of(load_hub(found), found.split, name)
-    return _read_table(open_dataset(loaded, name), layout, train_on, skip, (), found.notes)
-
-
-def _read_files(found: Input, layout: Layout | None, train_on: str, skip: bool) -> Rows:
-    paths, names, notes = found.paths, found.names, list(found.notes)
-    heads = [peek(p, n) for p, n in zip(paths, names, strict=True)]
-    kinds = [kind_of(head, p, n) for (head, _), p, n in zip(heads, paths, names, strict=True)]
-    other = next((i for i, k in enumerate(kinds) if k != kinds[0]), None)
-    if other is not None:
-        raise ValueError(
-            f"{names[0]} is {kinds[0]} and {names[other]} is {kinds[other]}; files read together must be of one format"
+    layout = located.layout or layout
+    known = REQUIRED if layout is None else layout.columns()
+    source, suffix, notes = _load(located) if located.hub or located.saved else _open(located, known)
+    rows = _checked(source, layout, train_on, on_bad_row == "skip")
+    rows.paths, rows.suffix, rows.notes = located.paths, suffix, tuple(notes)
+    if located.samples is not None:
+        rows.notes += (
+            f"num_samples is {located.samples}: rows are drawn at random, each once, of {len(rows)}",
         )
-    kind = kinds[0]
-    if kind in ("Parquet", "Arrow"):
-        from staff.data.tables import open_tables
-
-        gzipped = next((n for n, (_, g) in zip(names, heads, strict=True) if g), None)
-        if gzipped is not None:
-            raise ValueError(
-                f"{gzipped} is {kind} inside gzip; unpack it with gunzip ({kind} compresses its own columns)"
-            )
-        return _read_table(open_tables(kind, paths, names, found.saved), layout, train_on, skip, paths, notes)
-    known = (
-        [c for each in LAYOUTS.values() for c in each.required()]
-        if layout is None
-        else list(layout.columns())
-    )
-    files = tuple(
-        TextFile(p, n, kind, g, find_delimiter(head, p, known) if kind == "CSV" else ",", stamp(p))
-        for p, n, (head, g) in zip(paths, names, heads, strict=True)
-    )
-    for path, name in zip(paths, names, strict=True):
-        if suffix_of(path) in USUAL and kind not in USUAL[suffix_of(path)]:
-            notes.append(f"{name} is {kind} by its content, whatever its name says")
-    return _read_text(TextRows(kind, files, keep=found.keep), layout, train_on, skip, notes)
+        some = np.random.default_rng(0).permutation(len(rows))[: located.samples]
+        rows.numbers = rows.numbers[np.sort(some)]
+    return rows
 
 
-def _read_text(source: TextRows, layout: Layout | None, train_on: str, skip: bool, notes: list[str]) -> Rows:
-    spans, numbers = array.array("q"), array.array("q")
-    skipped: list[tuple[int, str]] = []
-    seen: set[str] = set()
-    number, found_in = 0, ""
-    for file in source.files:
-        source.first.append(len(numbers))
-        first = number
-        for found in source.scan(file):
-            try:
-                if isinstance(found.value, BadRow):
-                    raise found.value
-                row = found.value
-                if layout is None:
-                    layout, found_in = find(row, row), f"row {number - first} of {file.name}"
-                build(layout, row, train_on)
-            except BadRow as error:
-                reason = str(error)
-                lacks = (
-                    not isinstance(found.value, BadRow)
-                    and layout is not None
-                    and not all(c in found.value for c in layout.required())
-                )
-                if found_in and lacks and layout is not None:
-                    reason += f" (the format, {layout.name}, was found in {found_in}; rows of two formats don't mix)"
-                if not skip:
-                    raise ValueError(
-                        f"{file.name}: row {number - first} (line {found.line}) {reason}{_skip_cure()}"
-                    ) from None
-                skipped.append((number, reason))
-            else:
-                spans.append(found.start)
-                spans.append(found.end)
-                numbers.append(number)
-                if layout.named:
-                    seen.update(c for c in layout.named if c in row)
-            number += 1
-    source.first.append(len(numbers))
-    paths = tuple(f.path for f in source.files)
-    _check_some(number, skipped, ", ".join(f.name for f in source.files))
-    assert layout is not None
-    _check_named(layout, seen, source.files[0].name)
-    source.spans = np.frombuffer(spans, np.int64).reshape(-1, 2)
-    return Rows(source, layout, train_on, np.frombuffer(numbers, np.int64), skipped, paths, notes)
+def _is_path(data: Any) -> bool:
+    return isinstance(data, str | os.PathLike)
 
 
-def _skip_cure() -> str:
-    return ", or leave such rows out with --on-bad-row skip"
+def _is_list(data: Any) -> bool:
+    return isinstance(data, list | tuple)
 
 
-def _check_some(rows: int, skipped: list[tuple[int, str]], name: str) -> None:
-    if rows == 0:
-        raise ValueError(f"{name} has no rows; it should hold at least one")
-    if len(skipped) == rows:
-        raise ValueError(
-            f"{name}: none of the {rows} rows can be used; the first one, row {skipped[0][0]}, {skipped[0][1]}"
-        )
-
-
-def _check_named(layout: Layout, seen: set[str], name: str, columns: Sequence[str] = ()) -> None:
-    for column in layout.named:
-        if column not in seen:
-            raise ValueError(
-                f"{name}: no row has the column {column!r} that --columns names{near(column, columns)}; correct the name"
-            )
-
-
-def _read_table(
-    source: Any,
-    layout: Layout | None,
-    train_on: str,
-    skip: bool,
-    paths: tuple[Path, ...],
-    notes: Sequence[str],
-) -> Rows:
-    from staff.data.tables import check_types, plain
-
-    name = source.names[0]
-    columns = source.schema.names
-    try:
-        layout = find(columns) if layout is None else layout
-        missing = next((c for c in layout.required() if c not in columns), None)
-        if missing is not None:
-            raise BadRow(
-                f"has no column {missing!r}{near(missing, columns)}; found {', '.join(map(repr, columns))}"
-            )
-    except BadRow as error:
-        raise ValueError(f"{name} {error}") from None
-    check_types(source.schema, layout, name)
-    _check_named(layout, set(columns), name, columns)
-    used = [c for c in layout.columns() if c in columns]
-    absent = [f for f in ("query", "system", "history", "tools", "id") if getattr(layout, f) not in columns]
-    layout = replace(layout, **dict.fromkeys(absent))  # type: ignore[arg-type]  # what the table has not is not asked of every row
-    numbers, skipped = [], []
-    for at, batch in source.batches(used):
-        fine = plain(batch, layout)
-        for i in np.flatnonzero(~fine).tolist():
-            try:
-                row = {c: v[0] for c, v in batch.slice(i, 1).to_pydict().items()}
-                build(layout, row, train_on)
-            except (BadRow, UnicodeDecodeError) as error:
-                if not skip:
-                    raise ValueError(f"{source.where(at + i)} {error}{_skip_cure()}") from None
-                skipped.append((at + i, str(error)))
-            else:
-                fine[i] = True
-        numbers.append(np.flatnonzero(fine) + at)
-    _check_some(len(source), skipped, ", ".join(source.names))
-    number = int(np.concatenate(numbers)[0])
-    try:
-        dumps(
-            next(source.fetch(np.array([number])))
-        )  # a column that Python can't take must show now, not when the coreset is written
-    except Exception as error:  # time zones, extension types: pyarrow raises whatever its conversions raise
-        said = " ".join(str(error).split())
-        raise ValueError(
-            f"{source.where(number)} can't be written as JSON ({shown(said, 160)}); cast or drop that column"
-        ) from None
-    return Rows(source, layout, train_on, np.concatenate(numbers).astype(np.int64), skipped, paths, notes)
-
-
-def _read_memory(rows: Sequence, layout: Layout | None, train_on: str, skip: bool) -> Rows:
-    numbers, skipped = [], []
-    seen: set[str] = set()
-    for number, row in enumerate(rows):
-        try:
-            if not isinstance(row, Mapping):
-                raise BadRow(
-                    f"is {shown(row)}, not a dict; a row looks like {{'prompt': '...', 'response': '...'}}"
-                )
-            layout = find(row, row) if layout is None else layout
-            build(layout, row, train_on)
-        except BadRow as error:
-            if not skip:
-                raise ValueError(f"{MEMORY}: row {number} {error}{_skip_cure()}") from None
-            skipped.append((number, str(error)))
-        else:
-            numbers.append(number)
-            seen.update(c for c in layout.named if c in row)
-    _check_some(len(rows), skipped, MEMORY)
-    assert layout is not None
-    _check_named(layout, seen, MEMORY)
-    return Rows(MemoryRows(rows), layout, train_on, np.array(numbers, np.int64), skipped, ())
-
-
-def _read_object(data: Any, layout: Layout | None, train_on: str, skip: bool, split: str | None) -> Rows:
-    """A Dataset, a DatasetDict or a DataFrame, told apart without importing their libraries."""
+def _in_memory(data: Any, split: str | None) -> Any:
+    """A list of dicts, a Dataset, a DatasetDict or a DataFrame, told apart without their libraries."""
     kind = type(data).__name__
+    if kind == "DatasetDict":
+        data = split_of(data, split, MEMORY)
+    if kind == "IterableDataset":
+        cure = "make it a Dataset, or write it to a file"
+        raise ValueError(f"{MEMORY} is an IterableDataset, which can be read only once; {cure}")
+    if hasattr(data, "with_format") and hasattr(data, "features"):
+        from staff.data.tables import TableRows
+
+        return TableRows("Dataset", (), (MEMORY,), data)
     if kind == "DataFrame" and hasattr(data, "to_dict"):
         twice = next((c for c in data.columns if list(data.columns).count(c) > 1), None)
         if twice is not None:
             raise ValueError(f"{MEMORY} has two columns named {twice!r}; rename one")
-        return _read_memory(data.to_dict("records"), layout, train_on, skip)
-    if kind == "DatasetDict":
-        data = _split_of(data, split, MEMORY)
-    if kind == "IterableDataset":
+        data = data.to_dict("records")
+    elif not _is_list(data):
         raise ValueError(
-            f"{MEMORY} is an IterableDataset, which can be read only once; make it a Dataset, or write it to a file"
+            f"data is {shown(data)}; it can be a path, several, a list of dicts, a datasets.Dataset or "
+            "a pandas DataFrame"
         )
-    if not (hasattr(data, "with_format") and hasattr(data, "features")):
+    elif not data:
+        raise ValueError(f"{MEMORY} is an empty list; it should hold at least one row")
+    source = MemoryRows()
+    example = "a row looks like {'prompt': '...', 'response': '...'}"
+    bad = (
+        row if isinstance(row, Mapping) else BadRow(f"is {shown(row)}, not a dict; {example}") for row in data
+    )
+    source.add(MEMORY, ((0, row) for row in bad))
+    return source
+
+
+def _load(located: Input) -> tuple[Any, str, list[str]]:
+    from staff.data.tables import TableRows
+
+    name = f"hub data set {located.hub}" if located.hub else str(located.saved)
+    source = TableRows("Dataset", (), (name,), load(located), saved=located.saved is not None)
+    source.kind = name if located.hub else "Dataset"
+    return source, "" if located.saved else ".parquet", []
+
+
+def _open(located: Input, known: Sequence[str]) -> tuple[Any, str, list[str]]:
+    """The rows of files, the extension that the same format is written with, and what to note."""
+    files = [peek(path, name) for path, name in zip(located.paths, located.names, strict=True)]
+    kinds = [kind_of(file, known) for file in files]
+    kind = kinds[0]
+    for file, other in zip(files, kinds, strict=True):
+        if other != kind:
+            what = f"{files[0].name} is {kind} and {file.name} is {other}"
+            raise ValueError(f"{what}; files read together must be of one format")
+    packed = next((file.name for file in files if file.gzipped), None)
+    if kind in ("Parquet", "Arrow"):
+        from staff.data.tables import TableRows
+
+        if packed is not None:
+            cure = f"unpack it with gunzip ({kind} compresses its own columns)"
+            raise ValueError(f"{packed} is {kind} inside gzip; {cure}")
+        return TableRows(kind, located.paths, located.names), f".{kind.lower()}", []
+    notes = [
+        f"{file.name} is {kind} by its content, whatever its name says"
+        for file in files
+        if kind not in USUAL.get(suffix_of(file.path), (kind,))
+    ]
+    end = ".gz" if packed is not None else ""
+    if kind == "JSONL":
+        return LineRows(files, located.keep), f".jsonl{end}", notes
+    source = MemoryRows(f"{kind} (gzip)" if end else kind, located.keep)
+    if kind == "JSON":
+        for file in files:
+            source.add(file.name, read_json_list(file))
+        return source, f".json{end}", notes
+    for file in files:
+        source.delimiter = find_delimiter(file, known)
+        source.quoted, rows = read_csv(file, source.delimiter)
+        source.add(file.name, rows)
+        if not source.quoted:
+            notes.append(
+                f"{file.name} is tab-separated: quotation marks in it are read as text, not round fields"
+            )
+    suffix = ".tsv" if source.delimiter == "\t" else ".csv"
+    return source, f"{suffix}{end}", notes
+
+
+def _checked(source: Any, layout: Layout | None, train_on: str, skip: bool) -> Rows:
+    """The rows that can be used; the one look at every row, whatever the format."""
+    numbers, skipped, count = array.array("q"), [], 0
+    guessed_in, watched = "", frozenset[str]()
+    seen: set[str] = set()
+    columns: list[str] | None = None
+    if is_table(source):  # what is read of it is settled before the first row
+        if layout is None and (first := next(source.fetch(np.zeros(1, np.int64)), None)) is not None:
+            guessed_in = _where(source, 0)
+            try:
+                layout = find(first)
+            except BadRow as error:
+                raise ValueError(f"{guessed_in} {error}") from None
+            watched = PROMPT_COLUMNS.difference(layout.columns())
+        if layout is not None and all(c in source.schema.names for c in layout.required()):
+            columns = [c for c in source.schema.names if c in watched.union(layout.columns())]
+        seen.update(source.schema.names)
+    row: Any
+    for number, (line, row) in enumerate(source.scan(columns)):
+        count += 1
+        try:
+            if row.__class__ is BadRow:
+                raise row
+            if layout is None:
+                layout, guessed_in = find(row), _where(source, number)
+                watched = PROMPT_COLUMNS.difference(layout.columns())
+            build(layout, row, train_on)
+        except BadRow as error:
+            reason = str(error)
+            if guessed_in and row is not error and not all(c in row for c in layout.required()):  # type: ignore[union-attr]
+                reason += (
+                    f" (the format, {layout.name}, was found at {guessed_in}; rows of two formats don't mix)"  # type: ignore[union-attr]
+                )
+            if not skip:
+                cure = "or leave such rows out with --on-bad-row skip"
+                raise ValueError(f"{_where(source, number, line)} {reason}, {cure}") from None
+            skipped.append((number, reason))
+            continue
+        numbers.append(number)
+        if not watched.isdisjoint(row) and (reason := left_out(layout, row)):
+            raise ValueError(f"{_where(source, number, line)} {reason}")
+        if layout.named:
+            seen.update(c for c in layout.named if c in row)
+    if count == 0:
+        raise ValueError(f"{', '.join(source.names)} has no rows; it should hold at least one")
+    if not numbers:
+        first, reason = skipped[0]
+        names = ", ".join(source.names)
         raise ValueError(
-            f"data is {shown(data)}; it can be a path, several, a list of dicts, a datasets.Dataset or a pandas DataFrame"
+            f"{names}: none of the {count} rows can be used; the first one, row {first}, {reason}"
         )
-    from staff.data.tables import open_dataset
+    assert layout is not None
+    for column in layout.named:
+        if column not in seen:
+            hint = near(column, source.schema.names if is_table(source) else row)
+            cure = f"{hint}; correct the name"
+            raise ValueError(
+                f"{source.names[0]}: no row has the column {column!r} that --columns names{cure}"
+            )
+    return Rows(source, layout, train_on, np.array(numbers, np.int64), skipped)
 
-    return _read_table(open_dataset(data, MEMORY), layout, train_on, skip, (), [])
 
-
-def _split_of(data: Any, split: str | None, name: str) -> Any:
-    """The split asked for, else `train`, else the only one; a single Dataset is itself."""
-    if not hasattr(data, "keys"):
-        return data
-    names = list(data)
-    if split is None and len(names) == 1:
-        return data[names[0]]
-    chosen = split or "train"
-    if chosen not in names:
-        raise ValueError(
-            f"{name} has no split {chosen!r}{near(chosen, names)}; name one with --split: {', '.join(names)}"
-        )
-    return data[chosen]
+def _where(source: Any, number: int, line: int = 0) -> str:
+    """Names a row for a message: 'train.jsonl: row 3 (line 5)'."""
+    file = bisect_right(source.firsts, number) - 1
+    place = f"{source.names[file]}: row {number - source.firsts[file]}"
+    return f"{place} (line {line})" if line else place

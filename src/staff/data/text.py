@@ -1,37 +1,34 @@
-"""Text files -> rows: JSON Lines, JSON and CSV, gzipped or not, read in blocks. Every failure names file, row, line and cure."""
+"""Text files -> rows: JSON Lines, JSON and CSV, gzipped or not. Failures name file, row and line."""
 
 from __future__ import annotations
 
+import array
 import codecs
 import contextlib
+import csv
 import gzip
 import io
 import json
 import os
+import re
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
-from staff.data.layouts import shown
-from staff.data.scanners import (
-    BLOCK,
-    DELIMITERS,
-    Found,
-    csv_header,
-    csv_reader,
-    decode_json,
-    scan_csv,
-    scan_json,
-    scan_jsonl,
-    suffix_of,
-)
+from staff.data.layouts import BadRow, shown
+from staff.data.locate import suffix_of
 
+BLOCK = 1 << 20  # bytes read at a time
+LONGEST_ROW = 1 << 28  # bytes; past it a file is taken for something else
+UNPACKED = 100  # times a gzipped file's own size that it may unpack to, once that is more than
+UNPACKED_AT_LEAST = 1 << 23  # these bytes
 GZIP_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
-
+DELIMITERS = (",", "\t", ";", "|")
 REFUSED = {
     b"PK\x03\x04": ("a zip archive or an Excel workbook", "unpack it, or save the sheet as CSV (UTF-8)"),
     b"\xd0\xcf\x11\xe0": ("an old Excel workbook", "save the sheet as CSV (UTF-8)"),
@@ -43,10 +40,7 @@ REFUSED = {
     b"%PDF": ("a PDF document", "give the data as JSON Lines"),
     b"\xff\xfe": ("UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW"),
     b"\xfe\xff": ("UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW"),
-    b"\x80\x02": ("a Python pickle", "write the rows as JSON Lines"),
-    b"\x80\x03": ("a Python pickle", "write the rows as JSON Lines"),
-    b"\x80\x04": ("a Python pickle", "write the rows as JSON Lines"),
-    b"\x80\x05": ("a Python pickle", "write the rows as JSON Lines"),
+    **{bytes([0x80, v]): ("a Python pickle", "write the rows as JSON Lines") for v in (2, 3, 4, 5)},
     b"\x93NUMPY": ("a numpy array", "write the rows as JSON Lines"),
     b"version https://git-lfs": ("a Git LFS pointer, not the data", "fetch it with git lfs pull"),
     b"<!DOCTYPE": ("an HTML page", "download the data file itself"),
@@ -61,39 +55,60 @@ class TextFile:
     Attributes:
         path: where it lies.
         name: what messages call it.
-        kind: "JSONL", "JSON" or "CSV".
+        head: its first bytes, unpacked.
         gzipped: it is unpacked while it is read.
-        delimiter: of a CSV file.
         stamp: size and time of change at the first look; a file that changes under us is an error.
     """
 
     path: Path
     name: str
-    kind: str
+    head: bytes
     gzipped: bool
-    delimiter: str = ","
-    stamp: tuple[int, int] = (0, 0)
+    stamp: tuple[int, int]
 
     @contextlib.contextmanager
     def open(self) -> Iterator[IO[bytes]]:
         """The file's (unpacked) bytes. Errors of the system and of gzip come out as ValueError."""
-        try:
-            if stamp(self.path) != self.stamp:
-                raise ValueError(
-                    f"{self.name} changed while it was in use; start again, on a copy that nothing writes to"
-                )
-            with (
-                gzip.open(self.path, "rb")
-                if self.gzipped
-                else open(self.path, "rb", buffering=BLOCK) as stream
-            ):
-                yield stream  # type: ignore[misc]
-        except GZIP_ERRORS as error:
+        if stamp(self.path) != self.stamp:
             raise ValueError(
-                f"{self.name}: the gzip data is cut or damaged ({error}); fetch or pack the file again (gzip -t checks it)"
-            ) from None
-        except OSError as error:
-            raise ValueError(f"{self.name} can't be read: {error.strerror or error}") from None
+                f"{self.name} changed while it was in use; start again, on a copy that nothing writes to"
+            )
+        with _readable(self.name), open(self.path, "rb", buffering=BLOCK) as packed:
+            if not self.gzipped:
+                yield packed
+            else:
+                with gzip.open(packed, "rb") as unpacked:
+                    yield unpacked  # type: ignore[misc]
+
+    @property
+    def limit(self) -> int:
+        """Bytes that it may hold, unpacked."""
+        return max(UNPACKED * self.stamp[0], UNPACKED_AT_LEAST) if self.gzipped else 1 << 62
+
+    def check(self, size: int) -> None:
+        """Raise ValueError where a gzipped file unpacks to what no text does; it could take all memory."""
+        if size > self.limit:
+            raise ValueError(
+                f"{self.name} unpacks to more than {UNPACKED} times its size, {self.limit >> 20} MiB; "
+                "if it is meant so, unpack it with gunzip and give what comes out"
+            )
+
+    def read(self) -> bytes:
+        with self.open() as stream:
+            data = stream.read(self.limit + 1) if self.gzipped else stream.read()
+        self.check(len(data))
+        return data.removeprefix(codecs.BOM_UTF8)
+
+
+@contextlib.contextmanager
+def _readable(name: str) -> Iterator[None]:
+    try:
+        yield
+    except GZIP_ERRORS as error:
+        cure = "fetch or pack the file again (gzip -t checks it)"
+        raise ValueError(f"{name}: the gzip data is cut or damaged ({error}); {cure}") from None
+    except OSError as error:
+        raise ValueError(f"{name} can't be read: {error.strerror or error}") from None
 
 
 def stamp(path: Path) -> tuple[int, int]:
@@ -105,25 +120,20 @@ def stamp(path: Path) -> tuple[int, int]:
 # ---- what is it? ----
 
 
-def peek(path: Path, name: str, size: int = 1 << 16) -> tuple[bytes, bool]:
-    """The first bytes of a file, unpacked, and whether it is gzipped.
+def peek(path: Path, name: str, size: int = 1 << 16) -> TextFile:
+    """The beginning of a file, unpacked.
 
     Raises:
         ValueError: it can't be opened, is empty, or is of a kind that can't be read.
     """
-    try:
+    with _readable(name):
         with open(path, "rb") as file:
             head = file.read(size)
         gzipped = head.startswith(b"\x1f\x8b")
         if gzipped:
             with gzip.open(path, "rb") as unpacked:
                 head = unpacked.read(size)
-    except GZIP_ERRORS as error:
-        raise ValueError(
-            f"{name}: the gzip data is cut or damaged ({error}); fetch or pack the file again (gzip -t checks it)"
-        ) from None
-    except OSError as error:
-        raise ValueError(f"{name} can't be read: {error.strerror or error}") from None
+        seen = stamp(path)
     if not head:
         raise ValueError(f"{name} is empty; it should hold at least one row")
     for magic, (what, cure) in REFUSED.items():
@@ -131,56 +141,53 @@ def peek(path: Path, name: str, size: int = 1 << 16) -> tuple[bytes, bool]:
             raise ValueError(f"{name} is {what}; {cure}")
     if head.startswith(b"\x1f\x8b"):
         raise ValueError(f"{name} is gzipped twice; unpack it once with gunzip")
-    return head, gzipped
+    return TextFile(path, name, head, gzipped, seen)
 
 
-def kind_of(head: bytes, path: Path, name: str) -> str:
-    """What a file is: "JSONL", "JSON", "CSV", "Parquet" or "Arrow". Content decides; the extension only between CSV and broken JSON.
+def kind_of(file: TextFile, known: Sequence[str]) -> str:
+    """What a file is: "JSONL", "JSON", "CSV", "Parquet" or "Arrow": by content, broken JSON by name.
+
+    Args:
+        file: as `peek` gives it.
+        known: column names by which a file without an extension is taken for CSV.
 
     Raises:
         ValueError: its content says nothing and its extension neither; or it is JSON, but no list of rows.
     """
-    suffix = suffix_of(path)
+    head, name, suffix = file.head, file.name, suffix_of(file.path)
+    is_csv, is_jsonl = suffix in (".csv", ".tsv"), suffix in (".jsonl", ".ndjson")
     if head.startswith(b"PAR1"):
         return "Parquet"
-    if head.startswith(b"ARROW1") or (
-        head.startswith(b"\xff\xff\xff\xff") and suffix in (".arrow", ".feather", ".ipc", "")
-    ):
+    is_stream = head.startswith(b"\xff\xff\xff\xff") and suffix in (".arrow", ".feather", ".ipc", "")
+    if head.startswith(b"ARROW1") or is_stream:
         return "Arrow"
-    if suffix == ".parquet":
-        raise ValueError(
-            f"{name} is no Parquet file: it begins with {shown(head[:8])}, not with b'PAR1'; name it after what it is, or fetch it again"
-        )
-    if suffix in (".arrow", ".feather"):
-        raise ValueError(
-            f"{name} is no Arrow file: it begins with {shown(head[:8])}; name it after what it is, or fetch it again"
-        )
+    if suffix in (".parquet", ".arrow", ".feather"):
+        kind, magic = ("Parquet", ", not with b'PAR1'") if suffix == ".parquet" else ("Arrow", "")
+        cure = "name it after what it is, or fetch it again"
+        raise ValueError(f"{name} is no {kind} file: it begins with {shown(head[:8])}{magic}; {cure}")
     text = head.removeprefix(codecs.BOM_UTF8).lstrip()
     if not text:
         raise ValueError(f"{name} holds nothing but white space; it should hold at least one row")
     first, _, rest = text.partition(b"\n")
     whole = _is_json(first)
-    if text.startswith(b"{"):
-        if whole or suffix in (".jsonl", ".ndjson"):
+    if text.startswith(b"{") and (whole or not is_csv):
+        if whole or is_jsonl or not (first.strip() == b"{" or suffix == ".json"):
             return "JSONL"
-        if suffix not in (".csv", ".tsv"):
-            if first.strip() == b"{" or suffix == ".json":
-                raise ValueError(
-                    f"{name} holds a JSON object over several lines, not a list of rows ({_keys_of(text)}); "
-                    "give a list, [{...}, {...}], or one object a line (jq -c . FILE > rows.jsonl)"
-                )
-            return "JSONL"
-    if text.startswith(b"[") and (suffix not in (".csv", ".tsv") or text[1:].lstrip().startswith(b"{")):
+        raise ValueError(
+            f"{name} holds a JSON object over several lines, not a list of rows ({_keys_of(text)}); "
+            "give a list, [{...}, {...}], or one object a line (jq -c . FILE > rows.jsonl)"
+        )
+    if text.startswith(b"[") and (not is_csv or text[1:].lstrip().startswith(b"{")):
         return "JSONL" if whole and rest.strip() else "JSON"
-    if suffix in (".jsonl", ".ndjson", ".json") or (
-        whole and first.strip()[:1] in b'"0123456789tfn-' and suffix not in (".csv", ".tsv")
-    ):
+    is_value = whole and not is_csv and first.strip()[:1] in b'{"0123456789tfn-'
+    if is_jsonl or suffix == ".json" or is_value:
         return "JSONL"
-    if suffix in (".csv", ".tsv") or any(d.encode() in first for d in DELIMITERS):
+    if is_csv or any(c in known for c in _header(text, find_delimiter(file, known))):
         return "CSV"
     raise ValueError(
-        f"{name}: can't tell what this is; it begins with {shown(head[:24])}. It can be JSON Lines, JSON, CSV, TSV, Parquet or Arrow: "
-        "name it .jsonl, .json, .csv, .tsv, .parquet or .arrow"
+        f"{name}: can't tell what this is; it begins with {shown(head[:24])}. It can be JSON Lines, JSON, CSV, "
+        "TSV, Parquet or Arrow: name it .jsonl, .json, .csv, .tsv, .parquet or .arrow. Plain text is given as "
+        'JSON Lines, one {"text": "..."} a line'
     )
 
 
@@ -196,82 +203,299 @@ def _is_json(text: bytes) -> bool:
 
 def _keys_of(text: bytes) -> str:
     try:
-        value = json.loads(text)
+        return "its keys: " + ", ".join(shown(k, 30) for k in list(json.loads(text))[:8])
     except (ValueError, RecursionError):
         return f"it begins with {shown(text[:30].decode(errors='replace'))}"
-    return "its keys: " + ", ".join(shown(k, 30) for k in list(value)[:8])
 
 
-# ---- a set of text files ----
+# ---- JSON ----
 
 
-@dataclass
-class TextRows:
-    """Rows of text files. Holds 16 bytes a usable row: where its bytes begin and end.
+def _pairs(pairs: list[tuple[str, Any]]) -> dict:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        keys = [k for k, _ in pairs]
+        twice = next(k for k in keys if keys.count(k) > 1)
+        raise BadRow(f"has the key {twice!r} twice; keep one")
+    return row
+
+
+_decode = json.JSONDecoder(
+    object_pairs_hook=_pairs
+).raw_decode  # a key given twice would silently lose a value
+_space = re.compile(r"[ \t\r\n]*").match
+
+
+def _line(text: str, last: bool) -> Mapping | BadRow:
+    """One line of JSON Lines."""
+    text = text.strip()
+    try:
+        value, end = _decode(text)
+        if end != len(text):
+            raise json.JSONDecodeError("Extra data", text, _space(text, end).end())  # type: ignore[union-attr]
+    except (ValueError, RecursionError) as error:
+        return error if isinstance(error, BadRow) else BadRow(_json_reason(error, last))
+    return _object(value)
+
+
+def _object(value: object) -> Mapping | BadRow:
+    if isinstance(value, dict):
+        return value
+    kind = {list: "a list", str: "a text", bool: "a boolean", type(None): "null"}.get(type(value), "a number")
+    example = '{"prompt": "...", "response": "..."}'
+    return BadRow(f"is {kind}, {shown(value)}, not an object; a row looks like {example}")
+
+
+def _json_reason(error: Exception, last: bool) -> str:
+    if isinstance(error, RecursionError):
+        return "is nested too deeply; flatten it"
+    if not isinstance(error, json.JSONDecodeError):  # an integer of more than 4300 digits
+        return f"is not valid JSON: {error}; put the value in quotation marks"
+    text, at = error.doc, error.pos
+    found = shown(text[at : at + 24]) if at < len(text) else ""
+    place = f"at column {at + 1}{f': {found}' if found else ', the end of the row'}"
+    reason = f"is not valid JSON ({error.msg} {place})"
+    if text[:2] in ("{'", "['") or text[at : at + 1] == "'":
+        return f"{reason}; JSON wants double quotation marks: write rows with json.dumps, not str"
+    if error.msg == "Extra data" and "\r" in text[:at][-1:]:
+        return f"{reason}; line ends are carriage returns alone: convert them with tr '\\r' '\\n'"
+    if error.msg == "Extra data" and text[at : at + 1] == "{":
+        return f"{reason}; put each object on a line of its own"
+    if "control character" in error.msg:
+        return f"{reason}; write it as an escape such as \\n or \\t, as json.dumps does"
+    if last and (at >= len(text) - 8 or error.msg.startswith("Unterminated")):
+        return f"{reason}; the file seems cut off here: fetch or write it again"
+    if text == "{":
+        return f"{reason}; an object over several lines: write one object a line (jq -c . FILE > rows.jsonl)"
+    if not text.startswith(("{", "[")):
+        return f"{reason}; it does not look like JSON at all: if it is CSV or TSV, name the file .csv or .tsv"
+    return f"{reason}; correct the row"
+
+
+def _not_utf8(byte: int, at: int) -> str:
+    cure = "convert it, as with iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW"
+    return f"is not UTF-8 (byte 0x{byte:02x} at byte {at}); {cure}"
+
+
+class LineRows:
+    """Rows of JSON Lines files, in constant memory but for 8 bytes a row: where its line begins.
 
     Attributes:
-        kind: "JSONL", "JSON" or "CSV".
         files: in order.
-        spans: (n, 2) int64 first and last byte of each usable row, set by the scan.
-        first: (files + 1,) position of each file's first usable row, and n.
-        headers: column names of each file, for CSV.
+        names: what messages call them.
+        firsts: row number of each file's first row, counted over all files.
         keep: holds a temporary file that standard input was written to.
     """
 
-    kind: str
-    files: tuple[TextFile, ...]
-    spans: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int64))
-    first: list[int] = field(default_factory=list)
-    headers: list[list[str]] = field(default_factory=list)
-    keep: object = None
+    def __init__(self, files: Sequence[TextFile], keep: object = None):
+        self.files, self.keep = tuple(files), keep
+        self.names = tuple(file.name for file in files)
+        self.kind = "JSONL (gzip)" if any(file.gzipped for file in files) else "JSONL"
+        self.firsts: list[int] = []
+        self._starts = array.array("q")
 
-    def scan(self, file: TextFile) -> Iterator[Found]:
-        """Every row of one of the files, bad ones too."""
-        with file.open() as stream:
-            if file.kind == "JSONL":
-                yield from scan_jsonl(stream, file.name)
-            elif file.kind == "JSON":
-                yield from scan_json(stream, file.name)
-            else:
-                self.headers.append(csv_header(stream, file.name, file.delimiter)[0])
-                stream.seek(0)
-                yield from scan_csv(stream, file.name, file.delimiter)
+    def scan(self, columns: Sequence[str] | None = None) -> Iterator[tuple[int, Mapping | BadRow]]:
+        """Line and value of every row, bad ones too; blank lines are no rows."""
+        self.firsts, self._starts = [], array.array("q")
+        for file in self.files:
+            self.firsts.append(len(self._starts))
+            longest = min(LONGEST_ROW, file.limit + 1)
+            position = number = 0
+            with file.open() as stream:
+                while line := stream.readline(longest):
+                    start, number = position, number + 1
+                    position += len(line)
+                    file.check(position)
+                    if number == 1 and line.startswith(codecs.BOM_UTF8):
+                        line, start = line[3:], 3
+                    ended = line.endswith(b"\n")
+                    if not ended and len(line) >= longest:
+                        size = f"{longest >> 20} MiB; JSON Lines has one row a line"
+                        raise ValueError(f"{file.name}: line {number} is longer than {size}")
+                    if line.isspace():
+                        continue
+                    self._starts.append(start)
+                    try:
+                        yield number, _line(line.decode(), last=not ended)
+                    except UnicodeDecodeError as error:
+                        yield number, BadRow(_not_utf8(line[error.start], error.start))
 
-    def very_bytes(self, positions: Sequence[int] | np.ndarray | range) -> Iterator[tuple[int, bytes]]:
-        """File number and the very bytes of rows, in the order asked for."""
-        stack = contextlib.ExitStack()
-        with stack:
-            current, stream, at = -1, None, 0
-            for position in positions:
-                number = (
-                    int(np.searchsorted(self.first, position, side="right")) - 1 if len(self.files) > 1 else 0
-                )
-                if number != current:
+    def lines(self, numbers: np.ndarray) -> Iterator[bytes]:
+        """The very bytes of rows, in the order asked for."""
+        with contextlib.ExitStack() as stack:
+            current, stream, at = -1, io.BytesIO(), 0
+            for number in numbers.tolist():
+                file = bisect_right(self.firsts, number) - 1
+                if file != current:
                     stack.close()
-                    stream, current, at = stack.enter_context(self.files[number].open()), number, 0
-                assert stream is not None
-                start, end = self.spans[position].tolist()
-                if start != at:
-                    stream.seek(start)
-                yield number, stream.read(end - start)
-                at = end
+                    stream, current, at = stack.enter_context(self.files[file].open()), file, 0  # type: ignore[assignment]
+                if self._starts[number] != at:
+                    at = stream.seek(self._starts[number])
+                line = stream.readline()
+                at += len(line)
+                yield line
 
-    def fetch(self, positions: Sequence[int] | np.ndarray | range) -> Iterator[Mapping]:
+    def fetch(self, numbers: np.ndarray, columns: Sequence[str] | None = None) -> Iterator[Mapping]:
         """Rows as dicts, in the order asked for."""
-        for number, data in self.very_bytes(positions):
-            if self.kind == "CSV":
-                text = data.decode().removeprefix("\ufeff")
-                record = next(
-                    r for r in csv_reader(io.StringIO(text, newline="\n"), self.files[number].delimiter) if r
-                )
-                yield dict(zip(self.headers[number], record, strict=True))
-            else:
-                yield decode_json(data.decode().strip())[0]
+        return (json.loads(line.decode()) for line in self.lines(numbers))
 
-    def header_bytes(self, number: int) -> bytes:
-        """The very bytes of a CSV file's header line."""
-        file = self.files[number]
-        with file.open() as stream:
-            end = csv_header(stream, file.name, file.delimiter)[1]
-            stream.seek(0)
-            return stream.read(end)
+
+def read_json_list(file: TextFile) -> Iterator[tuple[int, Mapping | BadRow]]:
+    """Line and value of every row of a JSON list.
+
+    Raises:
+        ValueError: the list is broken; what comes behind can't be trusted.
+    """
+    data, name = file.read(), file.name
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{name}: line {line} {_not_utf8(data[error.start], error.start)}") from None
+    at = text.index("[") + 1
+    line, row, mark = 1 + text.count("\n", 0, at), -1, ","
+    while mark == ",":
+        start = _space(text, at).end()  # type: ignore[union-attr]
+        line, row = line + text.count("\n", at, start), row + 1
+        if text[start : start + 1] == "]":
+            if row:
+                raise ValueError(
+                    f"{name}: line {line}: a comma before the closing bracket is no JSON; take it away"
+                )
+            at = start + 1
+            break
+        if start == len(text):
+            cure = "the list is not closed, the file seems cut off; fetch or write it again"
+            raise ValueError(f"{name}: row {row} (line {line}) is missing: {cure}")
+        try:
+            try:
+                value, at = _decode(text, start)
+                value = _object(value)
+            except BadRow as error:
+                value, at = error, json.JSONDecoder().raw_decode(text, start)[1]
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, json.JSONDecodeError):
+                error = json.JSONDecodeError(error.msg, text[start:], error.pos - start)
+            raise ValueError(f"{name}: row {row} (line {line}) {_json_reason(error, last=True)}") from None
+        yield line, value
+        line += text.count("\n", start, at)
+        end = _space(text, at).end()  # type: ignore[union-attr]
+        line, mark, at = line + text.count("\n", at, end), text[end : end + 1], end + 1
+        if mark not in (",", "]") or not mark:
+            found = f"{shown(text[end : end + 24])}; correct it there"
+            if not mark:
+                found = "the end of the file; the file seems cut off: fetch or write it again"
+            what = "there must be a comma or a closing bracket"
+            raise ValueError(f"{name}: after row {row} (line {line}) {what}, found {found}")
+    if rest := text[at:].strip():
+        line += text.count("\n", at, text.index(rest, at))
+        raise ValueError(
+            f"{name}: line {line}: {shown(rest[:24])} after the closing bracket; one file holds one list"
+        )
+
+
+# ---- CSV ----
+
+
+def _records(text: str, delimiter: str, quoted: bool = True) -> Any:
+    csv.field_size_limit(LONGEST_ROW)  # the library's own is 128 kB, and one for the whole process
+    lines = io.StringIO(text, newline="\n")
+    options: dict[str, Any] = {} if quoted else {"quoting": csv.QUOTE_NONE}
+    return csv.reader(lines, delimiter=delimiter, strict=True, **options)
+
+
+def _header(head: bytes, delimiter: str) -> list[str]:
+    text = head.removeprefix(codecs.BOM_UTF8).decode(errors="replace").lstrip("\r\n")
+    with contextlib.suppress(csv.Error):
+        return next(_records(text, delimiter), [])
+    return []
+
+
+def find_delimiter(file: TextFile, known: Sequence[str]) -> str:
+    """The delimiter whose header has most known names, then most columns; a tie goes to the extension's."""
+    usual = "\t" if suffix_of(file.path) == ".tsv" else ","
+    headers = {d: _header(file.head, d) for d in sorted(DELIMITERS, key=lambda d: d != usual)}
+    return max(headers, key=lambda d: (sum(h in known for h in headers[d]), len(headers[d])))
+
+
+def _is_quoted(text: str, delimiter: str) -> bool:
+    """Are quotation marks round fields? Tab-separated text as translation corpora have it knows no quoting.
+
+    A field there may begin with a mark, and Python's csv reads on to the next one, over tabs and line ends.
+    """
+    records, line = _records(text, delimiter), 0
+    try:
+        for _ in records:
+            if records.line_num > line + 1:
+                return False
+            line = records.line_num
+    except csv.Error:
+        return False
+    return True
+
+
+def read_csv(file: TextFile, delimiter: str) -> tuple[bool, list[tuple[int, Mapping | BadRow]]]:
+    """Whether quotation marks are round fields, and line and value of every record under the header.
+
+    Raises:
+        ValueError: no header, a name that is there twice, or quotation marks that don't match, since where the
+            next row begins is then anybody's guess.
+    """
+    text, name = file.read().decode(errors="surrogateescape"), file.name
+    quoted = delimiter != "\t" or _is_quoted(text, delimiter)
+    records = _records(text, delimiter, quoted)
+    header: list[str] = []
+    rows: list[tuple[int, Mapping | BadRow]] = []
+    while True:
+        line = records.line_num + 1
+        try:
+            record = next(records, None)
+        except csv.Error as error:
+            where = f"row {len(rows)} (line {line})" if header else f"line {line}: the header"
+            raise ValueError(f"{name}: {where} {_csv_reason(error)}") from None
+        if record is None:
+            break
+        if not record:
+            continue
+        bad = _undecodable(delimiter.join(record))
+        if not header:
+            header = record
+            if bad is not None:
+                raise ValueError(f"{name}: line {line}: the header {bad}")
+            twice = next((h for h in header if header.count(h) > 1), None)
+            if twice is not None:
+                raise ValueError(
+                    f"{name}: line {line}: the header has the column {twice!r} twice; rename one"
+                )
+        elif bad is None and len(record) != len(header):
+            what = "put fields that hold {} or line breaks in quotation marks"
+            if not quoted:
+                what = "tab-separated text knows no quoting: a file whose fields hold {} or line breaks must be CSV"
+            columns = ", ".join(shown(h, 20) for h in header[:8])
+            counts = f"has {len(record)} fields, the header {len(header)} ({columns})"
+            rows.append((line, BadRow(f"{counts}; {what.format(shown(delimiter))}")))
+        else:
+            rows.append((line, bad or dict(zip(header, record, strict=True))))
+    if not header:
+        raise ValueError(f"{name} has no header line; the first line names the columns")
+    return quoted, rows
+
+
+def _undecodable(text: str) -> BadRow | None:
+    if text.isascii():
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return BadRow(_not_utf8(ord(text[error.start]) & 0xFF, len(text[: error.start].encode())))
+    return None
+
+
+def _csv_reason(error: csv.Error) -> str:
+    if "new-line" in str(error):
+        cure = "line ends are carriage returns alone: convert them with tr '\\r' '\\n'"
+    elif "field larger" in str(error) or "unexpected end" in str(error):
+        return "a quotation mark is never closed: close it, or double it where it is part of the text"
+    else:
+        cure = "quotation marks inside a quoted field are doubled, and such a field ends at the delimiter"
+    return f"is not valid CSV ({error}); {cure}"

@@ -1,4 +1,4 @@
-"""A row -> the turns a model will see, by TRL's and LLaMA-Factory's conventions; or the reason why it can't be used."""
+"""A row -> the turns a model will see, by TRL's and LLaMA-Factory's conventions; or why it can't be used."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from staff.data.layouts import ROLES, BadRow, Layout, listed, near, shown
+from staff.data.layouts import BadRow, Layout, listed, near, shown
 
 _WEIGHTS = ("weight", "loss_weight")
 
@@ -35,7 +35,7 @@ class Turn(
 
     @property
     def text(self) -> str:
-        """What is said as one text, with tool calls behind it as JSON, one a line: for lengths, likeness, people."""
+        """What is said as one text, tool calls behind it as JSON, one a line: for lengths, likeness, people."""
         said = self.content if isinstance(self.content, str) else "".join(map(_part_text, self.content))
         calls = (self.fields or {}).get("tool_calls") or ()
         return "\n".join(filter(None, (said, *map(_call_text, calls))))
@@ -61,8 +61,9 @@ def build(layout: Layout, row: Mapping, train_on: str = "last") -> Example:
     Args:
         layout: which column holds what.
         row: column -> value.
-        train_on: "last" takes the loss on the last assistant turn, "all" on every one. A turn's own `weight` or `loss_weight` of 0
-            (OpenAI's and LLaMA-Factory's way to say "not this one") takes it off; what follows the last trained turn is left away.
+        train_on: "last" takes the loss on the last assistant turn, "all" on every one. A turn's own `weight` or
+            `loss_weight` of 0 (OpenAI's and LLaMA-Factory's way to say "not this one") takes it off; what
+            follows the last trained turn is left away.
 
     Returns:
         The example; its last turn is trained on.
@@ -71,9 +72,9 @@ def build(layout: Layout, row: Mapping, train_on: str = "last") -> Example:
         BadRow: says what is wrong with the row and the cure.
     """
     label = row.get(layout.id) if layout.id is not None else None
-    if label.__class__ is not str:
-        label = str(label) if isinstance(label, str | int) and not isinstance(label, bool) else None
-    if layout.bare:  # the same as below, for the rows that most files are made of
+    if label is not None and not (label.__class__ is str and label.isascii()):
+        label = label_of(label)
+    if layout.extras is not None:  # the same as below, for the rows that most files are made of
         prompt, response = row.get(layout.prompt), row.get(layout.response)
         if isinstance(prompt, str) and isinstance(response, str):
             filled = prompt and response and not prompt.isspace() and not response.isspace()
@@ -81,7 +82,7 @@ def build(layout: Layout, row: Mapping, train_on: str = "last") -> Example:
             if filled and whole and not (layout.extras and any(map(row.get, layout.extras))):
                 return Example((Turn("user", prompt, False), Turn("assistant", response, True)), label)
     if layout.text is not None:
-        return Example((Turn("text", _text(row, layout.text), True),), label)
+        return Example((Turn("text", _said(_value(row, layout.text), repr(layout.text)), True),), label)
     turns = (
         _pair(layout, row)
         if layout.messages is None
@@ -96,6 +97,18 @@ def build(layout: Layout, row: Mapping, train_on: str = "last") -> Example:
     return Example(_trained(turns, train_on), label, _tools(row, layout.tools))
 
 
+def label_of(value: object) -> str | None:
+    """An id as text, the same for 7 and 7.0; None where it is no text or number."""
+    if isinstance(value, str):
+        return value.encode(
+            errors="backslashreplace"
+        ).decode()  # half a surrogate pair can be written nowhere
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return str(value) if is_number else None
+
+
 def _pair(layout: Layout, row: Mapping) -> list[Turn]:
     assert layout.prompt is not None
     assert layout.response is not None
@@ -104,7 +117,8 @@ def _pair(layout: Layout, row: Mapping) -> list[Turn]:
         for i, pair in enumerate(history if isinstance(history, list | tuple) else [history]):
             if not (isinstance(pair, list | tuple) and len(pair) == 2):
                 raise BadRow(
-                    f"{layout.history!r}: entry {i} is {shown(pair)}; it must be a pair of texts, [user, assistant]"
+                    f"{layout.history!r}: entry {i} is {shown(pair)}; it must be a pair of texts, "
+                    "[user, assistant]"
                 )
             turns.append(Turn("user", _said(pair[0], f"{layout.history!r}, entry {i}, user"), False))
             turns.append(Turn("assistant", _said(pair[1], f"{layout.history!r}, entry {i}, assistant"), True))
@@ -145,13 +159,7 @@ def _value(row: Mapping, column: str) -> object:
     try:
         return row[column]
     except KeyError:
-        raise BadRow(
-            f"has no {column!r}{near(column, (c for c in row if isinstance(c, str)))}; found {listed(row)}"
-        ) from None
-
-
-def _text(row: Mapping, column: str) -> str:
-    return _said(_value(row, column), repr(column))
+        raise BadRow(f"has no {column!r}{near(column, row)}; found {listed(row)}") from None
 
 
 def _said(value: object, what: str) -> str:
@@ -176,8 +184,9 @@ def _clean(value: str, what: str) -> str:
         try:
             value.encode()
         except UnicodeEncodeError as error:
+            half = f"\\u{ord(value[error.start]):04x}"
             raise BadRow(
-                f"{what} has half of a surrogate pair (\\u{ord(value[error.start]):04x}) at character {error.start}; replace it"
+                f"{what} has half of a surrogate pair ({half}) at character {error.start}; replace it"
             ) from None
     return value
 
@@ -213,28 +222,21 @@ def _text_cure(value: object) -> str:
 
 
 def _chat(layout: Layout, messages: object, column: str) -> list[Turn]:
-    """The turns of a messages or conversations column; `train` is set on assistant turns unless their weight is 0."""
+    """The turns of a column; `train` is set on assistant turns unless their weight is 0."""
     if isinstance(messages, str):
-        raise BadRow(
-            f"{column!r} is text, {shown(messages)}; it must be a list of turns (where it holds JSON, parse it first)"
-        )
+        cure = "it must be a list of turns (where it holds JSON, parse it first)"
+        raise BadRow(f"{column!r} is text, {shown(messages)}; {cure}")
+    example = "such as {'role': 'user', 'content': '...'}"
     if not isinstance(messages, list | tuple):
-        raise BadRow(
-            f"{column!r} is {_kind(messages)}; it must be a list of turns such as {{'role': 'user', 'content': '...'}}"
-        )
+        raise BadRow(f"{column!r} is {_kind(messages)}; it must be a list of turns {example}")
     if not messages:
         raise BadRow(f"{column!r} is an empty list; fill it in")
-    roles = layout.roles if layout.roles is not None else ROLES
+    roles = layout.roles
     turns = []
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise BadRow(
-                f"{column!r}: turn {i} is {_kind(message)}; it must be an object such as {{'role': 'user', 'content': '...'}}"
-            )
-        role_tag = layout.role_tag or ("role" if "role" in message or "from" not in message else "from")
-        content_tag = layout.content_tag or (
-            "content" if "content" in message or "value" not in message else "value"
-        )
+            raise BadRow(f"{column!r}: turn {i} is {_kind(message)}; it must be an object {example}")
+        role_tag, content_tag = layout.tags(message)
         name = message.get(role_tag)
         if not isinstance(name, str):
             found = (
@@ -245,16 +247,16 @@ def _chat(layout: Layout, messages: object, column: str) -> list[Turn]:
             raise BadRow(f"{column!r}: turn {i} {found}")
         role = roles.get(name)
         if role is None:
-            raise BadRow(
-                f"{column!r}: turn {i} has the unknown role {shown(name)}{near(name, roles)}; known: {', '.join(roles)}"
-            )
+            known = f"{near(name, roles)}; known: {', '.join(roles)}"
+            raise BadRow(f"{column!r}: turn {i} has the unknown role {shown(name)}{known}")
         if content_tag not in message and not message.get("tool_calls"):
             raise BadRow(f"{column!r}: turn {i} ({name}) has no {content_tag!r}; found {listed(message)}")
         what = f"{column!r}: turn {i} ({name})"
         others = len(message) > 2 or content_tag not in message
         fields = _fields(message, role_tag, content_tag, what) if others else None
         content = message.get(content_tag)
-        if content is None and (role not in ("user", "assistant") or (fields and fields.get("tool_calls"))):
+        calls = role == "assistant" and bool((fields or {}).get("tool_calls"))
+        if content is None and (calls or role in ("system", "tool")):
             content = ""
         if isinstance(content, list):
             content = [_part(part, what) for part in content]
@@ -264,9 +266,8 @@ def _chat(layout: Layout, messages: object, column: str) -> list[Turn]:
         else:
             raise BadRow(f"{what} is {_kind(content)}; it must be text: {_text_cure(content)}")
         _clean(said, what)
-        if role in ("user", "assistant") and (not said or said.isspace()):
-            if not (role == "assistant" and fields and fields.get("tool_calls")):
-                raise BadRow(f"{what} is empty; fill it in")
+        if role in ("user", "assistant") and not calls and (not said or said.isspace()):
+            raise BadRow(f"{what} is empty; fill it in")
         turns.append(Turn(role, content, role == "assistant" and _weight(message, what), fields))
     return turns
 
@@ -291,7 +292,7 @@ def _part_text(part: Any) -> str:
 
 
 def without_nulls(value: Any) -> Any:
-    """A value without the keys that hold null, as TRL takes them out: Arrow gives a struct every key of its type."""
+    """A value without keys that hold null, as TRL has it: Arrow gives a struct every key of its type."""
     if isinstance(value, Mapping):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list | tuple) else value
