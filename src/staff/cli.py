@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import json
 import logging
 import os
@@ -146,7 +147,7 @@ def _say(given: argparse.Namespace, text: str, values: dict[str, Any]) -> None:
     if given.json:
         print(json.dumps(values, ensure_ascii=False))
     elif not getattr(given, "quiet", False):
-        print(text)
+        print(console.shown(text))
 
 
 def methods(arguments: Sequence[str]) -> None:
@@ -254,6 +255,9 @@ def main() -> None:
 
         print(f"staff {__version__}")
         sys.exit(0)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII alone
     _stop_at_once()
     logging.basicConfig(format="staff: %(message)s", level=logging.ERROR)
     logging.getLogger("staff").setLevel(logging.WARNING)
@@ -267,7 +271,7 @@ def main() -> None:
     except ValueError as error:
         if os.environ.get("STAFF_TRACEBACK"):
             raise
-        print(f"staff: {error}", file=sys.stderr)
+        print(console.shown(f"staff: {error}"), file=sys.stderr)
         sys.exit(FAILED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -63,6 +63,11 @@ class Bars:
             self._console.print(f"{stage}: {done} of {total}", highlight=False, markup=False)
 
 
+def shown(text: str) -> str:
+    """A text with what a terminal would obey (escapes, carriage returns, turned writing) spelled out."""
+    return "".join(c if c in "\n\t" or c.isprintable() or c == "\u00a0" else repr(c)[1:-1] for c in text)
+
+
 def summary(run: Run, config: SelectConfig) -> str:
     """What a person wants to know of a finished selection."""
     selection, cost, manifest = run.selection, run.cost, run.manifest

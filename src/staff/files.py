@@ -239,6 +239,35 @@ def remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
+def check_outputs(outputs: Iterable[Path], inputs: Mapping[str, Iterable[Path]]) -> None:
+    """See that nothing that is read would be written, unlinked or renamed, through links and hard links too.
+
+    Args:
+        outputs: files that will be written, and folders whose files may be.
+        inputs: what messages call them -> files that are read.
+
+    Raises:
+        ValueError: one is both.
+    """
+    read = {}
+    for name, paths in inputs.items():
+        for path in paths:
+            if path.exists():
+                status = path.stat()
+                read[status.st_dev, status.st_ino] = (name, path)
+    for output in outputs:
+        inside = [output, *output.rglob("*")] if output.is_dir() else [output]
+        for path in inside:
+            if path.is_file():
+                status = path.stat()
+                name, source = read.get((status.st_dev, status.st_ino), ("", None))
+                if source is not None:
+                    where = "the output itself" if path == output else f"in the output's folder, {output}"
+                    raise ValueError(
+                        f"{name} {source} is {where}: it would be overwritten; name another --output"
+                    )
+
+
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The fields of two mappings that differ, each as "name: before -> now"."""
     names = [*before, *(name for name in now if name not in before)]

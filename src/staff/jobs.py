@@ -39,6 +39,7 @@ def finetune(config: FinetuneConfig, *, update: bool = False, on_progress: Progr
     check_named(config, "data", "model", "output")
     pool = rows.read(list(config.data), **config.reading.keywords())
     source = model_files.resolve(config.model, "--model")
+    files.check_outputs([Path(str(config.output))], {"--data": pool.paths, "--model": source.files()})
     with open_run(str(config.output), "adapter", on_progress) as run:
         inputs = Inputs({"model": partial(content_of, run, source)}, {"model": f"--model {config.model}"})
         inputs["data"] = fingerprint_rows(pool)
@@ -138,6 +139,8 @@ def score(config: ScoreConfig, *, on_progress: Progress | None = None) -> tuple[
         )
     source = model_files.resolve(config.model, "--model")
     pool = rows.read(list(config.data), **config.reading.keywords())
+    skipped = output.with_suffix(".skipped.jsonl")
+    files.check_outputs([output, skipped], {"--data": pool.paths, "--model": source.files()})
     with open_run(output.with_suffix(".unfinished"), "scores", on_progress) as run:
         contents = {"target": partial(content_of, run, source)}
         inputs = Inputs(contents, {"target": f"--model {config.model}"})
@@ -161,6 +164,6 @@ def score(config: ScoreConfig, *, on_progress: Progress | None = None) -> tuple[
         columns = {**row_columns(pool), **scores}
         columns |= {"prompt_tokens": tokens.lengths - response, "response_tokens": response}
         write_scores(output, columns)
-        warn(pool, tokens, config.reading.max_length, output.with_suffix(".skipped.jsonl"))
+        warn(pool, tokens, config.reading.max_length, skipped)
     files.remove(output.with_suffix(".unfinished"))
     return output, len(pool)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +64,13 @@ def select(
     places = (reading.split, reading.dataset_config, reading.revision, reading.dataset_info)
     located = locate(list(config.data), *places) if data is None else None
     read = partial(rows.read, located if data is None else data, **reading.keywords())
+    paths = located.paths if located and located.keep is None else ()
+    if config.output:
+        named = {"--scores": config.scores, "--validation": config.validation}
+        given = {flag: [Path(path)] for flag, path in named.items() if path}
+        given |= {f"--{name}": source.files() for name, source in sources.items()}
+        files.check_outputs([Path(config.output)], {**given, "--data": paths})
     with open_run(config.output or tempfile.mkdtemp(prefix="staff-"), "run", on_progress) as run:
-        paths = located.paths if located and located.keep is None else ()
         pool = None if paths else read()
         inputs = _inputs(config, run, sources, paths, pool)
         coresets = outputs.coresets_of(config, run)
@@ -140,13 +146,20 @@ def check(config: SelectConfig, data: Any, methods: Mapping[str, Method]) -> Non
         raise ValueError(
             "say how much to keep: --pruning-rate 0.8 keeps a fifth, --budget 500 keeps 500 samples"
         )
-    known = sorted({option for name in config.method for option in methods[name].options()})
+    known = {name: value for method in config.method for name, value in methods[method].options().items()}
     for pair in config.option:
-        if "=" not in pair or pair.split("=", 1)[0] not in known:
-            of = f"the options of {', '.join(config.method)} are {', '.join(known) or 'none'}"
+        name, _, text = pair.partition("=")
+        if "=" not in pair or name not in known:
+            of = f"the options of {', '.join(config.method)} are {', '.join(sorted(known)) or 'none'}"
             raise ValueError(f"--option {pair}: give name=value; {of}")
+        wanted = known[name]
+        is_number = isinstance(yaml_value(text), (int, float)) and not isinstance(yaml_value(text), bool)
+        if isinstance(wanted, (int, float)) and not is_number:
+            raise ValueError(f"--option {pair}: {name} is a number, as in {name}={wanted}")
     for name in config.method:
         needs = methods[name].needs.values()
+        if any(need.made == "clusters" for need in needs) and find_spec("sklearn") is None:
+            raise ValueError(f"--method {name} needs scikit-learn: pip install 'staff-coreset[graph]'")
         if not config.draft_epochs and any(need.checkpoints and need.model == "draft" for need in needs):
             raise ValueError(
                 f"--method {name} follows the draft through its tuning, and it is not tuned: give --draft-epochs, 3 say"

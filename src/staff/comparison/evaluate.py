@@ -17,6 +17,7 @@ from staff.comparison import metrics
 from staff.config import EvaluateConfig, check_named, flat
 from staff.data import rows as formats
 from staff.files import (
+    check_outputs,
     failures_are_said,
     fingerprint,
     hash_file,
@@ -84,6 +85,7 @@ def evaluate(config: EvaluateConfig, *, on_progress: Progress | None = None) -> 
             raise ValueError(f"row {number} has a text and no prompt: there is nothing to answer")
     device = models.pick_device(config.engine.device)
     dtype = models.pick_dtype(config.engine.dtype, device)
+    check_outputs([output, summary_path(output)], {"--data": rows.paths, "--model": source.files()})
     unfinished = output.with_suffix(".unfinished")
     with failures_are_said(output), open_run(unfinished, "scores", on_progress) as run:
         inputs = {
