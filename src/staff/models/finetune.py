@@ -14,13 +14,11 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from staff.data.tokens import Pool, collate
-from staff.files import SEAL, is_out_of_memory, read_arrays, seal, sealed
+from staff.files import SEAL, is_out_of_memory, seal, sealed
 from staff.models import anatomy, attention
 from staff.models.adapters import add_lora, joined_products
 from staff.scoring import scopes
 from staff.scoring.gradnorm import Head, response_scores
-from staff.scoring.running import FILE as RUNNING
-from staff.scoring.running import Running
 
 CHECKPOINTS = 2  # kept: one that turns out damaged has another before it
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
