@@ -1,4 +1,5 @@
-"""STAFF: the part of a fine-tuning data set that a large language model really needs, at a small model's price.
+"""STAFF: the part of a fine-tuning data set that a large language model really needs, at a small model's
+price.
 
     import staff
     run = staff.select("train.jsonl", target="Qwen/Qwen2.5-7B", draft="Qwen/Qwen2.5-0.5B", pruning_rate=0.8)

@@ -90,7 +90,8 @@ def plan(arguments: Sequence[str]) -> None:
 
 
 def compare(arguments: Sequence[str]) -> None:
-    """Methods, pruning rates and seeds against each other: select, fine-tune, evaluate; tables with intervals, and costs."""
+    """Methods, pruning rates and seeds against each other: select, fine-tune, evaluate; tables with
+    intervals, and costs."""
     parser = argparse.ArgumentParser("staff compare", description=compare.__doc__)
     parser.add_argument(
         "--config",
@@ -126,7 +127,8 @@ def compare(arguments: Sequence[str]) -> None:
 
 
 def inspect(arguments: Sequence[str]) -> None:
-    """Show how a file is read: format, columns, lengths, duplicates, the first rows as the model sees them."""
+    """Show how a file is read: format, columns, lengths, duplicates, the first rows as the model sees
+    them."""
     from rich.console import Console
 
     from staff import inspection
@@ -236,8 +238,8 @@ def _stop_at_once() -> None:
 def main() -> None:
     """Run a command.
 
-    Exit status: 0 done, 2 something that the user can mend (one message says what), 130 stopped by Ctrl-C, 1 a fault of ours
-    or nobody left to read the output.
+    Exit status: 0 done, 2 something that the user can mend (one message says what), 130 stopped by Ctrl-C, 1
+    a fault of ours or nobody left to read the output.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of libraries; ours are drawn here
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,7 +1,7 @@
 """What a run is told: frozen dataclasses that become flags, YAML and the run's own config.yaml.
 
-A value is checked once, by its field's type and the `Range` beside it, whether it came as a flag, from a YAML file or
-from Python, so the message is the same.
+A value is checked once, by its field's type and the `Range` beside it, whether it came as a flag, from a YAML
+file or from Python, so the message is the same.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 
 def _checked(value: Any, hint: Any, flag: str) -> Any:
-    """A value as its field's type has it: a single one where several may stand, a whole number where 3.0 is meant.
+    """A value as its field's type has it: a single one where several may stand, a whole number where 3.0 is
+    meant.
 
     Raises:
         ValueError: another type, another choice, or a number out of range.
@@ -165,9 +166,11 @@ class Scoring(_Checked):
     scope: Scope = "last-value"
     """Which weights the effort is taken on."""
     loss: Literal["mean", "sum", "sqrt"] = "mean"
-    """L of a sample: its response tokens' losses summed and divided by their number, by nothing, or by its root."""
+    """L of a sample: its response tokens' losses summed and divided by their number, by nothing, or by its
+    root."""
     balance_layers: bool = False
-    """Divide the gradient norm of each weight by its mean over the pool, so that wide layers do not drown others."""
+    """Divide the gradient norm of each weight by its mean over the pool, so that wide layers do not drown
+    others."""
     batch_tokens: Count | None = None
     """Padded tokens of a scoring batch at most; left out, what the device's memory bears."""
 
@@ -175,7 +178,8 @@ class Scoring(_Checked):
         super().__post_init__()
         if self.balance_layers and self.scope in ("last-value", "released"):
             raise ValueError(
-                f"--balance-layers needs a scope of several weights, as last-block or linear; {self.scope} has one"
+                f"--balance-layers needs a scope of several weights, as last-block or linear; {self.scope} "
+                f"has one"
             )
 
 
@@ -202,13 +206,15 @@ class SelectConfig(_Checked):
     """Choose the coreset of a pool: the main job."""
 
     data: tuple[str, ...] = ()
-    """The pool: JSONL, JSON, CSV, TSV, Parquet or Arrow files, a folder, a hub data set, or - for standard input."""
+    """The pool: JSONL, JSON, CSV, TSV, Parquet or Arrow files, a folder, a hub data set, or - for standard
+    input."""
     target: str = ""
     """The model the coreset is for: a hub id, a folder or a .gguf file."""
     draft: str | None = None
     """The small model that speculates, given like the target; or self:N, N of the target's own blocks."""
     scores: str | None = None
-    """Scores of your own in place of a draft's: .npy in the data's order, or a table with row or id and score."""
+    """Scores of your own in place of a draft's: .npy in the data's order, or a table with row or id and
+    score."""
     validation: str | None = None
     """A few rows of the task as it will be judged, for the method less."""
     pruning_rate: tuple[PruningRate, ...] = ()
@@ -294,7 +300,8 @@ class FinetuneConfig(_Checked):
     epochs: SomeEpochs = 3.0
     """Passes over the data."""
     max_steps: Count | None = None
-    """Training steps in place of epochs, so that coresets of different sizes can be compared at equal updates."""
+    """Training steps in place of epochs, so that coresets of different sizes can be compared at equal
+    updates."""
     seed: Seed = 42
     """Seed of the adapter and of the order of the samples."""
     reading: Reading = Reading()
@@ -337,7 +344,8 @@ class EvaluateConfig(_Checked):
     """Answer a test file with a model and compare with its references."""
 
     data: tuple[str, ...] = ()
-    """The test examples, in any format that `staff select` reads; the last answer of each is its reference."""
+    """The test examples, in any format that `staff select` reads; the last answer of each is its
+    reference."""
     model: str = ""
     """A hub id, a folder (an adapter's too) or a .gguf file."""
     output: str | None = None
@@ -354,7 +362,8 @@ class EvaluateConfig(_Checked):
         length = self.reading.max_length
         if self.max_new_tokens >= length:
             raise ValueError(
-                f"--max-new-tokens {self.max_new_tokens} leaves no room for a prompt in --max-length {length}: "
+                f"--max-new-tokens {self.max_new_tokens} leaves no room for a prompt in --max-length "
+                f"{length}: "
                 "lower the one or raise the other"
             )
 
@@ -366,7 +375,8 @@ class InspectConfig(_Checked):
     data: tuple[str, ...] = ()
     """What to look at, in any format that `staff select` reads. Bad rows are always listed and left out."""
     model: str | None = None
-    """A hub id, a folder or a .gguf file: its tokenizer and chat template say what is masked and truncated."""
+    """A hub id, a folder or a .gguf file: its tokenizer and chat template say what is masked and
+    truncated."""
     trust_remote_code: bool = False
     """Run Python code that a model's repository brings along."""
     reading: Reading = Reading()

@@ -91,7 +91,8 @@ def summary(run: Run, config: SelectConfig) -> str:
         ratios = sorted(region.ratio for region in verified)
         count = len(selection.verified)
         lines.append(
-            f"verified   {count} samples on the target ({count / n:.1%} of the pool), in {len(verified)} regions"
+            f"verified   {count} samples on the target ({count / n:.1%} of the pool), in {len(verified)} "
+            f"regions"
         )
         lines.append(
             f"           that hold {pool_share:.0%} of the pool and {budget_share:.0%} of the coreset"
@@ -99,11 +100,13 @@ def summary(run: Run, config: SelectConfig) -> str:
         lines.append(f"           V_i from {ratios[0]:.3g} to {ratios[-1]:.3g}")
         if min(pool_share, budget_share) < 0.5:
             lines.append(
-                "           warning: less than half lies in verified regions. Fewer --num-regions hold more samples each"
+                "           warning: less than half lies in verified regions. Fewer --num-regions hold more "
+                "samples each"
             )
     elif manifest["method"] == "staff":
         lines.append(
-            f"           warning: none verified, for none has more than {config.verification_budget} samples. Use fewer --num-regions"
+            f"           warning: none verified, for none has more than {config.verification_budget} "
+            f"samples. Use fewer --num-regions"
         )
     if manifest.get("fidelity") is not None:
         lines.append(
@@ -111,7 +114,8 @@ def summary(run: Run, config: SelectConfig) -> str:
         )
         if manifest["fidelity"] < 0.3:
             lines.append(
-                "           warning: the draft hardly knows what the target finds hard; try another draft, or --method direct"
+                "           warning: the draft hardly knows what the target finds hard; try another draft, "
+                "or --method direct"
             )
     if selection.filled or selection.filled_from_cut:
         lines.append(
@@ -126,7 +130,8 @@ def summary(run: Run, config: SelectConfig) -> str:
         lines.append(f"it is on the hub as the data set {config.push_to_hub}")
     target = f" --model {config.target}" if config.target else " --model MODEL"
     lines.append(
-        f"train on it: staff finetune --data {run.path / 'coreset.jsonl'}{target} --output {run.path / 'adapter'}"
+        f"train on it: staff finetune --data {run.path / 'coreset.jsonl'}{target} --output "
+        f"{run.path / 'adapter'}"
     )
     return "\n".join(lines)
 
@@ -140,9 +145,9 @@ def grid_table(runs: list[Run], config: SelectConfig) -> str:
     ]
     for run in runs:
         rate = run.manifest["pruning_rate"]
-        lines.append(
-            f"{run.path.name:24}{'' if rate is None else f'{rate:g}':>13}{len(run.indices):9}{len(run.selection.verified):10}"
-        )
+        shown_rate = "" if rate is None else f"{rate:g}"
+        m, verified = len(run.indices), len(run.selection.verified)
+        lines.append(f"{run.path.name:24}{shown_rate:>13}{m:9}{verified:10}")
     folder = runs[0].path.parent
     with open(folder / "likeness.csv", encoding="utf-8") as file:
         pairs = list(csv.DictReader(file))
@@ -170,12 +175,11 @@ def _cost_table(cost: dict[str, Any]) -> str:
         rows.append(("without a draft (direct)", cost["direct"]["seconds"], None, cost["direct"]["passes"]))
     lines = [f"{'cost':26}{'seconds':>9}{'tokens':>12}{'passes of the target':>22}"]
     for stage, seconds, tokens, passes in rows:
-        lines.append(
-            f"{stage:26}{seconds:9.1f}{'' if tokens is None else f'{tokens:,.0f}':>12}{'' if passes is None else f'{passes:.2f}':>22}"
-        )
+        counted = "" if tokens is None else f"{tokens:,.0f}"
+        in_passes = "" if passes is None else f"{passes:.2f}"
+        lines.append(f"{stage:26}{seconds:9.1f}{counted:>12}{in_passes:>22}")
     if "sum" in cost:
-        terms = "(2 x {epochs:g} x {share:g} + 1) x {relative_cost:.2f} + {verified_share:.2f} = {passes:.2f}".format(
-            **cost["sum"]
-        )
+        terms = "(2 x {epochs:g} x {share:g} + 1) x {relative_cost:.2f} + {verified_share:.2f} = {passes:.2f}"
+        terms = terms.format(**cost["sum"])
         lines += [f"by the sum (2 T f + 1) r + v = {terms} passes", cost["verdict"]]
     return "\n".join(lines)

@@ -45,7 +45,8 @@ OUT_OF_MEMORY = re.compile(
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Make a file or folder whole or not at all: written beside its place, flushed to disk, renamed over it."""
+    """Make a file or folder whole or not at all: written beside its place, flushed to disk, renamed over
+    it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -123,7 +123,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def score(config: ScoreConfig, *, on_progress: Progress | None = None) -> tuple[Path, int]:
-    """Score every sample of a pool on one model and write a Parquet file; what is done lies beside it until the end.
+    """Score every sample of a pool on one model and write a Parquet file; what is done lies beside it until
+    the end.
 
     Returns:
         the file, and n.

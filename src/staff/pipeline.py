@@ -162,7 +162,8 @@ def check(config: SelectConfig, data: Any, methods: Mapping[str, Method]) -> Non
             raise ValueError(f"--method {name} needs scikit-learn: pip install 'staff-coreset[graph]'")
         if not config.draft_epochs and any(need.checkpoints and need.model == "draft" for need in needs):
             raise ValueError(
-                f"--method {name} follows the draft through its tuning, and it is not tuned: give --draft-epochs, 3 say"
+                f"--method {name} follows the draft through its tuning, and it is not tuned: give "
+                f"--draft-epochs, 3 say"
             )
         if any(need.quantity == "similarity" for need in needs) and not config.validation:
             raise ValueError(
@@ -209,8 +210,10 @@ def find_models(config: SelectConfig, methods: Mapping[str, Method]) -> dict[str
         known = "No smaller sibling of its family is known here"
         known = f"Known smaller siblings of its family: {siblings}" if siblings else known
         raise ValueError(
-            f"--method {' '.join(config.method)} needs a small draft of the target's family: name one with --draft. "
-            f"{known}. Without one: --draft self:8 keeps 8 of the target's own blocks, --method direct scores the "
+            f"--method {' '.join(config.method)} needs a small draft of the target's family: name one with "
+            f"--draft. "
+            f"{known}. Without one: --draft self:8 keeps 8 of the target's own blocks, --method direct "
+            f"scores the "
             "target itself"
         )
     if load.self_blocks(config.draft) is not None:
@@ -310,7 +313,8 @@ def _results(
     pieces: Pieces | None,
     run: RunFolder,
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """What is written of a selection beside the rows: columns of scores.parquet, the cost, what the manifest says."""
+    """What is written of a selection beside the rows: columns of scores.parquet, the cost, what the manifest
+    says."""
     need = None if config.scores else method.needs.get("scores")
     values: dict[str, Any] = (
         {} if scores is None else {need.quantity if need else "score": np.asarray(scores)}

@@ -43,7 +43,8 @@ class Need:
         match = re.fullmatch(r"(\w+)(@checkpoints)?/(\w+)(?:\.(\w+))?", text)
         if not match or match[3] not in QUANTITIES or match[4] not in (None, *MADE):
             raise ValueError(
-                f"{text!r} names no numbers: write model/quantity, with a quantity of {', '.join(QUANTITIES)}; "
+                f"{text!r} names no numbers: write model/quantity, with a quantity of "
+                f"{', '.join(QUANTITIES)}; "
                 f"or model@checkpoints/quantity; and behind it, with a dot, {' or '.join(MADE)}"
             )
         return cls(match[1], match[3], bool(match[2]), match[4])
@@ -56,13 +57,15 @@ class Need:
 
     @property
     def base(self) -> str:
-        """The model that must be there for it, "draft" or "target" or one of a comparison's own; "pool" for none."""
+        """The model that must be there for it, "draft" or "target" or one of a comparison's own; "pool" for
+        none."""
         return {"raw_draft": "draft", "tuned_target": "target"}.get(self.model, self.model)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A piece of work that takes time: what the progress shows and the account counts. Its `str` is for people.
+    """A piece of work that takes time: what the progress shows and the account counts. Its `str` is for
+    people.
 
     Attributes:
         kind: a key of SENTENCES.
@@ -105,7 +108,8 @@ class Region:
     """One interval of the scores: what it holds and what became of it (STAFF, B_i).
 
     Attributes:
-        lower, upper: the interval's edges, in units of the score. A score on an edge belongs to the lower region.
+        lower, upper: the interval's edges, in units of the score. A score on an edge belongs to the lower
+            region.
         size: |B_i|, in samples.
         verified: how many of them the target scored.
         ratio: V_i; nan where the region was not verified.
@@ -129,7 +133,8 @@ class Selection:
     Attributes:
         indices: (m,) int64 pool positions kept, sorted, unique.
         regions: the regions, lowest scores first; empty for methods that have none.
-        region_of: (n,) int64, the region of every sample, -1 for those set aside as hardest; None without regions.
+        region_of: (n,) int64, the region of every sample, -1 for those set aside as hardest; None without
+            regions.
         verified: (v,) int64 pool positions that the target scored, sorted.
         filled: samples drawn at random from the uncut ones, because the regions' budgets left some of m over.
         filled_from_cut: samples taken back from the hardest ones for the same reason.

@@ -66,8 +66,8 @@ class Method:
             **arguments: the needed arrays, `verify`, and options.
 
         Raises:
-            ValueError: an unknown option, a missing array, a budget that is not between 0 and n, or whatever the
-                function finds wrong with the numbers, nan among them by name.
+            ValueError: an unknown option, a missing array, a budget that is not between 0 and n, or whatever
+                the function finds wrong with the numbers, nan among them by name.
         """
         name = self.function.__name__
         for option in arguments.keys() - self.needs.keys() - {"verify"}:
@@ -200,8 +200,10 @@ COSTS = {
     "tuned_target": "2·E + 1",
 }
 COST_SYMBOLS = (
-    "1: one scoring pass of the target over the pool, about one forward pass; r: the draft's cost per token relative to the target's; "
-    "T, f: the draft's epochs and its share of the pool; E: the target's epochs; v: share of the pool verified; c: checkpoints; "
+    "1: one scoring pass of the target over the pool, about one forward pass; r: the draft's cost per token "
+    "relative to the target's; "
+    "T, f: the draft's epochs and its share of the pool; E: the target's epochs; v: share of the pool "
+    "verified; c: checkpoints; "
     "u: tokens of the responses alone, as a share of all"
 )
 
@@ -243,8 +245,9 @@ def methods_table(methods: Mapping[str, Method] = METHODS) -> list[MethodRow]:
 def cost(method: Method) -> str:
     """What a method's needs cost in scoring passes of the target over the pool, as a sum in COST_SYMBOLS.
 
-    All quantities of one model come from one pass, except the loss without the prompt, which is a pass over the
-    responses alone. Neighbours and clusters cost no pass. A model that a comparison adds is written as cost(its name).
+    All quantities of one model come from one pass, except the loss without the prompt, which is a pass over
+    the responses alone. Neighbours and clusters cost no pass. A model that a comparison adds is written as
+    cost(its name).
     """
     models = dict.fromkeys(need.model + "@checkpoints" * need.checkpoints for need in method.needs.values())
     terms = [COSTS.get(model, f"cost({model})") for model in models]

@@ -1,4 +1,4 @@
-"""Coverage-centric coreset selection: an even share from every stratum of difficulty (Zheng et al. 2023, arXiv 2210.15809)."""
+"""Coverage-centric coreset selection: an even share of every stratum (Zheng et al. 2023, arXiv 2210.15809)."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ def ccs(
     num_strata: int = 50,
     hard_cutoff: float = 0.1,
 ) -> Selection:
-    """Cut the hardest samples off, then take as many from every stratum as evenness allows (CCS, Algorithm 1).
+    """Cut the hardest samples off, then take an even share of every stratum (CCS, Algorithm 1).
 
-    1. The hardest floor(beta * n) samples are set aside (beta is `hard_cutoff`): many of them are mislabelled.
-    2. The rest is cut into strata of equal width between the lowest score and 1.0001 times the highest; a score on an
-       edge belongs to the upper stratum.
+    1. The hardest floor(beta * n) samples are set aside (beta is `hard_cutoff`): many of them are
+       mislabelled.
+    2. The rest is cut into strata of equal width between the lowest score and 1.0001 times the highest; a
+       score on an edge belongs to the upper stratum.
     3. Strata, smallest first, get min(size, floor(left / strata left)) samples, drawn at random.
 
-    Where ours departs: the paper searches beta for every pruning rate (0.3 at 90 % of CIFAR-10); ours is a tenth throughout, as in
-    STAFF, unless set. Its released code drops mislabelled samples by a score of its own (AUM);
-    here one score serves both. Equal strata go lower scores first; in the released code torch.argsort decides. Where m
-    is more than what the cut left, the easiest of the cut samples come back and are counted; the released code returns fewer.
+    Where ours departs: the paper searches beta for every pruning rate (0.3 at 90 % of CIFAR-10); ours is a
+    tenth throughout, as in STAFF, unless set. Its released code drops mislabelled samples by a score of its
+    own (AUM); here one score serves both. Equal strata go lower scores first; in the released code
+    torch.argsort decides. Where m is more than what the cut left, the easiest of the cut samples come back
+    and are counted; the released code returns fewer.
 
     Args:
         n: the pool's size, in samples.
@@ -70,7 +72,7 @@ def ccs(
     )
 
 
-def _split(scores, num_strata):
+def _split(scores: np.ndarray, num_strata: int) -> tuple[np.ndarray, np.ndarray]:
     if len(scores) == 0:
         return np.zeros(num_strata + 1), np.empty(0, np.int64)
     highest = scores.max()

@@ -1,4 +1,5 @@
-"""D2 Pruning: difficulty and diversity by message passing on a graph of neighbours (Maharana et al. 2024, arXiv 2310.07931)."""
+"""D2 Pruning: difficulty and diversity by message passing on a graph of neighbours (Maharana et al. 2024,
+arXiv 2310.07931)."""
 
 from __future__ import annotations
 
@@ -29,17 +30,19 @@ def d2(
 ) -> Selection:
     """Pick the densest sample again and again, each pick discounting its neighbours (D2 Pruning, Section 3).
 
-    1. The hardest floor(hard_cutoff * n) samples are set aside, as mislabelled; they neither send nor get messages.
+    1. The hardest floor(hard_cutoff * n) samples are set aside, as mislabelled; they neither send nor get
+       messages.
     2. Forward message: density_i = S_i + sum over neighbours j of exp(-distance_ij) * S_j.
-    3. Greedily, highest density first; a pick i lowers each of its neighbours j by exp(-gamma * distance_ij) * density_i
-       ("weighted") or by density_i ("absolute").
+    3. Greedily, highest density first; a pick i lowers each of its neighbours j by exp(-gamma * distance_ij)
+       * density_i ("weighted") or by density_i ("absolute").
 
-    As released (gamma for the reverse message alone, distances not squared, messages along a sample's own list of
-    neighbours) save for two things. Distances are measured in units of their median (`unit_distance`): the hidden
-    states of a language model lie tens of units apart, where exp(-distance) is 0 and nothing is left of the method but
-    the score; None takes them as they are. And the graph is one, for the whole pool: the paper has a graph for each
-    class, which generation does not have. The paper searches num_neighbours in {1, 5, 10, 15}, gamma in 0 .. 1 and the
-    cutoff for every pruning rate; the defaults are those of its CIFAR-10 example, and STAFF's cutoff.
+    As released (gamma for the reverse message alone, distances not squared, messages along a sample's own
+    list of neighbours) save for two things. Distances are measured in units of their median
+    (`unit_distance`): the hidden states of a language model lie tens of units apart, where exp(-distance) is
+    0 and nothing is left of the method but the score; None takes them as they are. And the graph is one, for
+    the whole pool: the paper has a graph for each class, which generation does not have. The paper searches
+    num_neighbours in {1, 5, 10, 15}, gamma in 0 .. 1 and the cutoff for every pruning rate; the defaults are
+    those of its CIFAR-10 example, and STAFF's cutoff.
 
     Args:
         n: the pool's size, in samples.
@@ -55,7 +58,8 @@ def d2(
         unit_distance: "median" or None.
 
     Returns:
-        Selection; `filled_from_cut` counts cut samples taken back, easiest first, where m is more than the cut left.
+        Selection; `filled_from_cut` counts cut samples taken back, easiest first, where m is more than the
+        cut left.
 
     Raises:
         ValueError: arrays that don't fit, or an option out of range.
@@ -84,11 +88,14 @@ def d2(
     return Selection(np.sort(np.concatenate([chosen, back])), filled_from_cut=len(back))
 
 
-def _walk(density, kept, neighbours, discounts, count):
-    """Take the highest density `count` times, lowest position first where equal, discounting neighbours as we go."""
-    # A density changes only when a neighbour is picked, so a heap whose stale entries are skipped picks what an argmax
-    # over all would, in O(log n) a pick instead of O(n).
-    density = density.tolist()
+def _walk(
+    densities: np.ndarray, kept: np.ndarray, neighbours: np.ndarray, discounts: np.ndarray, count: int
+) -> np.ndarray:
+    """Take the highest density `count` times, lowest position first where equal, discounting neighbours as we
+    go."""
+    # A density changes only when a neighbour is picked, so a heap whose stale entries are skipped picks what
+    # an argmax over all would, in O(log n) a pick instead of O(n).
+    density: list[float] = densities.tolist()
     heap = [(-density[i], i) for i in kept.tolist()]
     heapq.heapify(heap)
     is_taken = bytearray(len(density))
@@ -106,6 +113,6 @@ def _walk(density, kept, neighbours, discounts, count):
     return np.array(chosen, np.int64)
 
 
-def _median(distances):
+def _median(distances: np.ndarray) -> float:
     middle = float(np.median(distances)) if len(distances) else 0.0
     return middle if middle > 0 else 1.0

@@ -23,13 +23,15 @@ FARTHEST_FEW = 2048  # samples that k-center keeps up to date between two looks 
 def moderate(
     n: int, *, budget: int, rng: np.random.Generator, features: np.ndarray, clusters: np.ndarray
 ) -> Selection:
-    """Keep the samples at a middling distance from their cluster's centre (Moderate-DS, Xia et al. 2023, ICLR 2023).
+    """Keep the samples at a middling distance from their cluster's centre (Moderate-DS, Xia et al. 2023, ICLR
+    2023).
 
-    A centre is the median of its cluster's features, coordinate by coordinate, as released. Samples are put in the order
-    of their distance to it, over all clusters, and the middle m are kept: as many left out nearer as farther away.
+    A centre is the median of its cluster's features, coordinate by coordinate, as released. Samples are put
+    in the order of their distance to it, over all clusters, and the middle m are kept: as many left out
+    nearer as farther away.
 
-    Where ours departs: the paper's clusters are the classes of a classification task; generation has none, so they are
-    k-means clusters of the features.
+    Where ours departs: the paper's clusters are the classes of a classification task; generation has none, so
+    they are k-means clusters of the features.
 
     Args:
         n: the pool's size, in samples.
@@ -47,17 +49,20 @@ def moderate(
 
 
 def s2l(n: int, *, budget: int, rng: np.random.Generator, clusters: np.ndarray) -> Selection:
-    """Take as many from every cluster of loss trajectories as evenness allows (S2L, Yang et al. 2024, arXiv 2403.07384).
+    """Take as many from every cluster of loss trajectories as evenness allows (S2L, Yang et al. 2024, arXiv
+    2403.07384).
 
-    Samples whose losses over a small model's training run alike have like gradients, so some of each will do. Clusters,
-    smallest first, get min(size, floor(left / clusters left)) samples, drawn at random (Algorithm 1). Unlike the paper's
-    code, clusters of two or fewer are not put off to the end, and sources are not kept apart: `--group-by` does that.
+    Samples whose losses over a small model's training run alike have like gradients, so some of each will do.
+    Clusters, smallest first, get min(size, floor(left / clusters left)) samples, drawn at random (Algorithm
+    1). Unlike the paper's code, clusters of two or fewer are not put off to the end, and sources are not kept
+    apart: `--group-by` does that.
 
     Args:
         n: the pool's size, in samples.
         budget: m, in samples, 0 <= m <= n.
         rng: the source of all randomness.
-        clusters: (n,) integers >= 0: the cluster of each sample's losses over the checkpoints of a draft's training.
+        clusters: (n,) integers >= 0: the cluster of each sample's losses over the checkpoints of a draft's
+            training.
     """
     clusters = check_clusters(clusters, n)
     members = members_of(clusters, int(clusters.max(initial=-1)) + 1)
@@ -79,21 +84,24 @@ def kcenter(
     features: np.ndarray,
     num_candidates: int | None = None,
 ) -> Selection:
-    """Pick the sample farthest from all picks so far, again and again (k-center greedy, Sener and Savarese 2018, arXiv 1708.00489).
+    """Pick the sample farthest from all picks so far, again and again (k-center greedy, Sener and Savarese
+    2018, arXiv 1708.00489).
 
-    The largest distance of any sample to its nearest pick is at most twice the least possible. The first pick is
-    drawn; the paper starts from samples labelled before. Its second, mixed-integer step against outliers is left out,
-    as its authors do in most of their runs. The picks are those of the plain greedy walk: only the order in which
-    distances are worked out differs, in blocks that are matrix products.
+    The largest distance of any sample to its nearest pick is at most twice the least possible. The first pick
+    is drawn; the paper starts from samples labelled before. Its second, mixed-integer step against outliers
+    is left out, as its authors do in most of their runs. The picks are those of the plain greedy walk: only
+    the order in which distances are worked out differs, in blocks that are matrix products.
 
-    The work grows with n * m: a quadratic method. It says so from 10^9 distances on; `num_candidates` is the way out.
+    The work grows with n * m: a quadratic method. It says so from 10^9 distances on; `num_candidates` is the
+    way out.
 
     Args:
         n: the pool's size, in samples.
         budget: m, in samples, 0 <= m <= n.
         rng: draws the first pick, and the candidates.
         features: (n, d) float.
-        num_candidates: walk over this many samples, drawn at random, in place of all n; at least m. None: over all.
+        num_candidates: walk over this many samples, drawn at random, in place of all n; at least m. None:
+            over all.
 
     Returns:
         Selection.
@@ -107,7 +115,8 @@ def kcenter(
         features = features[pool]
     if len(features) * budget >= SLOW_PAIRS:
         log.warning(
-            "k-center measures %d samples against %d picks, %.1e distances; num_candidates=%d would take a random part of the pool",
+            "k-center measures %d samples against %d picks, %.1e distances; num_candidates=%d would take a "
+            "random part of the pool",
             len(features),
             budget,
             len(features) * budget,
@@ -118,7 +127,7 @@ def kcenter(
     return Selection(np.sort(pool[_farthest_first(features, budget, int(rng.integers(len(features))))]))
 
 
-def _farthest_first(features, count, first):
+def _farthest_first(features: np.ndarray, count: int, first: int) -> np.ndarray:
     """Positions of `count` picks, each farthest from those before; of equal distances the lowest position."""
     features = features - features.mean(axis=0)  # keeps |x|^2 + |c|^2 - 2 x.c from cancelling
     squares = np.einsum("nd,nd->n", features, features)
@@ -132,8 +141,8 @@ def _farthest_first(features, count, first):
         distances[waiting] = -1
         if len(chosen) == count:
             return np.array(chosen, np.int64)
-        # Distances only fall. So while one of the farthest few is still farther than all others were when we last
-        # looked at them, it is the farthest of all, and only those few need to be kept up to date.
+        # Distances only fall. So while one of the farthest few is still farther than all others were when we
+        # last looked at them, it is the farthest of all, and only those few need to be kept up to date.
         num_few = min(len(features), FARTHEST_FEW)
         few = np.sort(np.argpartition(-distances, num_few - 1)[:num_few])
         near, near_squares, near_distances = features[few], squares[few], distances[few]
@@ -154,7 +163,7 @@ def _farthest_first(features, count, first):
             pick = int(few[best])
 
 
-def _lower(distances, features, squares, picks):
+def _lower(distances: np.ndarray, features: np.ndarray, squares: np.ndarray, picks: list[int]) -> None:
     """Lower each squared distance to that of the nearest of `picks`, in place, as matrix products."""
     centres, centre_squares = features[picks], squares[picks]
     for start in range(0, len(features), ROWS_AT_ONCE):
@@ -170,11 +179,12 @@ def facility_location(
 ) -> Selection:
     """Pick the samples that most others are near to: greedy facility location on a graph of neighbours.
 
-    f(A) = sum over samples i of the highest similarity of i to a member of A, similarity being exp(-distance / median
-    neighbour distance) between neighbours (either in the other's list), 1 to itself, and 0 elsewhere. Greedy is within
-    1 - 1/e of the best (Nemhauser et al. 1978), lazy evaluation gives the same picks (Minoux 1978). With all n - 1
-    others for neighbours this is the dense, quadratic method; with k it is near linear in n * k, and sees nothing of how
-    far apart clusters lie. Below about n / k picks it can't reach every sample, and says so.
+    f(A) = sum over samples i of the highest similarity of i to a member of A, similarity being exp(-distance
+    / median neighbour distance) between neighbours (either in the other's list), 1 to itself, and 0
+    elsewhere. Greedy is within 1 - 1/e of the best (Nemhauser et al. 1978), lazy evaluation gives the same
+    picks (Minoux 1978). With all n - 1 others for neighbours this is the dense, quadratic method; with k it
+    is near linear in n * k, and sees nothing of how far apart clusters lie. Below about n / k picks it can't
+    reach every sample, and says so.
 
     Args:
         n: the pool's size, in samples.
@@ -201,8 +211,8 @@ def facility_location(
     rows = np.repeat(np.arange(n), k)[is_edge.ravel()]
     columns = neighbours[is_edge]
 
-    # all pairs, both ways and with oneself, by the sample that would be picked; a pair in both lists counts twice but
-    # to no effect, since what is summed below is taken per covered sample
+    # all pairs, both ways and with oneself, by the sample that would be picked; a pair in both lists counts
+    # twice but to no effect, since what is summed below is taken per covered sample
     picks, covered = (
         np.concatenate([rows, columns, np.arange(n)]),
         np.concatenate([columns, rows, np.arange(n)]),
@@ -233,7 +243,8 @@ def facility_location(
 
 
 def neighbour_distances(features: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
-    """(n, k) float64 Euclidean distances from each sample to its neighbours; nothing in particular where there is none."""
+    """(n, k) float64 Euclidean distances from each sample to its neighbours; nothing in particular where
+    there is none."""
     distances = np.empty(neighbours.shape)
     for start in range(0, len(features), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
@@ -259,7 +270,8 @@ def check_features(features: np.ndarray, n: int) -> np.ndarray:
 
 
 def check_clusters(clusters: np.ndarray, n: int) -> np.ndarray:
-    """The clusters as (n,) int64 labels 0, 1, 2, ... without gaps, in the order of the labels given; or a ValueError."""
+    """The clusters as (n,) int64 labels 0, 1, 2, ... without gaps, in the order of the labels given; or a
+    ValueError."""
     clusters = np.asarray(clusters)
     if clusters.shape != (n,):
         raise ValueError(f"clusters must be one label a sample, ({n},); found shape {clusters.shape}")
@@ -284,6 +296,7 @@ def check_neighbours(neighbours: np.ndarray, n: int, num_neighbours: int) -> np.
     if neighbours.size and not (neighbours.min() >= -1 and neighbours.max() < n):  # nan fails too
         bad = np.flatnonzero(~((neighbours >= -1) & (neighbours < n)).all(axis=1))
         raise ValueError(
-            f"neighbours must be positions from 0 to {n - 1}, -1 for none; those of {len(bad)} samples are not ({bad[:5].tolist()})"
+            f"neighbours must be positions from 0 to {n - 1}, -1 for none; those of {len(bad)} samples are "
+            f"not ({bad[:5].tolist()})"
         )
     return neighbours.astype(np.int64)

@@ -19,7 +19,8 @@ def share_by_size(sizes: np.ndarray, budget: int) -> np.ndarray:
         budget: m, 0 <= m <= sizes.sum().
 
     Returns:
-        (g,) int64, each at most its size, summing to m; of equal remainders the earlier group gets the sample.
+        (g,) int64, each at most its size, summing to m; of equal remainders the earlier group gets the
+        sample.
     """
     sizes = np.asarray(sizes, np.int64)
     total = int(sizes.sum())
@@ -41,8 +42,8 @@ def select_by_group(
 ) -> Selection:
     """Run a method inside each group, with a budget in proportion to the group's size.
 
-    Every group has a random stream of its own. Neighbours that lie in another group count as none. `verify` is called
-    once a group, always with positions in the pool.
+    Every group has a random stream of its own. Neighbours that lie in another group count as none. `verify`
+    is called once a group, always with positions in the pool.
 
     Args:
         method: an entry of METHODS.
@@ -53,8 +54,8 @@ def select_by_group(
         **arguments: `verify`, the needed arrays, and options, as for `Method.select`.
 
     Returns:
-        Selection of exactly m samples. Regions are those of all groups, one group after another in the order of
-        their labels; `region_of` counts through.
+        Selection of exactly m samples. Regions are those of all groups, one group after another in the order
+        of their labels; `region_of` counts through.
 
     Raises:
         ValueError: not one label a sample, or what the method raises, with the group's name before it.

@@ -69,7 +69,8 @@ def overlaps(coresets: Mapping[str, np.ndarray], n: int) -> list[Overlap]:
 def nestedness(coresets: Mapping[str, np.ndarray], n: int) -> list[Overlap]:
     """How nested a method's coresets are across pruning rates: each with the next larger one.
 
-    An overlap of 1 throughout says that each coreset lies inside the next, so that one order of the pool serves all rates.
+    An overlap of 1 throughout says that each coreset lies inside the next, so that one order of the pool
+    serves all rates.
 
     Args:
         coresets: name (say, the pruning rate) -> (m,) unique pool positions, of one method and seed.
@@ -79,5 +80,5 @@ def nestedness(coresets: Mapping[str, np.ndarray], n: int) -> list[Overlap]:
     return [compare(a, coresets[a], b, coresets[b], n) for a, b in pairwise(names)]
 
 
-def _ratio(part, whole):
+def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else float("nan")

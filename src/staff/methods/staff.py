@@ -35,18 +35,20 @@ def staff(
     hard_cutoff: float = 0.1,
     normalise: str | None = None,
 ) -> Selection:
-    """Choose a coreset by speculative score, its budget shared out by what the target says (STAFF, Algorithm 1).
+    """Choose a coreset by speculative score, its budget shared out by what the target says (STAFF, Algorithm
+    1).
 
-    1. The hardest floor(hard_cutoff * n) samples are set aside; the rest are cut into K regions of equal width.
+    1. The hardest floor(hard_cutoff * n) samples are set aside; the rest are cut into K regions of equal
+       width.
     2. From each region B_i of more than b_v samples, b_v are drawn and scored on the target:
        V_i = sum of target scores / sum of draft scores over those drawn (Eq. 3).
     3. Regions, smallest first, get a budget in proportion to V_i (Eq. 4, see `strata.allocate`).
-    4. Each region gives that many samples. What the budgets leave over is drawn at random from uncut samples not
-       taken, then from the hardest ones, easiest first, so that the coreset has exactly m samples. (The released
-       code never returns a cut sample and fails where it would have to.)
+    4. Each region gives that many samples. What the budgets leave over is drawn at random from uncut samples
+       not taken, then from the hardest ones, easiest first, so that the coreset has exactly m samples. (The
+       released code never returns a cut sample and fails where it would have to.)
 
-    The draws, the picks and the fill each have a random stream of their own, so what is verified depends neither on
-    the budget nor on `pick`: one set of target scores serves every pruning rate.
+    The draws, the picks and the fill each have a random stream of their own, so what is verified depends
+    neither on the budget nor on `pick`: one set of target scores serves every pruning rate.
 
     Args:
         n: the pool's size, in samples.
@@ -55,19 +57,20 @@ def staff(
         scores: (n,) speculative scores >= 0, higher is harder.
         verify: positions (k,) sorted -> target scores (k,); called once. None: V_i = 1 everywhere.
         num_regions: K.
-        verification_budget: b_v, samples of a region that the target scores; regions of b_v or fewer are not verified.
+        verification_budget: b_v, samples of a region that the target scores; regions of b_v or fewer are not
+            verified.
         allocation: "released" or "paper", the budget rule.
         pick: "top", highest score first as released, or "random", inside a region.
         hard_cutoff: fraction of the pool set aside as hardest, in [0, 1).
-        normalise: "minmax" verifies the whole pool and scales both sides to [0, 1] before the ratio, as the released
-            script does. For experiments: it needs the very pass over the target that STAFF avoids.
+        normalise: "minmax" verifies the whole pool and scales both sides to [0, 1] before the ratio, as the
+            released script does. For experiments: it needs the very pass over the target that STAFF avoids.
 
     Returns:
         Selection with regions; `filled` and `filled_from_cut` count step 4.
 
     Raises:
-        ValueError: nan among the scores, an unknown option, or a region whose drawn draft scores are all 0 while the
-            target's are not (V_i would be infinite).
+        ValueError: nan among the scores, an unknown option, or a region whose drawn draft scores are all 0
+            while the target's are not (V_i would be infinite).
     """
     scores = check_scores(scores, n)
     if not 0 <= budget <= n:
@@ -118,8 +121,16 @@ def staff(
     return Selection(np.flatnonzero(is_taken), regions, region_of, verified, len(filled), len(from_cut))
 
 
-def _verify_regions(scores, members, verify, verification_budget, normalise, draws):
-    """Draw b_v samples of every region that has more, score them all in one call, return (verified, ratios)."""
+def _verify_regions(
+    scores: np.ndarray,
+    members: list[np.ndarray],
+    verify: Callable[[np.ndarray], np.ndarray] | None,
+    verification_budget: int,
+    normalise: str | None,
+    draws: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw b_v samples of every region that has more, score them all in one call, return (verified,
+    ratios)."""
     if verify is None:
         return np.empty(0, np.int64), np.ones(len(members))
     drawn = {
@@ -135,14 +146,16 @@ def _verify_regions(scores, members, verify, verification_budget, normalise, dra
     answer = np.asarray(verify(asked))
     if answer.shape != asked.shape:
         raise ValueError(
-            f"verify was asked for {len(asked)} positions and must give one score for each; found shape {answer.shape}"
+            f"verify was asked for {len(asked)} positions and must give one score for each; found shape "
+            f"{answer.shape}"
         )
     target_scores = np.full(len(scores), np.nan)
     target_scores[asked] = answer
     if not np.isfinite(target_scores[asked]).all() or (target_scores[asked] < 0).any():
         bad = asked[~(target_scores[asked] >= 0) | np.isinf(target_scores[asked])]
         raise ValueError(
-            f"the target gave no usable score to {len(bad)} of {len(asked)} samples (positions {bad[:5].tolist()})"
+            f"the target gave no usable score to {len(bad)} of {len(asked)} samples (positions "
+            f"{bad[:5].tolist()})"
         )
     if normalise == "minmax":
         scores, target_scores = _minmax(scores), _minmax(target_scores)
@@ -150,23 +163,26 @@ def _verify_regions(scores, members, verify, verification_budget, normalise, dra
         above, below = target_scores[positions].sum(), scores[positions].sum()
         if below == 0 and above > 0:
             raise ValueError(
-                f"region {i} has draft scores of 0 where the target's are not (positions {positions[:5].tolist()}): "
+                f"region {i} has draft scores of 0 where the target's are not (positions "
+                f"{positions[:5].tolist()}): "
                 "V_i would be infinite; a draft that has learnt these samples by heart was tuned too long"
             )
         ratios[i] = above / below if below > 0 else 1.0
     return asked, ratios
 
 
-def _draw(positions, verification_budget, draws):
+def _draw(positions: np.ndarray, verification_budget: int, draws: np.random.Generator) -> np.ndarray:
     return draws.choice(positions, verification_budget, replace=False)
 
 
-def _pick(scores, positions, region_budget, pick, picks):
+def _pick(
+    scores: np.ndarray, positions: np.ndarray, region_budget: int, pick: str, picks: np.random.Generator
+) -> np.ndarray:
     if pick == "random":
         return picks.choice(positions, region_budget, replace=False)
     return positions[highest(scores[positions], region_budget)]
 
 
-def _minmax(scores):
+def _minmax(scores: np.ndarray) -> np.ndarray:
     spread = scores.max() - scores.min()
     return (scores - scores.min()) / spread if spread else np.zeros_like(scores)

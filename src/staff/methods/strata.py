@@ -20,7 +20,8 @@ def check_scores(scores: np.ndarray, n: int) -> np.ndarray:
     if len(bad):
         named = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
         raise ValueError(
-            f"{len(bad)} of {len(scores)} scores are nan or infinite (positions {named}): score them again or leave them out"
+            f"{len(bad)} of {len(scores)} scores are nan or infinite (positions {named}): score them again "
+            f"or leave them out"
         )
     return scores
 
@@ -43,7 +44,8 @@ def highest(scores: np.ndarray, count: int) -> np.ndarray:
 
 
 def set_hardest_aside(scores: np.ndarray, hard_cutoff: float) -> tuple[np.ndarray, np.ndarray]:
-    """Part the hardest samples from the rest: floor(hard_cutoff * n) of the highest scores, never all of them.
+    """Part the hardest samples from the rest: floor(hard_cutoff * n) of the highest scores, never all of
+    them.
 
     Args:
         scores: (n,) float64, higher is harder.
@@ -80,8 +82,9 @@ def split(scores: np.ndarray, num_regions: int) -> tuple[np.ndarray, np.ndarray]
         num_regions: K >= 1.
 
     Returns:
-        edges, (K + 1,) float64 from the lowest score to the highest, and region_of, (n,) int64 in [0, K). A score
-        on an edge belongs to the lower region, as in the released code; equal scores all fall into region 0.
+        edges, (K + 1,) float64 from the lowest score to the highest, and region_of, (n,) int64 in [0, K). A
+        score on an edge belongs to the lower region, as in the released code; equal scores all fall into
+        region 0.
     """
     if num_regions < 1:
         raise ValueError(f"num_regions must be 1 or more; found {num_regions}")
@@ -91,7 +94,8 @@ def split(scores: np.ndarray, num_regions: int) -> tuple[np.ndarray, np.ndarray]
     edges[-1] = scores.max()
     if edges[-1] == edges[0]:
         return edges, np.zeros(len(scores), np.int64)
-    # a division says where each score should fall, the edges where it does: three times as fast as a search for each
+    # a division says where each score should fall, the edges where it does: three times as fast as a search
+    # for each
     region_of = np.clip(
         ((scores - edges[0]) / (edges[-1] - edges[0]) * num_regions).astype(np.int64), 0, num_regions - 1
     )
@@ -123,9 +127,10 @@ def allocate(ratios: np.ndarray, sizes: np.ndarray, budget: int, rule: str = "re
     released: m_i = min(|B_i|, floor(left * V_i / sum of V over this and later regions))
     paper:    m_i = min(|B_i|, left, floor(left * V_i / regions left))
 
-    "left" is the budget not yet granted. Regions of equal size go in the order given (lower scores first), empty ones
-    are passed over. A region without a ratio gets min(|B_i|, floor(left / regions left)). Where V is 0 for this and
-    all later regions they count as equal. The paper's rule has no cap by "left"; without it, it could grant more than m.
+    "left" is the budget not yet granted. Regions of equal size go in the order given (lower scores first),
+    empty ones are passed over. A region without a ratio gets min(|B_i|, floor(left / regions left)). Where V
+    is 0 for this and all later regions they count as equal. The paper's rule has no cap by "left"; without
+    it, it could grant more than m.
 
     Args:
         ratios: (k,) verification ratios V_i >= 0; nan where a region was not verified.

@@ -25,22 +25,22 @@ def top(n: int, *, budget: int, rng: np.random.Generator, scores: np.ndarray, pa
     """Keep the m samples at one end, or in the middle, of the order of the scores.
 
     GraNd and EL2N keep the highest expected gradient norm and the highest error norm (Paul et al. 2021, arXiv
-    2107.07075). The paper averages ten networks early in training (EL2N) or at initialisation (GraNd); here one
-    fine-tuned target gives the scores, as in STAFF's comparison. An EL2N score is the mean of |softmax - one-hot|_2
-    over a sample's response tokens, each predicted by the token before it; STAFF's released code takes raw logits, not
-    shifted, which is neither EL2N nor an error.
+    2107.07075). The paper averages ten networks early in training (EL2N) or at initialisation (GraNd); here
+    one fine-tuned target gives the scores, as in STAFF's comparison. An EL2N score is the mean of |softmax -
+    one-hot|_2 over a sample's response tokens, each predicted by the token before it; STAFF's released code
+    takes raw logits, not shifted, which is neither EL2N nor an error.
 
-    LESS keeps the highest similarity of a sample's projected gradient to those of a few validation rows (Xia et al.
-    2024, arXiv 2402.04333); the highest over the validation rows' tasks, where they name any.
+    LESS keeps the highest similarity of a sample's projected gradient to those of a few validation rows (Xia
+    et al. 2024, arXiv 2402.04333); the highest over the validation rows' tasks, where they name any.
 
     Args:
         n: the pool's size, in samples.
         budget: m, in samples, 0 <= m <= n.
         rng: not used; there is nothing to draw.
         scores: (n,) finite numbers, higher is harder (for LESS: more alike).
-        part: "top", the highest scores; "bottom", the lowest; "middle", as many left out below as above (one more
-            above, where their number is odd). Of equal scores the earlier positions are kept; in the middle they count
-            as the lower ones.
+        part: "top", the highest scores; "bottom", the lowest; "middle", as many left out below as above (one
+            more above, where their number is odd). Of equal scores the earlier positions are kept; in the
+            middle they count as the lower ones.
 
     Raises:
         ValueError: nan among the scores, or an unknown part.
@@ -61,10 +61,11 @@ def top(n: int, *, budget: int, rng: np.random.Generator, scores: np.ndarray, pa
 def perplexity(
     n: int, *, budget: int, rng: np.random.Generator, scores: np.ndarray, part: str = "middle"
 ) -> Selection:
-    """Keep the samples of middling perplexity, the best of the three parts in Marion et al. 2023 (arXiv 2309.04564).
+    """Keep the samples of middling perplexity, the best of the three parts in Marion et al. 2023 (arXiv
+    2309.04564).
 
-    The perplexity of a response is exp of its loss and orders samples as the loss does, so the loss is what is taken;
-    the paper prunes pretraining text by the perplexity of all of its tokens.
+    The perplexity of a response is exp of its loss and orders samples as the loss does, so the loss is what
+    is taken; the paper prunes pretraining text by the perplexity of all of its tokens.
 
     Args:
         n: the pool's size, in samples.
@@ -79,11 +80,12 @@ def perplexity(
 def ifd(
     n: int, *, budget: int, rng: np.random.Generator, scores: np.ndarray, unconditional_loss: np.ndarray
 ) -> Selection:
-    """Keep the highest instruction-following difficulty below 1 (Superfiltering, Li et al. 2024, arXiv 2402.00530).
+    """Keep the highest instruction-following difficulty below 1 (Superfiltering, Li et al. 2024, arXiv
+    2402.00530).
 
-    IFD = ppl(response given prompt) / ppl(response). At 1 or more the prompt did not help at all: such samples are
-    dropped, as released. Where fewer than m are left, the dropped ones come back, lowest IFD first, and are counted;
-    the released code then returns fewer.
+    IFD = ppl(response given prompt) / ppl(response). At 1 or more the prompt did not help at all: such
+    samples are dropped, as released. Where fewer than m are left, the dropped ones come back, lowest IFD
+    first, and are counted; the released code then returns fewer.
 
     Args:
         n: the pool's size, in samples.

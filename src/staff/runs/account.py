@@ -1,4 +1,5 @@
-"""What the stages of a run took, summed over every time that it was started, and what that is in passes of the target."""
+"""What the stages of a run took, summed over every time that it was started, and what that is in passes of
+the target."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ def spend(
     """Append a line: what a part of a stage took, in seconds, samples, tokens, flops, whatever is known.
 
     Args:
-        once: names the part. Written before its result is kept, so that a kill in between loses nothing; where it had
-            to be done again, its seconds count each time and its operations once.
+        once: names the part. Written before its result is kept, so that a kill in between loses nothing;
+            where it had to be done again, its seconds count each time and its operations once.
     """
     entry = {"stage": dataclasses.asdict(stage), "once": once, "seconds": seconds, **operations}
     with open(work / FILE, "ab+") as file:
@@ -38,7 +39,8 @@ def spent(work: Path) -> dict[Stage, Numbers]:
     """What each stage took over all the times that the run was started.
 
     Returns:
-        stage -> seconds, of which repeated_seconds went into parts that were lost and done again, and operations.
+        stage -> seconds, of which repeated_seconds went into parts that were lost and done again, and
+        operations.
     """
     total: dict[Stage, Numbers] = {}
     seen: dict[tuple[Stage, str], Numbers] = {}
@@ -66,12 +68,13 @@ def cost(
     target_pass: float | None = None,
     terms: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """What cost.json holds: stages by their sentence, the sum, and what scoring the target directly would have taken.
+    """What cost.json holds: stages by their sentence, the sum, and what scoring the target directly would
+    have taken.
 
     Args:
         stages: of `spent`.
-        target_pass: floating-point operations of one scoring pass of the target over the pool (U); None where the
-            target was never loaded, so that nothing can be said in passes.
+        target_pass: floating-point operations of one scoring pass of the target over the pool (U); None where
+            the target was never loaded, so that nothing can be said in passes.
         terms: of STAFF's sum (`plan.staff_passes`), where a draft speculated.
     """
     rows: dict[str, dict[str, Any]] = {

@@ -1,6 +1,8 @@
-"""What each piece of work is made of: pure functions from settings and fingerprints to the keys that pieces lie under.
+"""What each piece of work is made of: pure functions from settings and fingerprints to the keys that pieces
+lie under.
 
-A key holds exactly what determines the piece's bytes, so equal keys may share it and a changed one never takes it up.
+A key holds exactly what determines the piece's bytes, so equal keys may share it and a changed one never
+takes it up.
 """
 
 from __future__ import annotations
@@ -82,7 +84,8 @@ def model_key(base: Key, pool: Key, spec: ModelSpec, training: Training, seed: i
 
 
 def scores_key(model: Key, pool: Key, scoring: Scoring, training: Training, seed: int, engine: Key) -> Key:
-    """Scores of a model over a pool; with no adapter of its own it gets a fresh, seeded one in scope "lora"."""
+    """Scores of a model over a pool; with no adapter of its own it gets a fresh, seeded one in scope
+    "lora"."""
     return {
         "model": model,
         "pool": pool,

@@ -1,4 +1,5 @@
-"""What a finished selection leaves: the files of a coreset, the tables over several, and how they are known again."""
+"""What a finished selection leaves: the files of a coreset, the tables over several, and how they are known
+again."""
 
 from __future__ import annotations
 
@@ -167,7 +168,8 @@ def fingerprint_rows(pool: rows.Rows) -> str:
 
 
 def publish(config: SelectConfig, runs: list[Run]) -> list[Run]:
-    """The same runs, their coresets on the hub where that was asked for: OWNER/NAME, of several OWNER/NAME-FOLDER."""
+    """The same runs, their coresets on the hub where that was asked for: OWNER/NAME, of several
+    OWNER/NAME-FOLDER."""
     for run in runs if config.push_to_hub else ():
         name = config.push_to_hub if len(runs) == 1 else f"{config.push_to_hub}-{run.path.name}"
         export.push_to_hub(run.path / "coreset.jsonl", str(name))
@@ -187,7 +189,7 @@ def remarks(facts: Mapping[str, Any], max_length: int) -> list[str]:
         "skipped": "rows can't be used and were left out",
         "truncated": f"prompts lost their start: {longer}",
         "cut_responses": f"responses lost their end: {longer}",
-        "spelled": "rows hold text that spells the model's control tokens; it is read as such, as trainers do",
+        "spelled": "rows hold text that spells control tokens of the model; it is read as such, as trainers do",
     }
     return said + [f"{facts[name]} {sentence}" for name, sentence in sentences.items() if facts.get(name)]
 
@@ -210,7 +212,8 @@ def warn(pool: rows.Rows, tokens: Any, max_length: int, skipped: Path) -> None:
 
 
 def write_tables(folder: Path, coresets: Sequence[Coreset], runs: Sequence[Run]) -> None:
-    """cells.csv, a line a coreset; likeness.csv, how alike methods choose and how nested one's coresets are."""
+    """cells.csv, a line a coreset; likeness.csv, how alike methods choose and how nested one's coresets
+    are."""
     lines = [
         (c.method, c.pruning_rate, len(run.indices), len(run.selection.verified), c.folder.name)
         for c, run in zip(coresets, runs, strict=True)
@@ -230,7 +233,8 @@ def write_tables(folder: Path, coresets: Sequence[Coreset], runs: Sequence[Run])
 
 
 def find_run(coreset: Coreset, key: str | None, read: Callable[[], rows.Rows]) -> Run | None:
-    """A coreset as it lies on disk, where it was finished with this key and its files are as they were written."""
+    """A coreset as it lies on disk, where it was finished with this key and its files are as they were
+    written."""
     path = coreset.folder
     manifest = find_finished(path, key)
     arrays = files.read_arrays(coreset.selection_path) if manifest else None

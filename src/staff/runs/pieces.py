@@ -1,4 +1,5 @@
-"""The pieces of a run: models, pools and scores, each made at first use and kept on disk under its key (runs/keys.py)."""
+"""The pieces of a run: models, pools and scores, each made at first use and kept on disk under its key
+(runs/keys.py)."""
 
 from __future__ import annotations
 
@@ -120,7 +121,8 @@ class Pieces:
         return load.load_tokenizer(self._files(base), self.config.engine.trust_remote_code)
 
     def _load(self, base: str, merge: bool = True) -> Any:
-        """A base model, cut to its blocks where the draft is the target's own; its own adapter is folded in."""
+        """A base model, cut to its blocks where the draft is the target's own; its own adapter is folded
+        in."""
         engine = self.config.engine
         source = self._files(base)
         model = load.load_model(
@@ -162,7 +164,8 @@ class Pieces:
         return folder
 
     def scorer(self, name: str, snapshot: Path | None = None) -> Scorer:
-        """A model ready to score, perhaps as it was halfway through its tuning; the one loaded before is freed."""
+        """A model ready to score, perhaps as it was halfway through its tuning; the one loaded before is
+        freed."""
         if self._scorer and self._scorer[0] == (name, snapshot):
             return self._scorer[1]
         self.free()
@@ -192,7 +195,8 @@ class Pieces:
     # ---- numbers ----
 
     def array(self, need: Need) -> np.ndarray:
-        """(n,) or (n, k) numbers that a method needs: speculative scores, features, and what is made of them."""
+        """(n,) or (n, k) numbers that a method needs: speculative scores, features, and what is made of
+        them."""
         if need.made:
             return graph.derive(need.made, self.array(dataclasses.replace(need, made=None)), self.config.seed)
         if need.model == "pool":
@@ -256,7 +260,8 @@ class Pieces:
         )
 
     def _watch(self, stage: Stage, name: str, pool: Pool, part: str) -> dict[str, Any]:
-        """What a loop over shards tells of itself: progress, cost; inputs are looked at before a shard is kept."""
+        """What a loop over shards tells of itself: progress, cost; inputs are looked at before a shard is
+        kept."""
         done = 0
 
         def on_samples(samples: int) -> None:
@@ -277,7 +282,8 @@ class Pieces:
         }
 
     def ledger(self, name: str) -> Ledger:
-        """A model's efforts of single samples, asked for by position; it is loaded at the first call that needs it."""
+        """A model's efforts of single samples, asked for by position; it is loaded at the first call that
+        needs it."""
         pool, stage = self.pool(name), Stage("verify", name)
         folder = self.run.piece("scores", self._scores_key(name))
         budgets = Budgets(folder / "ledger-budgets.json", self.config.scoring.batch_tokens)
@@ -296,7 +302,8 @@ class Pieces:
         return Ledger(folder, score, on_progress=partial(self.run.tell, stage))
 
     def _site_means(self, scorer: Scorer, name: str, folder: Path) -> np.ndarray:
-        """The mean norm of each weight, over samples drawn for it alone: verification never sees the whole pool."""
+        """The mean norm of each weight, over samples drawn for it alone: verification never sees the whole
+        pool."""
         arrays = files.read_arrays(folder / "site_means.npz")
         if arrays is not None:
             return arrays["site_means"]

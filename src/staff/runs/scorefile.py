@@ -12,7 +12,8 @@ VALUES = ("effort", "score", "draft_effort")  # columns taken as the score, the 
 
 
 def write_scores(path: Path, columns: Mapping[str, Any]) -> None:
-    """Columns of n values each as one Parquet file, a row a sample; equal columns give equal bytes, the file is whole or absent."""
+    """Columns of n values each as one Parquet file, a row a sample; equal columns give equal bytes, the file
+    is whole or absent."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -30,8 +31,9 @@ def read_scores(path: str | Path, numbers: np.ndarray, ids: list[str | None]) ->
     """Scores from a file, matched to the pool by row number, by id, or by order.
 
     Args:
-        path: .npy of (n,) numbers in the pool's order; or .parquet, .csv, .tsv or .jsonl with a column of scores
-            (effort, score or draft_effort) and one of `row` (0-based, as counted in the input) or `id`.
+        path: .npy of (n,) numbers in the pool's order; or .parquet, .csv, .tsv or .jsonl with a column of
+            scores (effort, score or draft_effort) and one of `row` (0-based, as counted in the input) or
+            `id`.
         numbers: (n,) row numbers of the pool.
         ids: the pool's ids, None where a row has none.
 
@@ -50,7 +52,8 @@ def read_scores(path: str | Path, numbers: np.ndarray, ids: list[str | None]) ->
     name = next((value for value in VALUES if value in table), None)
     if name is None:
         raise ValueError(
-            f"{path}: needs a column of scores named {', '.join(VALUES[:-1])} or {VALUES[-1]}; found {', '.join(table)}"
+            f"{path}: needs a column of scores named {', '.join(VALUES[:-1])} or {VALUES[-1]}; found "
+            f"{', '.join(table)}"
         )
     if "row" in table:
         key = "row"
@@ -59,7 +62,8 @@ def read_scores(path: str | Path, numbers: np.ndarray, ids: list[str | None]) ->
         key, wanted = "id", ids
     else:
         raise ValueError(
-            f"{path}: needs a column row (0-based row number in the data) or id to match by; found {', '.join(table)}"
+            f"{path}: needs a column row (0-based row number in the data) or id to match by; found "
+            f"{', '.join(table)}"
         )
     score_of: dict[Any, Any] = {}
     for place, (label, score) in enumerate(zip(table[key], table[name], strict=True)):
@@ -69,7 +73,8 @@ def read_scores(path: str | Path, numbers: np.ndarray, ids: list[str | None]) ->
     missing = [number for number, label in zip(numbers, wanted, strict=True) if score_of.get(label) is None]
     if missing:
         raise ValueError(
-            f"{path}: {len(missing)} of {len(numbers)} rows of the data have no score there, row {missing[0]} the first (matched by {key})"
+            f"{path}: {len(missing)} of {len(numbers)} rows of the data have no score there, row "
+            f"{missing[0]} the first (matched by {key})"
         )
     try:
         return np.array([score_of[label] for label in wanted], np.float64)
@@ -84,7 +89,8 @@ def _in_order(path: Path, n: int) -> np.ndarray:
         raise ValueError(f"{path}: not a .npy file of numbers") from None
     if scores.shape != (n,) or scores.dtype.kind not in "fiu":
         raise ValueError(
-            f"{path}: holds {scores.dtype} of shape {scores.shape}; the data has {n} usable rows, so ({n},) numbers are needed"
+            f"{path}: holds {scores.dtype} of shape {scores.shape}; the data has {n} usable rows, so ({n},) "
+            f"numbers are needed"
         )
     return scores.astype(np.float64)
 

@@ -2,9 +2,9 @@
 
     .staff.json  config.yaml  work/  then coreset.jsonl  indices.npy  regions.csv  cost.json  manifest.json
 
-A piece of `work/` lies in a folder named by a fingerprint of exactly what determines it, with that written out in its
-key.json, so a resumed run takes what fits and never what doesn't. Everything that is taken up again has a checksum:
-what is damaged is named in a warning and made again.
+A piece of `work/` lies in a folder named by a fingerprint of exactly what determines it, with that written
+out in its key.json, so a resumed run takes what fits and never what doesn't. Everything that is taken up
+again has a checksum: what is damaged is named in a warning and made again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def open_run(path: str | Path, kind: str, on_progress: Progress | None = None) -
         on_progress: called with (stage, done, in all); each stage that begins has a line in the log.
 
     Raises:
-        ValueError: it can't be written to, another process holds it, or it holds other files than ours; inside the
+        ValueError: it can't be written to, another process holds it, or it holds other files than ours;
+            inside the
             block: the disk is full, a file can't be written or read, memory ran out.
     """
     with files.failures_are_said(Path(path)):
@@ -127,7 +128,8 @@ class RunFolder:
         return lambda done: self.tell(stage, done, total)
 
     def clock(self, stage: Stage) -> Callable[[int, int], None]:
-        """`tell` of one stage that also counts the seconds between its calls, so that a kill loses the last alone."""
+        """`tell` of one stage that also counts the seconds between its calls, so that a kill loses the last
+        alone."""
         began = time.monotonic()
 
         def step(done: int, total: int) -> None:
@@ -179,7 +181,8 @@ class RunFolder:
         self._log.open()
 
     def piece(self, kind: str, key: Mapping[str, Any]) -> Path:
-        """The folder of a piece of work, made by its first caller: work/KIND-FINGERPRINT, the key in key.json."""
+        """The folder of a piece of work, made by its first caller: work/KIND-FINGERPRINT, the key in
+        key.json."""
         path = self.work / f"{kind}-{files.fingerprint(key)}"
         about = path / "key.json"
         if path not in self._pieces:
@@ -201,7 +204,8 @@ class RunFolder:
     def finish(
         self, key: str, about: Mapping[str, Any], names: list[str], folder: Path | None = None
     ) -> dict[str, Any]:
-        """Write the manifest, which says that all is there: the key, a checksum of each file, what it was made with."""
+        """Write the manifest, which says that all is there: the key, a checksum of each file, what it was
+        made with."""
         folder = folder or self.path
         manifest = {
             "staff": version_of("staff-coreset"),
@@ -218,7 +222,8 @@ class RunFolder:
 
 
 def find_finished(folder: Path, key: str | None) -> dict[str, Any] | None:
-    """The manifest in a folder, where it has this key (None: any) and its files are as they were written; else None."""
+    """The manifest in a folder, where it has this key (None: any) and its files are as they were written;
+    else None."""
     manifest = files.read_checked(folder / "manifest.json")
     if manifest is None or key not in (None, manifest.get("finished")):
         return None
@@ -247,12 +252,14 @@ class Inputs(dict[str, str]):
             if name in self._contents and self._contents[name]() != self[name]:
                 what = self._named.get(name, name)
                 raise ValueError(
-                    f"{what} changed while the run was reading it: put it back and go on, or start again with --update"
+                    f"{what} changed while the run was reading it: put it back and go on, or start again "
+                    f"with --update"
                 )
 
 
 class _Log(logging.Handler):
-    """work/log.txt: what is noted, and the warnings of this package. Kept in memory until the run is begun."""
+    """work/log.txt: what is noted, and the warnings of this package. Kept in memory until the run is
+    begun."""
 
     def __init__(self, path: Path):
         super().__init__(logging.WARNING)
@@ -286,7 +293,8 @@ class Ledger:
 
     Args:
         path: its folder.
-        score: (positions, ascending; number of the part) -> scores; called for what is missing, a part at a time.
+        score: (positions, ascending; number of the part) -> scores; called for what is missing, a part at a
+            time.
         part: positions scored and written together.
         on_progress: called with (done, asked) after each part.
     """
@@ -330,7 +338,8 @@ class Ledger:
 
 
 def machine() -> dict[str, Any]:
-    """What things are made with: versions of the packages that decide about numbers, Python, the kind of processor."""
+    """What things are made with: versions of the packages that decide about numbers, Python, the kind of
+    processor."""
     import platform
 
     return {
@@ -341,7 +350,8 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The git commit of the checkout that this package runs from, "+changed" where files differ; None elsewhere."""
+    """The git commit of the checkout that this package runs from, "+changed" where files differ; None
+    elsewhere."""
     import subprocess
 
     source = Path(__file__).parents[2]

@@ -1,4 +1,5 @@
-"""How like each sample's gradient is to those of a few validation rows (LESS, arXiv 2402.04333). torch alone."""
+"""How like each sample's gradient is to those of a few validation rows (LESS, arXiv 2402.04333). torch
+alone."""
 
 from __future__ import annotations
 
@@ -45,9 +46,9 @@ def similarity(
 ) -> dict[str, np.ndarray]:
     """Mean cosine between each sample's gradient and the validation rows'.
 
-    LESS stores random projections of all gradients, divided by Adam's second moments, at several checkpoints; here
-    the inner products come out of the pass itself, exact, so nothing is projected or stored. They are taken at the
-    end of the draft's tuning, on plain gradients.
+    LESS stores random projections of all gradients, divided by Adam's second moments, at several checkpoints;
+    here the inner products come out of the pass itself, exact, so nothing is projected or stored. They are
+    taken at the end of the draft's tuning, on plain gradients.
 
     Args:
         directions: of `mean_direction`.

@@ -1,4 +1,5 @@
-"""One pass over a pool: effort, loss, EL2N and entropy of every sample. Torch ends at the return of this file."""
+"""One pass over a pool: effort, loss, EL2N and entropy of every sample. Torch ends at the return of this
+file."""
 
 from __future__ import annotations
 
@@ -32,9 +33,9 @@ CALIBRATION = 128  # samples that layer means are taken over where a model never
 def settled_tokens(model: torch.nn.Module, scope: str) -> int:
     """Padded tokens of a batch that a model's device bears, a power of two.
 
-    On a CPU what keeps a block's numbers near its cache. On a GPU half of the memory that the weights leave, by a generous
-    count of what a token takes in the widest block, or in all blocks that keep a graph; of the whole memory and not of
-    what is free at the moment, so that machines alike cut alike.
+    On a CPU what keeps a block's numbers near its cache. On a GPU half of the memory that the weights leave,
+    by a generous count of what a token takes in the widest block, or in all blocks that keep a graph; of the
+    whole memory and not of what is free at the moment, so that machines alike cut alike.
     """
     parameter = next(model.parameters())
     if parameter.device.type != "cuda":
@@ -56,8 +57,10 @@ class Scorer:
         model: a causal language model, perhaps with an adapter, on its device.
         scope: a key of `scopes.SCOPES`.
         loss: a key of `gradnorm.LOSSES`.
-        balance: give the norm of each weight too, "site_norms", so that `shards.level` can divide it by its mean.
-        reuse_prefix: compute what all samples of a pool begin with once, where scope and model allow it (prefix.py).
+        balance: give the norm of each weight too, "site_norms", so that `shards.level` can divide it by its
+            mean.
+        reuse_prefix: compute what all samples of a pool begin with once, where scope and model allow it
+            (prefix.py).
         seed: of scope "released". A tuned draft loses its query and value matrices there, for good.
 
     Raises:
@@ -103,8 +106,8 @@ class Scorer:
             features: give the mean last hidden states of the responses too, "features" (k, H).
 
         Returns:
-            each of QUANTITIES as (k,) float32 (float64 for a float64 model), in the order asked for. With `balance`
-            "site_norms" (k, sites) besides.
+            each of QUANTITIES as (k,) float32 (float64 for a float64 model), in the order asked for. With
+            `balance` "site_norms" (k, sites) besides.
 
         Raises:
             ValueError: a score is nan or infinite; the message names the positions.
@@ -137,7 +140,8 @@ class Scorer:
             left = np.flatnonzero(~np.isfinite(scores["effort"])) if parts else left[:0]
         if len(left):
             raise ValueError(
-                f"{len(left)} samples have an effort that is nan or infinite (positions {positions[left[:5]].tolist()}): "
+                f"{len(left)} samples have an effort that is nan or infinite (positions "
+                f"{positions[left[:5]].tolist()}): "
                 "the model overflows on them; try --dtype float32"
             )
         if not self.balance:
@@ -145,7 +149,8 @@ class Scorer:
         return scores or {name: np.empty(0, np.float32) for name in QUANTITIES}
 
     def _start_of(self, pool: Pool, grad_scale: float | None) -> Prefix | None:
-        """What a pool's samples begin with, once it has been seen that the model scores a sample the same with it."""
+        """What a pool's samples begin with, once it has been seen that the model scores a sample the same
+        with it."""
         if not self._reuses:
             return None
         from staff.scoring import prefix
@@ -158,7 +163,8 @@ class Scorer:
                     plain, reused, rtol=torch.finfo(next(self.model.parameters()).dtype).eps ** 0.5, atol=0
                 ):
                     logger.warning(
-                        "%s scores differently with a cache: the samples' common start is computed anew each time",
+                        "%s scores differently with a cache: the samples' common start is computed anew "
+                        "each time",
                         self._name(),
                     )
                     start = None

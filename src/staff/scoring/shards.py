@@ -1,4 +1,5 @@
-"""The one loop over a pool: shards of fixed positions, each whole or absent, in batches that the memory bears."""
+"""The one loop over a pool: shards of fixed positions, each whole or absent, in batches that the memory
+bears."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from staff.files import is_out_of_memory, read_arrays, read_checked, write_array
 
 logger = logging.getLogger(__name__)
 
-SHARD = 512  # samples whose scores are written together; batches never cross one, so a resumed run cuts them alike
+# samples whose scores are written together; batches never cross one, so a resumed run cuts them alike
+SHARD = 512
 Arrays = dict[str, np.ndarray]
 
 
@@ -31,9 +33,11 @@ class Score(Protocol):
 
 
 class Budgets:
-    """Padded tokens of a batch, by shard: what was settled at the start, and less from where memory ran out on.
+    """Padded tokens of a batch, by shard: what was settled at the start, and less from where memory ran out
+    on.
 
-    On disk, so that a resumed run cuts its batches as the run that ran through did, and ends with the same bytes.
+    On disk, so that a resumed run cuts its batches as the run that ran through did, and ends with the same
+    bytes.
 
     Args:
         path: a file of the piece of work that they are for.
@@ -45,7 +49,8 @@ class Budgets:
         self._steps: list[list[int]] = [*self._given, *(read_checked(path) or {}).get("from_shard", [])]
 
     def settle(self, tokens: int) -> None:
-        """Begin with `tokens`, unless it is known; written down, so that a resume on other hardware cuts alike."""
+        """Begin with `tokens`, unless it is known; written down, so that a resume on other hardware cuts
+        alike."""
         if not self._steps:
             self._steps = [[0, tokens]]
             self._write()
@@ -76,21 +81,23 @@ def score_by_shards(
     on_samples: Callable[[int], None] | None = None,
     on_shard: Callable[[np.ndarray, float], None] | None = None,
 ) -> Arrays:
-    """What a pass over a pool gives, shard by shard, taking from disk what is there; left in one file at the end.
+    """What a pass over a pool gives, shard by shard, taking from disk what is there; left in one file at the
+    end.
 
     Args:
-        make: called at the first shard that is missing: what scores, and the padded tokens that its device bears.
+        make: called at the first shard that is missing: what scores, and the padded tokens that its device
+            bears.
         lengths: (n,) tokens of each sample.
         path: the file; shards lie beside it, named by the prefix, until they are all there.
         batch_tokens: padded tokens of a batch at most, in place of what the device bears.
         name_of: pool position -> what messages call the sample.
-        on_samples: called with the number of samples just done, those from disk included; a negative one where they
-            are begun again.
+        on_samples: called with the number of samples just done, those from disk included; a negative one
+            where they are begun again.
         on_shard: called with (positions, seconds) before a shard is kept.
 
     Returns:
-        arrays of n rows. Where a shard has "site_norms" (`level`), "effort" is levelled by their means over the
-        pool; the norms themselves are not returned.
+        arrays of n rows. Where a shard has "site_norms" (`level`), "effort" is levelled by their means over
+        the pool; the norms themselves are not returned.
     """
 
     def file_of(number: int) -> Path:
