@@ -497,6 +497,119 @@ def test_unusable_tools_are_named(tmp_path):
     assert "'tools' is a str, '{}'; it must be a list of tools" in said([{**row, "tools": "{}"}])
 
 
+# ---- what must not be left out, taken for something else, or guessed ----
+
+LEFT_OUT = {
+    "context": (
+        {"question": "How many?", "context": "CREATE TABLE head", "answer": "SELECT 1"},
+        "to read it too: --columns prompt=question,response=answer,input=context; to leave it out: --columns ~",
+    ),
+    "input": (
+        {"prompt": "Translate.", "input": "Good day", "response": "Guten Tag"},
+        "to read it too: --columns prompt=prompt,response=response,input=input; ~",
+    ),
+    "system_prompt": (
+        {"prompt": "A river.", "completion": "Elbe", "system_prompt": "In Latin."},
+        "to read it too: --columns prompt=prompt,response=completion,system=system_prompt; ~",
+    ),
+    "choices": (
+        {"question": "Which?", "choices": ["a", "b"], "answer": "a"},
+        "to leave it out: --columns prompt=question,response=answer",
+    ),
+    "images": (
+        {"messages": [USER, ANSWER], "images": ["a.png"]},
+        "to leave it out: --columns messages=messages",
+    ),
+}
+
+
+@pytest.mark.parametrize("column", LEFT_OUT)
+def test_a_column_of_the_prompt_that_would_be_left_out_is_a_stop_that_asks_for_columns(column, tmp_path):
+    row, cure = LEFT_OUT[column]
+    empty = {**row, column: type(row[column])()}
+    path = write(tmp_path, "a.jsonl", b"".join(json.dumps(r).encode() + b"\n" for r in (empty, row)))
+    pq.write_table(pa.Table.from_pylist([empty, row]), tmp_path / "a.parquet")
+    for data, where in (
+        (path, f"{path}: row 1 (line 2)"),
+        (tmp_path / "a.parquet", f"{tmp_path / 'a.parquet'}: row 1"),
+        ([empty, row], "the data given: row 1"),
+    ):
+        for on_bad_row in ("error", "skip"):
+            message = said(data, on_bad_row=on_bad_row)
+            assert message.startswith(f"{where} has the column {column!r}, which ")
+            assert matches(message, f"~ has no place for: the prompt would be read without it; {cure}"), (
+                message
+            )
+    told = message.partition("--columns ")[2].partition(";")[0]
+    assert len(read([row], columns=told)) == 1, "the cure is one"
+
+
+def test_hints_lead_on(tmp_path):
+    squad = {"question": "Who?", "context": "She.", "answers": {"text": ["she"], "answer_start": [0]}}
+    message = said([squad])
+    assert "'question' looks like" not in message
+    assert "'answers' looks like 'answer', but holds {'text': ['she'], " in message
+    pairs = {"source": "x", "conversation": [{"input": "Say a word.", "output": "Mill."}]}
+    assert "pairs of input and output in 'conversation', the turns of one conversation" in said([pairs])
+    chats = {"dialog": [USER, ANSWER]}
+    assert "name that column: --columns messages=dialog" in said([chats])
+    prose = b"The mill, a house, and the river are old, and so on\nThe other, with few commas\n"
+    assert 'Plain text is given as JSON Lines, one {"text": "..."} a line' in said(
+        write(tmp_path, "a.txt", prose)
+    )
+    named = write(tmp_path, "b.txt", b"de;en\nHaus;house\n")
+    assert len(read(named, columns="prompt=de,response=en")) == 1
+
+
+def test_tab_separated_text_knows_no_quoting(tmp_path):
+    corpus = (
+        b'prompt\tresponse\nGood day\tGuten Tag\n"Who is there\tWer ist da\nNobody"\tNiemand\nThanks\tDanke\n'
+    )
+    rows = read(path := write(tmp_path, "a.tsv", corpus))
+    assert [(e.turns[0].content, e.turns[1].content) for e in rows.examples()] == [
+        ("Good day", "Guten Tag"),
+        ('"Who is there', "Wer ist da"),
+        ('Nobody"', "Niemand"),
+        ("Thanks", "Danke"),
+    ]
+    assert rows.notes == (
+        f"{path} is tab-separated: quotation marks in it are read as text, not round fields",
+    )
+    rows.write_same(tmp_path / "b.tsv", [1, 2])
+    assert (
+        tmp_path / "b.tsv"
+    ).read_bytes() == b'prompt\tresponse\n"Who is there\tWer ist da\nNobody"\tNiemand\n'
+    odd = write(tmp_path, "c.tsv", b'prompt\tresponse\n"Yes," he said.\tJa\n')
+    assert read(odd).example(0).turns[0].content == '"Yes," he said.'
+    quoted = write(tmp_path, "d.tsv", b'prompt\tresponse\n"a ""b"""\t"c\td"\n')
+    assert next(read(quoted).raw([0])) == {"prompt": 'a "b"', "response": "c\td"}
+    lines = write(tmp_path, "e.tsv", b'prompt\tresponse\n"a\nb"\tc\n')
+    assert "has 1 fields, the header 2 ('prompt', 'response'); tab-separated text knows no quoting" in said(
+        lines
+    )
+
+
+@pytest.mark.parametrize("broken", [b'"a "b" c",d\n', b'"a "b\nc",d\ne,f\n', b'e,"f\n'])
+def test_a_broken_quotation_mark_ends_the_reading_of_csv_even_with_skip(broken, tmp_path):
+    path = write(tmp_path, "a.csv", b"prompt,response\na,b\n" + broken + b"x,y\n")
+    assert said(path, on_bad_row="skip").startswith(f"{path}: row 1 (line 3) ")
+
+
+def test_a_small_gzipped_file_that_unpacks_to_a_large_one_is_refused_with_a_way_round(tmp_path):
+    for name, data in (
+        ("a.jsonl.gz", b'{"x": "' + b"a" * 20_000_000),
+        ("b.jsonl.gz", b'{"prompt": "p", "response": "r"}\n' * 600_000),
+        ("a.json.gz", b"[" + b"[]," * 7_000_000),
+        ("a.csv.gz", b"prompt,response\n" + b"a,b\n" * 5_000_000),
+    ):
+        path = write(tmp_path, name, gzip.compress(data))
+        message = said(path)
+        assert message.startswith(f"{path} unpacks to more than 100 times its size, "), message
+        assert "unpack it with gunzip and give what comes out" in message
+    text = write(tmp_path, "c.jsonl.gz", gzip.compress(GOOD * 200_000, 1))
+    assert len(read(text)) == 200_000, "6 MB are no danger, however well they are packed"
+
+
 # ---- names ----
 
 
@@ -749,6 +862,28 @@ def test_data_frames_with_holes_are_refused_with_their_row(tmp_path):
     frame = pandas.DataFrame({"prompt": ["p", "q"], "response": ["r", float("nan")]})
     assert said(frame).startswith("the data given: row 1 'response' is NaN; it must be text: fill it in")
     assert len(read(frame, on_bad_row="skip")) == 1
+
+
+def test_arrays_in_the_cells_of_a_data_frame_are_lists(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    vector = [float(i) for i in range(2000)]
+    rows = [{"messages": [USER, ANSWER], "vector": vector, "pair": [[1], []], "n": 1}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    frame = pandas.read_parquet(tmp_path / "a.parquet")
+    assert type(frame["messages"][0]).__name__ == "ndarray"
+    for data in (frame, frame.to_dict("records")):
+        opened = read(data)
+        assert list(opened.raw([0])) == rows
+        assert opened.example(0) == read(rows).example(0)
+        opened.write_jsonl(tmp_path / "a.jsonl", [0])
+        assert json.loads((tmp_path / "a.jsonl").read_text()) == rows[0]
+
+
+def test_ids_of_any_kind_are_text_that_can_be_written(tmp_path):
+    row = {"prompt": "p", "response": "r"}
+    values = ["a", "\ud83d", 7, 7.0, 2.5, True, None, ["x"], float("nan")]
+    ids = [e.id for e in read([{**row, "id": v} for v in values]).examples()]
+    assert ids == ["a", "\\ud83d", "7", "7", "2.5", None, None, None, None]
 
 
 def test_standard_input_that_is_empty_says_so(monkeypatch):

@@ -18,6 +18,7 @@ from staff import jobs
 from staff.config import FinetuneConfig, Reading, ScoreConfig, SelectConfig
 from staff.console import grid_table, summary
 from staff.data.rows import read
+from staff.runs.scorefile import read_scores
 
 ROWS = make_rows(12)
 HALF = {"method": "random", "pruning_rate": 0.5}
@@ -139,6 +140,26 @@ def test_scores_of_all_rows_lie_beside_the_coreset_and_go_in_again(family, tmp_p
     )
     assert again.indices.tolist() == run.indices.tolist()
     assert "score" in pq.read_schema(tmp_path / "y" / "scores.parquet").names
+
+
+@pytest.mark.parametrize("name", ["s.parquet", "s.csv", "s.jsonl"])
+def test_scores_are_matched_to_ids_by_value_whatever_their_type(name, tmp_path):
+    ids = [7, "8", 9.0, "010", "x"]
+    pool = read([{"id": i, "prompt": "p", "response": "r"} for i in ids])
+    path, scores = tmp_path / name, [1.0, 2.0, 3.0, 4.0, 5.0]
+    if name == "s.parquet":
+        path = tmp_path / "s.parquet"
+        pq.write_table(pa.table({"id": ["7.0", "8.0", "9", "010", "x"], "score": scores}), path)
+    elif name == "s.csv":
+        path.write_text("id,score\n7.0,1\n8,2\n9,3\n010,4\nx,5\n")
+    else:
+        path.write_text(
+            "".join(json.dumps({"id": str(i), "score": s}) + "\n" for i, s in zip(ids, scores, strict=True))
+        )
+    found = read_scores(path, pool.numbers, [example.id for example in pool.examples()])
+    assert found.tolist() == scores
+    pq.write_table(pa.table({"id": [7, 8], "score": [1.0, 2.0]}), tmp_path / "n.parquet")
+    assert read_scores(tmp_path / "n.parquet", np.array([0, 1]), ["7", "8"]).tolist() == [1.0, 2.0]
 
 
 def test_rows_without_ids_and_methods_without_scores_leave_those_columns_empty_or_out(tmp_path):

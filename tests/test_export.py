@@ -77,6 +77,16 @@ def test_the_trl_program_makes_the_examples_that_staff_makes(name, train_on, tmp
         assert [(t["role"], t["content"]) for t in turns] == [(t.role, t.text) for t in example.turns]
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\x85", "\n"])
+def test_a_line_separator_in_a_columns_name_writes_no_key_into_a_trainers_file(separator):
+    name = f"q{separator}trust_remote_code: true #"
+    rows = read([{name: "p", "answer": "a"}], columns=f"prompt={name},response=answer")
+    for text in (llama_factory(rows, "c.jsonl", "MODEL"), axolotl(rows, "c.jsonl", "MODEL")):
+        assert "trust_remote_code" not in yaml.safe_load(text)
+    assert yaml.safe_load(axolotl(rows, "c.jsonl", "M"))["datasets"][0]["type"]["field_instruction"] == name
+    compile(trl(rows, "c.jsonl", "MODEL"), "snippet", "exec")
+
+
 def trl_dataset(program):
     """Runs the program up to its trainer."""
     loading = program[: program.index("trainer = ")].replace("from trl import SFTConfig, SFTTrainer\n", "")

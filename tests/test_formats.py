@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from staff.data.export import factory_entry
 from staff.data.rows import Turn, read
 from staff.data.text import peek, read_json_list
 
@@ -430,6 +431,24 @@ def test_several_entries_are_read_together_if_they_are_laid_out_alike(tmp_path):
         read("a", dataset_info=tmp_path, columns="prompt=prompt,response=id")
 
 
+def test_an_entry_of_plain_texts_reads_back_and_num_samples_draws_rows(tmp_path):
+    jsonl(tmp_path / "texts.jsonl", [{"text": f"text {i}"} for i in range(9)])
+    entry = factory_entry(read(tmp_path / "texts.jsonl"), tmp_path / "texts.jsonl")
+    info = {"all": entry, "some": {**entry, "num_samples": 4}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    assert [e.turns[0].content for e in read("all", dataset_info=tmp_path).examples()] == [
+        f"text {i}" for i in range(9)
+    ]
+    some = read("some", dataset_info=tmp_path)
+    assert some.notes == ("num_samples is 4: rows are drawn at random, each once, of 9",)
+    assert some.numbers.tolist() == sorted(set(some.numbers.tolist()))
+    assert len(some) == 4
+    assert some.numbers.tolist() == read("some", dataset_info=tmp_path).numbers.tolist()
+    assert [e.turns[0].content for e in some.examples()] == [f"text {i}" for i in some.numbers]
+    with pytest.raises(ValueError, match="some can't be read together with other data"):
+        read(["all", "some"], dataset_info=tmp_path)
+
+
 def test_several_files_are_counted_through(tmp_path):
     paths = [jsonl(tmp_path / "a.jsonl", ROWS[:3]), jsonl(tmp_path / "b.jsonl", ROWS[3:])]
     for data in (paths, tmp_path, [str(p) for p in paths]):
@@ -468,6 +487,19 @@ def test_standard_input_is_read_more_than_once_and_its_copy_goes_away(monkeypatc
     assert path.exists()
     del rows
     assert not path.exists()
+
+
+def test_nothing_is_left_of_standard_input_when_the_process_is_killed(tmp_path):
+    code = "import os, sys; from staff.data.rows import read; print(len(read('-'))); os.kill(os.getpid(), 9)"
+    killed = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps(ROWS[0]).encode(),
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+    )
+    assert killed.returncode == -9
+    if Path("/proc/self/fd").is_dir():
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")

@@ -190,7 +190,9 @@ def llama_factory(
 
 
 def _yaml(settings: dict) -> str:
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    # the library's own reader folds some line separators in a text that is not escaped
+    return text if yaml.safe_load(text) == settings else yaml.safe_dump(settings, sort_keys=False)
 
 
 def axolotl(

@@ -196,7 +196,7 @@ def left_out(layout: Layout, row: Mapping) -> str:
         return ""
     told = _as_columns(layout, row)
     key = _AS_KEY.get(column, column)
-    more = f",{key}={column}" if key in COLUMN_KEYS and getattr(layout, COLUMN_KEYS[key]) is None else ""
+    more = f",{key}={column}" if key in COLUMN_KEYS and getattr(layout, COLUMN_KEYS[key]) not in row else ""
     cure = f"to read it too: --columns {told}{more}; " if more else ""
     return (
         f"has the column {column!r}, which {layout.name} has no place for: the prompt would be read "

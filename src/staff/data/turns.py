@@ -231,57 +231,64 @@ def _chat(layout: Layout, messages: object, column: str) -> list[Turn]:
         raise BadRow(f"{column!r} is {_kind(messages)}; it must be a list of turns {example}")
     if not messages:
         raise BadRow(f"{column!r} is an empty list; fill it in")
-    roles = layout.roles
     turns = []
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise BadRow(f"{column!r}: turn {i} is {_kind(message)}; it must be an object {example}")
-        role_tag, content_tag = layout.tags(message)
-        name = message.get(role_tag)
-        if not isinstance(name, str):
-            found = (
-                f"has no {role_tag!r}; found {listed(message)}"
-                if name is None
-                else f"has the role {shown(name)}, which is no text"
-            )
-            raise BadRow(f"{column!r}: turn {i} {found}")
-        role = roles.get(name)
-        if role is None:
-            known = f"{near(name, roles)}; known: {', '.join(roles)}"
-            raise BadRow(f"{column!r}: turn {i} has the unknown role {shown(name)}{known}")
-        if content_tag not in message and not message.get("tool_calls"):
-            raise BadRow(f"{column!r}: turn {i} ({name}) has no {content_tag!r}; found {listed(message)}")
-        what = f"{column!r}: turn {i} ({name})"
-        others = len(message) > 2 or content_tag not in message
-        fields = _fields(message, role_tag, content_tag, what) if others else None
-        content = message.get(content_tag)
-        calls = role == "assistant" and bool((fields or {}).get("tool_calls"))
-        if content is None and (calls or role in ("system", "tool")):
-            content = ""
-        if isinstance(content, list):
-            content = [_part(part, what) for part in content]
-            said = "".join(map(_part_text, content))
-        elif isinstance(content, str):
-            said = content
-        else:
-            raise BadRow(f"{what} is {_kind(content)}; it must be text: {_text_cure(content)}")
-        _clean(said, what)
-        if role in ("user", "assistant") and not calls and (not said or said.isspace()):
-            raise BadRow(f"{what} is empty; fill it in")
-        turns.append(Turn(role, content, role == "assistant" and _weight(message, what), fields))
+        try:
+            turns.append(_turn(layout, message))
+        except BadRow as error:
+            name = message.get(layout.tags(message)[0])
+            who = f" ({name})" if isinstance(name, str) and name in layout.roles else ""
+            raise BadRow(f"{column!r}: turn {i}{who}{error}") from None
     return turns
 
 
-def _part(part: object, what: str) -> object:
+def _turn(layout: Layout, message: Mapping) -> Turn:
+    """One turn; what is wrong with it goes behind its name."""
+    role_tag, content_tag = layout.tags(message)
+    name, content = message.get(role_tag), message.get(content_tag)
+    role = layout.roles.get(name) if isinstance(name, str) else None
+    if role is None:
+        if name is None:
+            raise BadRow(f" has no {role_tag!r}; found {listed(message)}")
+        if not isinstance(name, str):
+            raise BadRow(f" has the role {shown(name)}, which is no text")
+        known = f"{near(name, layout.roles)}; known: {', '.join(layout.roles)}"
+        raise BadRow(f" has the unknown role {shown(name)}{known}")
+    if content_tag not in message and not message.get("tool_calls"):
+        raise BadRow(f" has no {content_tag!r}; found {listed(message)}")
+    fields, train = None, role == "assistant"
+    if len(message) > 2 or content_tag not in message:
+        fields = _fields(message, role_tag, content_tag)
+        train = train and _weight(message)
+    calls = role == "assistant" and fields is not None and bool(fields.get("tool_calls"))
+    if content is None and (calls or role in ("system", "tool")):
+        content = ""
+    if isinstance(content, str):
+        said = content
+    elif isinstance(content, list):
+        content = [_part(part) for part in content]
+        said = "".join(map(_part_text, content))
+    else:
+        raise BadRow(f" is {_kind(content)}; it must be text: {_text_cure(content)}")
+    if not said.isascii():
+        _clean(said, "")
+    if (not said or said.isspace()) and not calls and role in ("user", "assistant"):
+        raise BadRow(" is empty; fill it in")
+    return Turn(role, content, train, fields)
+
+
+def _part(part: object) -> object:
     """A part of a turn's content, which is text, or an object that holds text."""
     if isinstance(part, str):
         return part
     if not isinstance(part, Mapping):
-        raise BadRow(f"{what} has a part that is {_kind(part)}; a part is {{'type': 'text', 'text': '...'}}")
+        raise BadRow(f" has a part that is {_kind(part)}; a part is {{'type': 'text', 'text': '...'}}")
     if part.get("type", "text") != "text":
-        raise BadRow(f"{what} has a part of type {shown(part.get('type'))}; only text can be used")
+        raise BadRow(f" has a part of type {shown(part.get('type'))}; only text can be used")
     if not isinstance(part.get("text") if part.get("text") is not None else part.get("value"), str):
-        raise BadRow(f"{what} has a text part without 'text'; found {listed(part)}")
+        raise BadRow(f" has a text part without 'text'; found {listed(part)}")
     return without_nulls(part)
 
 
@@ -298,18 +305,18 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def _fields(message: Mapping, role_tag: str, content_tag: str, what: str) -> Mapping | None:
+def _fields(message: Mapping, role_tag: str, content_tag: str) -> Mapping | None:
     known = (role_tag, content_tag, *_WEIGHTS)
     fields = without_nulls({key: value for key, value in message.items() if key not in known})
     calls = fields.get("tool_calls")
     if calls is not None and not (isinstance(calls, list) and all(isinstance(c, Mapping) for c in calls)):
-        raise BadRow(f"{what}: 'tool_calls' is {_kind(calls)}; it must be a list of objects")
+        raise BadRow(f": 'tool_calls' is {_kind(calls)}; it must be a list of objects")
     for call in calls or ():
         function = call.get("function", call)
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise BadRow(f"{what}: a tool call has no name; found {shown(call)}")
+            raise BadRow(f": a tool call has no name; found {shown(call)}")
     if fields:
-        _as_json(fields, what)
+        _as_json(fields, "")
     return fields or None
 
 
@@ -325,15 +332,13 @@ def _call_text(call: Mapping) -> str:
     return json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False)
 
 
-def _weight(message: Mapping, what: str) -> bool:
+def _weight(message: Mapping) -> bool:
     for key in _WEIGHTS:
         value = message.get(key)
         if value is None:
             continue
         if isinstance(value, str | list | dict) or value not in (0, 1):
-            raise BadRow(
-                f"{what}: {key!r} is {shown(value)}; only 0 (no loss on this turn) and 1 can be used"
-            )
+            raise BadRow(f": {key!r} is {shown(value)}; only 0 (no loss on this turn) and 1 can be used")
         return bool(value)
     return True
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from staff.data.turns import label_of
 
 VALUES = ("effort", "score", "draft_effort")  # columns taken as the score, the first that is there
 
@@ -59,7 +63,8 @@ def read_scores(path: str | Path, numbers: np.ndarray, ids: list[str | None]) ->
         key = "row"
         wanted: list[Any] = numbers.tolist()
     elif "id" in table:
-        key, wanted = "id", ids
+        key, wanted = "id", [_id(label) for label in ids]
+        table["id"] = [_id(label) for label in table["id"]]
     else:
         raise ValueError(
             f"{path}: needs a column row (0-based row number in the data) or id to match by; found "
@@ -82,6 +87,12 @@ def read_scores(path: str | Path, numbers: np.ndarray, ids: list[str | None]) ->
         raise ValueError(f"{path}: column {name} holds something that is no number") from None
 
 
+def _id(label: Any) -> str | None:
+    """An id by its value, whatever its type: 7, 7.0 and "7" are one."""
+    text = label_of(label)
+    return text and re.sub(r"^(-?\d+)\.0+$", r"\1", text)
+
+
 def _in_order(path: Path, n: int) -> np.ndarray:
     try:
         scores = np.load(path, allow_pickle=False)
@@ -99,10 +110,11 @@ def _read_table(path: Path) -> dict[str, list]:
     import pyarrow as pa
     from pyarrow import csv, json, parquet
 
+    as_text, tabs = csv.ConvertOptions(column_types={"id": pa.string()}), csv.ParseOptions(delimiter="\t")
     readers = {
         ".parquet": parquet.read_table,
-        ".csv": csv.read_csv,
-        ".tsv": lambda name: csv.read_csv(name, parse_options=csv.ParseOptions(delimiter="\t")),
+        ".csv": partial(csv.read_csv, convert_options=as_text),
+        ".tsv": lambda name: csv.read_csv(name, convert_options=as_text, parse_options=tabs),
         ".jsonl": json.read_json,
     }
     if path.suffix not in readers:
