@@ -85,8 +85,8 @@ def factory_entry(
         positions: the coreset, to look at its columns and roles; None: the first rows.
 
     Returns:
-        The entry; None where LLaMA-Factory has no words for the rows (text parts, OpenAI's tool calls, prompts that
-        are lists of messages).
+        The entry; None where LLaMA-Factory has no words for the rows (text parts, OpenAI's tool calls, prompts
+        that are lists of messages).
     """
     layout, entry = rows.layout, {"file_name": Path(coreset).name}
     some = list(islice(rows.raw(range(len(rows)) if positions is None else positions), ROWS_LOOKED_AT))
@@ -167,7 +167,7 @@ def llama_factory(
     positions: Iterable[int] | None = None,
     name: str = "coreset",
 ) -> str:
-    """A LLaMA-Factory training file (`llamafactory-cli train FILE`), with the coreset's entry in a comment."""
+    """A LLaMA-Factory training file (`llamafactory-cli train FILE`), the coreset's entry in a comment."""
     entry = factory_entry(rows, coreset, positions)
     if entry is None:
         return "# LLaMA-Factory can't read rows laid out like these; see the snippet for TRL\n"
@@ -248,7 +248,7 @@ def axolotl(
 
 
 def trl(rows: Rows, coreset: str | os.PathLike, model: str) -> str:
-    """A Python program that tunes a model on the coreset with TRL's SFTTrainer, the loss where STAFF takes it."""
+    """A program that tunes a model on the coreset with TRL's SFTTrainer, the loss where STAFF takes it."""
     layout = rows.layout
     all_turns = rows.train_on == "all" and layout.messages is not None
     if layout.text is not None:
@@ -310,9 +310,8 @@ def _trl_pair(layout: Layout) -> str:
         ]
     if layout.history is not None:
         lines.append(f"    for user, assistant in row.get({layout.history!r}) or []:")
-        lines.append(
-            '        before += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]'
-        )
+        lines.append('        before.append({"role": "user", "content": user})')
+        lines.append('        before.append({"role": "assistant", "content": assistant})')
     lines.append("    if isinstance(prompt, str):")
     lines.append('        prompt = [{"role": "user", "content": prompt}]')
     lines.append("    if isinstance(response, str):")

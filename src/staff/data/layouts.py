@@ -57,11 +57,11 @@ class Layout:
     named: tuple[str, ...] = ()
 
     @cached_property
-    def extras(self) -> tuple[str, ...] | None:
+    def extras(self) -> frozenset[str] | None:
         """The columns that add to a prompt and a response; None where a row is no such pair."""
         if self.messages is not None or self.text is not None:
             return None
-        return tuple(c for c in (self.query, self.system, self.history, self.tools) if c is not None)
+        return frozenset(c for c in (self.query, self.system, self.history, self.tools) if c is not None)
 
     def tags(self, turn: Mapping) -> tuple[str, str]:
         """The keys of a turn's role and content."""

@@ -309,7 +309,7 @@ def _factory(name: str, info: Path, split: str | None, config: str | None, revis
 
 
 def load(source: Input) -> Any:
-    """A hub data set or a folder of `save_to_disk`; every failure of `datasets` comes out as one ValueError."""
+    """A hub data set or a folder of `save_to_disk`; all failures of `datasets` come out as one ValueError."""
     name = source.hub or source.saved
     what = f"there is no file or folder {name}, and as a hub data set it" if source.hub else f"{name}"
     cure = "check the name, --dataset-config, --split and --revision, and the connection"

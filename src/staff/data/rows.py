@@ -74,7 +74,7 @@ class MemoryRows:
 class Rows:
     """The usable rows of the input. Opening it looked at every row once.
 
-    Memory: 16 bytes a row of JSONL (where it lies, and its number), 8 bytes a row of Parquet or Arrow, and one
+    Memory: 16 bytes a row of JSONL (where it lies, and its number), 8 bytes a row of Parquet or Arrow, and a
     block of the file, or the longest row if that is more. JSON lists, CSV and rows in memory stay there.
 
     Attributes:
@@ -128,7 +128,7 @@ class Rows:
     def write_jsonl(self, path: str | os.PathLike, positions: Iterable[int]) -> None:
         """Write rows as JSON Lines: the very bytes of each line where they come from JSON Lines.
 
-        What JSON has no word for is written as the nearest: NaN as null, times as ISO 8601 to the microsecond,
+        What JSON has no word for is written as the nearest: NaN as null, times as ISO 8601 (microseconds),
         bytes as base64, others as str() has them.
 
         Args:
@@ -204,14 +204,14 @@ def read(
     """Open data and look at every row once.
 
     Args:
-        data: a path, several, a folder (one written by `save_to_disk` too), "-" for standard input, the id of a
-            hub data set; or a list of dicts, a `datasets.Dataset`, a pandas DataFrame; or what `locate` found.
+        data: a path, several, a folder (one written by `save_to_disk` too), "-" for standard input, the id of
+            a hub data set; a list of dicts, a `datasets.Dataset`, a pandas DataFrame; what `locate` found.
         columns: names columns, as in "prompt=question,response=answer"; None: found by looking.
         train_on: "last" or "all": the loss is on the last assistant turn or on every one.
         on_bad_row: "error", or "skip" to leave out rows that can't be used and count them in `Rows.skipped`.
         split, config, revision: of a hub data set; `split` also of a folder that holds several.
-        dataset_info: LLaMA-Factory's `dataset_info.json`, or its folder; `data` is then the name of an entry, or
-            a file that one describes.
+        dataset_info: LLaMA-Factory's `dataset_info.json`, or its folder; `data` is then the name of an entry,
+            or a file that one describes.
 
     Returns:
         The rows.

@@ -129,9 +129,8 @@ class TableRows:
                             yield at, batch if b - a == batch.num_rows else _take(batch, wanted[a:b] - at)
                     at += batch.num_rows
             if at != start + rows:
-                raise ValueError(
-                    f"{self.names[file]} is damaged: it promises {rows} rows and has {at - start}; write it again"
-                )
+                promise = f"it promises {rows} rows and has {at - start}"
+                raise ValueError(f"{self.names[file]} is damaged: {promise}; write it again")
 
     def _load(self, number: int, index: int, columns: Sequence[str] | None) -> Iterator[Any]:
         if self.data is not None:

@@ -185,9 +185,9 @@ def kind_of(file: TextFile, known: Sequence[str]) -> str:
     if is_csv or any(c in known for c in _header(text, find_delimiter(file, known))):
         return "CSV"
     raise ValueError(
-        f"{name}: can't tell what this is; it begins with {shown(head[:24])}. It can be JSON Lines, JSON, CSV, "
-        "TSV, Parquet or Arrow: name it .jsonl, .json, .csv, .tsv, .parquet or .arrow. Plain text is given as "
-        'JSON Lines, one {"text": "..."} a line'
+        f"{name}: can't tell what this is; it begins with {shown(head[:24])}. It can be JSON Lines, JSON, "
+        "CSV, TSV, Parquet or Arrow: name it .jsonl, .json, .csv, .tsv, .parquet or .arrow. Plain text is given "
+        'as JSON Lines, one {"text": "..."} a line'
     )
 
 
@@ -438,8 +438,8 @@ def read_csv(file: TextFile, delimiter: str) -> tuple[bool, list[tuple[int, Mapp
     """Whether quotation marks are round fields, and line and value of every record under the header.
 
     Raises:
-        ValueError: no header, a name that is there twice, or quotation marks that don't match, since where the
-            next row begins is then anybody's guess.
+        ValueError: no header, a name that is there twice, or quotation marks that don't match, since where
+            the next row begins is then anybody's guess.
     """
     text, name = file.read().decode(errors="surrogateescape"), file.name
     quoted = delimiter != "\t" or _is_quoted(text, delimiter)
@@ -470,7 +470,7 @@ def read_csv(file: TextFile, delimiter: str) -> tuple[bool, list[tuple[int, Mapp
         elif bad is None and len(record) != len(header):
             what = "put fields that hold {} or line breaks in quotation marks"
             if not quoted:
-                what = "tab-separated text knows no quoting: a file whose fields hold {} or line breaks must be CSV"
+                what = "tab-separated text knows no quoting: where fields hold {} or line breaks, write CSV"
             columns = ", ".join(shown(h, 20) for h in header[:8])
             counts = f"has {len(record)} fields, the header {len(header)} ({columns})"
             rows.append((line, BadRow(f"{counts}; {what.format(shown(delimiter))}")))

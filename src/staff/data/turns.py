@@ -35,7 +35,7 @@ class Turn(
 
     @property
     def text(self) -> str:
-        """What is said as one text, tool calls behind it as JSON, one a line: for lengths, likeness, people."""
+        """What is said as one text, tool calls behind it as JSON, one a line: for lengths and for people."""
         said = self.content if isinstance(self.content, str) else "".join(map(_part_text, self.content))
         calls = (self.fields or {}).get("tool_calls") or ()
         return "\n".join(filter(None, (said, *map(_call_text, calls))))
@@ -61,8 +61,8 @@ def build(layout: Layout, row: Mapping, train_on: str = "last") -> Example:
     Args:
         layout: which column holds what.
         row: column -> value.
-        train_on: "last" takes the loss on the last assistant turn, "all" on every one. A turn's own `weight` or
-            `loss_weight` of 0 (OpenAI's and LLaMA-Factory's way to say "not this one") takes it off; what
+        train_on: "last" takes the loss on the last assistant turn, "all" on every one. A turn's own `weight`
+            or `loss_weight` of 0 (OpenAI's and LLaMA-Factory's way to say "not this one") takes it off; what
             follows the last trained turn is left away.
 
     Returns:
@@ -79,7 +79,7 @@ def build(layout: Layout, row: Mapping, train_on: str = "last") -> Example:
         if isinstance(prompt, str) and isinstance(response, str):
             filled = prompt and response and not prompt.isspace() and not response.isspace()
             whole = (prompt.isascii() or _is_whole(prompt)) and (response.isascii() or _is_whole(response))
-            if filled and whole and not (layout.extras and any(map(row.get, layout.extras))):
+            if filled and whole and layout.extras.isdisjoint(row):
                 return Example((Turn("user", prompt, False), Turn("assistant", response, True)), label)
     if layout.text is not None:
         return Example((Turn("text", _said(_value(row, layout.text), repr(layout.text)), True),), label)
