@@ -85,8 +85,8 @@ def factory_entry(
         positions: the coreset, to look at its columns and roles; None: the first rows.
 
     Returns:
-        The entry; None where LLaMA-Factory has no words for the rows (text parts, OpenAI's tool calls, prompts
-        that are lists of messages).
+        The entry; None where LLaMA-Factory has no words for the rows (text parts, OpenAI's tool calls,
+        prompts that are lists of messages).
     """
     layout, entry = rows.layout, {"file_name": Path(coreset).name}
     some = list(islice(rows.raw(range(len(rows)) if positions is None else positions), ROWS_LOOKED_AT))

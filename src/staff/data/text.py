@@ -186,8 +186,8 @@ def kind_of(file: TextFile, known: Sequence[str]) -> str:
         return "CSV"
     raise ValueError(
         f"{name}: can't tell what this is; it begins with {shown(head[:24])}. It can be JSON Lines, JSON, "
-        "CSV, TSV, Parquet or Arrow: name it .jsonl, .json, .csv, .tsv, .parquet or .arrow. Plain text is given "
-        'as JSON Lines, one {"text": "..."} a line'
+        "CSV, TSV, Parquet or Arrow: name it .jsonl, .json, .csv, .tsv, .parquet or .arrow. Plain text is "
+        'given as JSON Lines, one {"text": "..."} a line'
     )
 
 
