@@ -295,7 +295,7 @@ REMARKS = (
     "1 rows can't be used and were left out",
     "1 prompts lost their start: longer than --max-length 100",
     "1 responses lost their end: longer than --max-length 100",
-    "1 rows hold text that spells the model's control tokens",
+    "1 rows hold text that spells control tokens of the model",
 )
 
 
