@@ -293,7 +293,7 @@ ODD = [
 REMARKS = (
     "pool.csv is JSONL by its content, whatever its name says",
     "1 rows can't be used and were left out",
-    "1 prompts lost their start: longer than --max-length 100",
+    "1 prompts lost the start of their text: longer than --max-length 100",
     "1 responses lost their end: longer than --max-length 100",
     "1 rows hold text that spells control tokens of the model",
 )

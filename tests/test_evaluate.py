@@ -209,7 +209,7 @@ def test_a_prompt_that_leaves_no_room_loses_its_start(family, tmp_path, caplog):
     summary = answer(family, data, tmp_path / "x.jsonl", max_length=100)
     assert read_examples(tmp_path / "x.jsonl")["prompt_tokens"] == [88]
     assert summary["shortened_prompts"] == 1
-    assert "lost their start" in caplog.text
+    assert "lost the start of their text" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def test_tokens_and_what_will_be_truncated_are_counted(tokenizer, tmp_path):
     assert [t for _, t in pieces] == [False, True]
     assert "</s>" in pieces[1][0]
     text = plain(rows, tokenizer=tokenizer, max_length=6)
-    assert "with at most 6 tokens: 1 rows lose the start of their prompt, 1 the end of their response" in text
+    assert "with at most 6 tokens: 1 rows lose the start of their prompt's text, 1 the end of their response" in text
     assert "responses cut: rows 2; a larger --max-length keeps them" in text
 
 
@@ -192,7 +192,7 @@ def test_the_command_shows_what_is_masked_and_cut_and_its_json_is_one_line(famil
     for part in (
         "1 of 2 rows can't be used",
         "row 1 has no 'response'",
-        "1 rows lose the start of their prompt",
+        "1 rows lose the start of their prompt's text",
         "[b]p[/b] <|im_end|>",
         "assistant\nr<|im_end|>",
     ):

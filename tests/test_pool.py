@@ -65,22 +65,30 @@ def test_a_template_that_refuses_system_turns_gets_them_with_the_first_question(
     )
 
 
-def test_a_template_without_an_end_of_turn_gets_the_end_token():
+def test_a_template_without_an_end_of_turn_gets_no_end_token_that_it_does_not_write_and_that_is_said(caplog):
     tokenizer = make_tokenizer(
         "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    assert texts(tokenizer, tokenise([QUESTION], tokenizer, 1024))[1] == "A thing.\n<|im_end|>"
+    assert texts(tokenizer, tokenise([QUESTION], tokenizer, 1024))[1] == "A thing.\n"
+    assert "no end token" in caplog.text
 
 
-def test_a_template_that_renders_the_prompt_anew_is_refused_by_name():
+def test_an_answer_is_found_where_the_template_renders_the_prompt_anew():
     tokenizer = make_tokenizer(
         "{% for m in messages %}{{ messages|length }}{{ m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}>{% endif %}"
     )
-    with pytest.raises(ValueError, match="template renders the prompt differently"):
-        tokenise([QUESTION], tokenizer, 1024)
+    assert texts(tokenizer, tokenise([QUESTION], tokenizer, 1024)) == (
+        "2What is it?<|im_end|>2A thing.\n<|im_end|>",
+        "A thing.\n<|im_end|>",
+    )
+    twice = make_tokenizer(
+        "{% for m in messages %}{{ m['content'] }}|{{ m['content'] }}{{ messages|length }}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match="row 0 has an answer that can't be told apart"):
+        tokenise([QUESTION], twice, 1024)
 
 
-def test_a_long_prompt_loses_its_start_and_a_long_response_its_end_and_both_are_counted():
+def test_a_long_prompt_loses_the_start_of_its_text_and_a_long_response_its_end_and_both_are_marked():
     tokenizer = make_tokenizer(None)
     rows = [
         QUESTION,
@@ -91,7 +99,7 @@ def test_a_long_prompt_loses_its_start_and_a_long_response_its_end_and_both_are_
     assert pool.lengths.tolist() == [22, 24, 24]
     assert (pool.truncated, pool.cut_responses) == (1, 1)
     assert texts(tokenizer, pool, 1) == (("long " * 10 + "\n")[-18:] + "short<|im_end|>", "short<|im_end|>")
-    assert texts(tokenizer, pool, 2) == ("\n" + ("long " * 10)[:23], ("long " * 10)[:23])
+    assert texts(tokenizer, pool, 2) == ("why\n" + ("long " * 10)[:20], ("long " * 10)[:20])
 
 
 def test_text_that_spells_control_tokens_is_read_as_trainers_read_it_and_counted():
@@ -123,7 +131,7 @@ def test_parts_of_any_size_give_one_pool(monkeypatch):
     assert (
         (parts.truncated, parts.cut_responses, parts.spelled)
         == (whole.truncated, whole.cut_responses, whole.spelled)
-        == (6, 3, 1)
+        == (2, 7, 1)
     )
     assert len(tokenise([], tokenizer, 40)) == 0
 

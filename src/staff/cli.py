@@ -138,7 +138,7 @@ def inspect(arguments: Sequence[str]) -> None:
     configs.check_named(config, "data")
     tokenizer = inspection.load_tokenizer(config.model, config.trust_remote_code) if config.model else None
     rows = formats.read(list(config.data), **{**config.reading.keywords(), "on_bad_row": "skip"})
-    report = inspection.inspect(rows, tokenizer, config.reading.max_length)
+    report = inspection.inspect(rows, tokenizer, config.reading.max_length, config.reading)
     if given.json:
         _say(given, "", report)
     else:

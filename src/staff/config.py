@@ -122,7 +122,13 @@ class Reading(_Checked):
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do with a row that can't be used: stop, or leave it out, count it and list it."""
     max_length: Annotated[int, Range(2)] = 1024
-    """Tokens of a sample at most; longer prompts lose their start."""
+    """Tokens of a sample at most; longer prompts lose the start of their text."""
+    on_long: Literal["cut-prompt", "drop", "error"] = "cut-prompt"
+    """A sample longer than that: shorten its prompt's text, leave it out, or stop; counted in any case."""
+    chat_template: str | None = None
+    """A file with a chat template; none: as without one; model, or left out: the model's own."""
+    template_date: str | None = None
+    """The day, as 2025-12-31, that a chat template writes as today's; left out, that of the first run."""
     dataset_info: str | None = None
     """LLaMA-Factory's dataset_info.json, or its folder; --data then names entries."""
     split: str | None = None
@@ -133,7 +139,7 @@ class Reading(_Checked):
     """Revision of a hub data set."""
 
     def keywords(self) -> dict[str, Any]:
-        """As `rows.read` takes them."""
+        """As `rows.read` takes them; the others are of texts and tokens."""
         return {
             "columns": self.columns,
             "train_on": self.train_on,

@@ -8,13 +8,16 @@ import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.markup import escape
 
+from staff.config import Reading
+from staff.data.chat import USUAL
 from staff.data.layouts import shown
 from staff.data.rows import Rows
 from staff.data.turns import Example
@@ -30,18 +33,22 @@ SPELLED = "text that spells the model's control tokens, which trainers read as s
 BARS = "▁▂▃▄▅▆▇█"
 
 
-def inspect(rows: Rows, tokenizer: Any = None, max_length: int = 1024) -> dict:
+def inspect(rows: Rows, tokenizer: Any = None, max_length: int = 1024, reading: Reading = USUAL) -> dict:
     """Look at rows, and at their tokens where a tokenizer is given.
 
     Args:
         rows: opened data.
         tokenizer: a transformers tokenizer; None: lengths in words alone.
         max_length: tokens at most, as for training; what is longer is truncated.
+        reading: its chat_template, template_date and on_long hold here.
 
     Returns:
         The report, plain data: format, paths, notes, rows, skipped, columns, turns, lengths (name -> quantiles and histogram), duplicates,
         near_duplicates, ids, characters, tokens (None without a tokenizer), first (the first rows).
     """
+    tokens = None
+    if tokenizer is not None:
+        rows, tokens = _tokens(rows, tokenizer, max_length, reading)
     prompt_words, response_words = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
     whole, prompts = np.zeros(len(rows), np.uint64), np.zeros(len(rows), np.uint64)
     turns: Counter[int] = Counter()
@@ -49,7 +56,7 @@ def inspect(rows: Rows, tokenizer: Any = None, max_length: int = 1024) -> dict:
     odd: Counter[str] = Counter()
     control = None
     if tokenizer is not None:
-        from staff.data.tokens import control_tokens, spells
+        from staff.data.chat import control_tokens, spells
 
         control = control_tokens(tokenizer)
     for i, example in enumerate(rows.examples()):
@@ -68,9 +75,7 @@ def inspect(rows: Rows, tokenizer: Any = None, max_length: int = 1024) -> dict:
     lengths = {"words": _lengths(response_words)} if text_only else {"prompt words": _lengths(prompt_words)}
     if not text_only:
         lengths["response words"] = _lengths(response_words)
-    tokens = None
-    if tokenizer is not None:
-        tokens = _tokens(rows, tokenizer, max_length)
+    if tokens is not None:
         lengths["tokens"], lengths["response tokens"] = tokens.pop("lengths"), tokens.pop("response_lengths")
     return {
         "format": rows.format,
@@ -92,7 +97,7 @@ def inspect(rows: Rows, tokenizer: Any = None, max_length: int = 1024) -> dict:
         },
         "characters": dict(odd),
         "tokens": tokens,
-        "first": _first(rows, tokenizer, max_length),
+        "first": _first(rows, tokenizer, max_length, reading),
     }
 
 
@@ -206,27 +211,37 @@ def _some(rows: Rows, positions: np.ndarray) -> Iterator[Example]:
                 return
 
 
-def _tokens(rows: Rows, tokenizer: Any, max_length: int) -> dict:
-    from staff.data.tokens import tokenise
+def _tokens(rows: Rows, tokenizer: Any, max_length: int, reading: Reading) -> tuple[Rows, dict]:
+    """The rows that the chat template can render, and the lengths of some, what max_length takes away of them, and what is lost."""
+    from staff.data.tokens import CUT, SHORTENED, STRIPPED, tokenise
 
     positions = _spread(len(rows), ROWS_FOR_TOKENS)
-    examples = _some(rows, positions)
-    lengths, responses, prompts = [], [], []
-    while part := list(islice(examples, 2_000)):
-        pool = tokenise(part, tokenizer, 1 << 40)  # whole, to see what max_length will take away
-        lengths.append(pool.lengths)
-        responses.append(pool.response_tokens())
-        trained = np.flatnonzero(pool.is_response)
-        prompts.append(trained[np.searchsorted(trained, pool.offsets[:-1])] - pool.offsets[:-1])
-    length, response, prompt = np.concatenate(lengths), np.concatenate(responses), np.concatenate(prompts)
-    cut = (length > max_length) & (length - prompt >= max_length)
-    return {
+    skipping = replace(reading, on_bad_row="skip", on_long="cut-prompt")
+    pool = tokenise(
+        _some(rows, positions), tokenizer, 1 << 40, None, skipping
+    )  # whole, to see what is taken away
+    refused = {int(positions[place]): reason for place, reason in pool.dropped}
+    if len(refused) == len(positions):
+        position = min(refused)
+        raise ValueError(
+            f"none of {len(refused)} rows can be used; the first one, row {rows.numbers[position]}, {refused[position]}"
+        )
+    numbers = rows.numbers[np.setdiff1d(positions, list(refused))]
+    length, response = pool.lengths, pool.response_tokens()
+    long = np.isin(rows.numbers, numbers[length > max_length])
+    short = tokenise(_some(rows, np.flatnonzero(long)), tokenizer, max_length, None, skipping)
+    cut = rows.numbers[long][np.setdiff1d(np.arange(long.sum()), [place for place, _ in short.dropped])][
+        short.marked(CUT)
+    ]
+    return (rows.without(refused) if refused else rows), {
         "max_length": max_length,
+        "on_long": reading.on_long,
         "rows_looked_at": len(positions),
-        "truncated": int(((length > max_length) & ~cut).sum()),
-        "cut_responses": int(cut.sum()),
-        "cut_examples": rows.numbers[positions[np.flatnonzero(cut)[:5]]].tolist(),
-        "total": int(np.minimum(length, max_length).sum()),
+        "truncated": len(short.marked(SHORTENED)),
+        "cut_responses": len(cut),
+        "cut_examples": cut[:5].tolist(),
+        "stripped": numbers[pool.marked(STRIPPED)].tolist(),
+        "total": int(length[length <= max_length].sum() + short.lengths.sum()),
         "lengths": _lengths(length),
         "response_lengths": _lengths(response),
     }
@@ -265,7 +280,7 @@ def _near_duplicates(rows: Rows) -> dict:
     return {"rows": near, "rows_looked_at": len(positions), "examples": examples, "similarity": SIMILAR}
 
 
-def _first(rows: Rows, tokenizer: Any, max_length: int) -> list[dict]:
+def _first(rows: Rows, tokenizer: Any, max_length: int, reading: Reading) -> list[dict]:
     """The first rows as the model will see them: pieces of text, and whether the loss is on them."""
     examples = list(rows.examples(0, ROWS_SHOWN))
     numbers = rows.numbers[:ROWS_SHOWN].tolist()
@@ -276,9 +291,10 @@ def _first(rows: Rows, tokenizer: Any, max_length: int) -> list[dict]:
         ]
     from staff.data.tokens import tokenise
 
-    pool = tokenise(examples, tokenizer, max_length)
+    pool = tokenise(examples, tokenizer, max_length, None, replace(reading, on_bad_row="skip"))
+    unusable = {place for place, _ in pool.dropped}
     first = []
-    for i, number in enumerate(numbers):
+    for i, number in enumerate(number for place, number in enumerate(numbers) if place not in unusable):
         ids, mask = pool.ids(i), pool.is_response[pool.offsets[i] : pool.offsets[i + 1]]
         turning = np.flatnonzero(np.diff(mask)) + 1
         pieces = zip(np.split(ids, turning), chain([0], turning.tolist()), strict=True)
@@ -324,9 +340,17 @@ def render(report: dict) -> str:
             else f" (of {tokens['rows_looked_at']:,} rows looked at)"
         )
         lines.append(
-            f"  with at most {tokens['max_length']:,} tokens: {tokens['truncated']:,} rows lose the start of their prompt, "
+            f"  with at most {tokens['max_length']:,} tokens: {tokens['truncated']:,} rows lose the start of their prompt's text, "
             f"{tokens['cut_responses']:,} the end of their response{of}; {tokens['total']:,} tokens remain"
         )
+        if tokens["stripped"]:
+            lines.append(
+                f"  {len(tokens['stripped']):,} answers have reasoning that the chat template leaves away, so that it is not learnt: "
+                f"rows {', '.join(map(str, tokens['stripped'][:5]))}"
+            )
+        if tokens["on_long"] != "cut-prompt":
+            what = "are left out" if tokens["on_long"] == "drop" else "stop a run"
+            lines.append(f"  with --on-long {tokens['on_long']} such rows {what} instead")
         if tokens["cut_examples"]:
             lines.append(
                 f"  responses cut: rows {', '.join(map(str, tokens['cut_examples']))}; a larger --max-length keeps them"

@@ -40,9 +40,12 @@ def finetune(config: FinetuneConfig, *, update: bool = False, on_progress: Progr
     pool = rows.read(list(config.data), **config.reading.keywords())
     source = model_files.resolve(config.model, "--model")
     files.check_outputs([Path(str(config.output))], {"--data": pool.paths, "--model": source.files()})
+    begun = Path(str(config.output)) / "work" / "begun.json"
+    config = dataclasses.replace(config, reading=model_files.with_date(config.reading, [source], begun))
     with open_run(str(config.output), "adapter", on_progress) as run:
         inputs = Inputs({"model": partial(content_of, run, source)}, {"model": f"--model {config.model}"})
         inputs["data"] = fingerprint_rows(pool)
+        inputs["tokenizer"] = model_files.tokenizer_fingerprint(source, config.reading.chat_template)
         made_of = {"settings": ingredients(config), "inputs": dict(inputs)}
         run.begin(made_of["settings"], inputs, update)
         if run.finished(files.fingerprint(made_of)):
@@ -61,7 +64,8 @@ def _tune(
 ) -> None:
     import numpy as np
 
-    from staff.data.tokens import tokenise  # torch comes in here
+    from staff.data.chat import template_of
+    from staff.data.tokens import in_common, tokenise  # torch comes in here
     from staff.models import finetune as training
     from staff.models import load
 
@@ -72,11 +76,15 @@ def _tune(
         folder = run.piece("model", {"gguf": inputs["model"], "dtype": str(dtype)})
         source = load.unpack_gguf(source, folder, dtype)
     tokenizer = load.load_tokenizer(source, engine.trust_remote_code)
+    tokenizer.chat_template = template_of(tokenizer, config.reading)
     folder = run.piece("adapter", made_of)
     stage = Stage("tune", "model")
     if files.sealed(folder) is None:
         tell = run.counter(Stage("tokenise"), len(pool))
-        tokens = tokenise(pool.examples(), tokenizer, config.reading.max_length, tell)
+        reading = config.reading
+        tokens = tokenise(pool.examples(), tokenizer, reading.max_length, tell, reading, pool.numbers)
+        pool, usable = in_common(pool, {"": tokens})
+        tokens = usable[""]
         warn(pool, tokens, config.reading.max_length, run.path / "skipped.jsonl")
         model = load.load_model(source, dtype, device, engine.trust_remote_code, engine.load_in)
         tuned = training.finetune(
@@ -142,6 +150,8 @@ def score(config: ScoreConfig, *, on_progress: Progress | None = None) -> tuple[
     pool = rows.read(list(config.data), **config.reading.keywords())
     skipped = output.with_suffix(".skipped.jsonl")
     files.check_outputs([output, skipped], {"--data": pool.paths, "--model": source.files()})
+    begun = output.with_suffix(".unfinished") / "work" / "begun.json"
+    config = dataclasses.replace(config, reading=model_files.with_date(config.reading, [source], begun))
     with open_run(output.with_suffix(".unfinished"), "scores", on_progress) as run:
         contents = {"target": partial(content_of, run, source)}
         inputs = Inputs(contents, {"target": f"--model {config.model}"})
@@ -158,6 +168,7 @@ def score(config: ScoreConfig, *, on_progress: Progress | None = None) -> tuple[
         from staff.runs.pieces import Pieces  # torch comes in here
 
         pieces = Pieces(stand_in, run, pool, {"target": source}, inputs, [Need("target", "effort")])
+        pool = pieces.usable_rows()
         scores = pieces.scores("target")
         pieces.free()
         tokens = pieces.pool("target")

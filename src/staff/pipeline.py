@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Mapping
 from functools import partial
@@ -19,6 +20,7 @@ from staff.data.locate import locate
 from staff.methods import METHODS, Method
 from staff.methods.fidelity import spearman
 from staff.methods.groups import select_by_group
+from staff.models.files import with_date
 from staff.runs import account, outputs
 from staff.runs.outputs import Run
 from staff.runs.scorefile import read_scores
@@ -59,6 +61,8 @@ def select(
     """
     check(config, data, methods)
     sources = find_models(config, methods)
+    begun = Path(config.output or "") / "work" / "begun.json"
+    config = dataclasses.replace(config, reading=with_date(config.reading, sources.values(), begun))
     settings = ingredients(config)
     reading = config.reading
     places = (reading.split, reading.dataset_config, reading.revision, reading.dataset_info)
@@ -91,6 +95,9 @@ def select(
 
                 wanted = [need for name in config.method for need in methods[name].needs.values()]
                 pieces = Pieces(config, run, pool, sources, inputs, wanted)
+                pool = pieces.usable_rows()
+                budgets = [_budget(config, coreset.pruning_rate, len(pool)) for coreset in coresets]
+                groups = _groups(config, pool)
             selections: dict[int, tuple[Selection, np.ndarray | None]] = {}
             for place, (coreset, budget) in enumerate(zip(coresets, budgets, strict=True)):
                 if finished[place]:

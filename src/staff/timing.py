@@ -80,6 +80,9 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
             rows.examples(),
             models.load_tokenizer(source, config.engine.trust_remote_code),
             config.reading.max_length,
+            None,
+            config.reading,
+            rows.numbers,
         )
         model = models.load_model(
             source, dtype, device, config.engine.trust_remote_code, config.engine.load_in

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -39,8 +40,7 @@ logger = logging.getLogger(__name__)
 SHARD = (
     128  # examples whose answers are written together: a resumed evaluation begins at the first missing shard
 )
-UNBOUNDED = 2**31 - 1
-ANSWERING = 1  # raised when the same inputs would give other answers than before
+ANSWERING = 2  # raised when the same inputs would give other answers than before
 JUDGED_WITH = ("torch", "transformers", "rouge-score", "sacrebleu")
 NO_MATTER = (
     "data",
@@ -74,7 +74,10 @@ def evaluate(config: EvaluateConfig, *, on_progress: Progress | None = None) -> 
             f"--output {output}: the scores are written a row an example; "
             "name a file that ends in .jsonl or .parquet"
         )
+    from staff.data.chat import scaffold, template_of
+    from staff.data.tokens import in_common, tokenise
     from staff.models import load as models
+    from staff.models.files import tokenizer_fingerprint, with_date
 
     metrics.judge_answers(["a word"], ["a word"])  # a package that is missing is known before the work
     source = models.resolve(config.model, "--model")
@@ -87,10 +90,14 @@ def evaluate(config: EvaluateConfig, *, on_progress: Progress | None = None) -> 
     dtype = models.pick_dtype(config.engine.dtype, device)
     check_outputs([output, summary_path(output)], {"--data": rows.paths, "--model": source.files()})
     unfinished = output.with_suffix(".unfinished")
+    begun = unfinished / "work" / "begun.json"
+    reading = with_date(config.reading, [source], begun if begun.exists() else summary_path(output))
+    config = dataclasses.replace(config, reading=reading)
     with failures_are_said(output), open_run(unfinished, "scores", on_progress) as run:
         inputs = {
             "data": hashlib.sha256(json.dumps(examples, ensure_ascii=True).encode()).hexdigest()[:12],
             "model": fingerprint({path.name: run.hash_file(path) for path in source.files()}),
+            "tokenizer": tokenizer_fingerprint(source, reading.chat_template),
         }
         settings = {name: value for name, value in flat(config).items() if name not in NO_MATTER}
         versions = {name: version(name) for name in JUDGED_WITH}
@@ -110,10 +117,16 @@ def evaluate(config: EvaluateConfig, *, on_progress: Progress | None = None) -> 
                 )
 
             tokenizer = models.load_tokenizer(source, config.engine.trust_remote_code)
+            tokenizer.chat_template = template_of(tokenizer, reading)
+            pool = tokenise(examples, tokenizer, reading.max_length, None, reading, rows.numbers)
+            left_out = {place for place, _ in pool.dropped}
+            rows, pools = in_common(rows, {"": pool})
+            examples = [example for place, example in enumerate(examples) if place not in left_out]
             folder = run.piece("answers", {"made_of": made_of})
-            answers, shortened = _answers(config, examples, tokenizer, load, run, folder)
+            answers, shortened = _answers(config, examples, pools[""], tokenizer, load, run, folder)
             run.tell(Stage("judge"), 0, 1)
-            references = [example.turns[-1].text.strip() for example in examples]
+            mark, texts = scaffold(tokenizer), [example.turns[-1].text for example in examples]
+            references = [(text.rpartition(mark)[2] if mark else text).strip() for text in texts]
             each, overall, how = metrics.judge_answers(answers["prediction"], references)
             table: dict[str, Sequence[Any]] = {
                 "row": rows.numbers.tolist(),
@@ -152,29 +165,27 @@ def evaluate(config: EvaluateConfig, *, on_progress: Progress | None = None) -> 
 def _answers(
     config: EvaluateConfig,
     examples: Sequence[Any],
+    pool: Pool,
     tokenizer: Any,
     load: Callable[[], Any],
     run: RunFolder,
     folder: Path,
 ) -> tuple[dict[str, list[Any]], int]:
-    """Answers and losses of all examples, by shards kept in `folder`; and how many prompts lost their start.
+    """Answers and losses of all examples, by shards kept in `folder`; and how many prompts lost text.
 
     Returns:
         n values each, in the examples' order: prediction, answer_tokens, cut, loss, prompt_tokens.
     """
-    from staff.data.tokens import tokenise
+    from staff.data.tokens import prompts_of
 
-    prompts, end = split_prompts(tokenise(examples, tokenizer, UNBOUNDED))
     room = config.reading.max_length - config.max_new_tokens
-    shortened = sum(len(prompt) > room for prompt in prompts)
+    prompts, end, shortened = prompts_of(examples, tokenizer, room, config.reading)
     if shortened:
         logger.warning(
-            "%d prompts lost their start: they leave no room for an answer in --max-length %d",
+            "%d prompts lost the start of their text: no room for an answer in --max-length %d",
             shortened,
             config.reading.max_length,
         )
-    prompts = [prompt[-room:] for prompt in prompts]
-    pool = tokenise(examples, tokenizer, config.reading.max_length)
     # like lengths together: little padding
     order = np.argsort([-len(prompt) for prompt in prompts], kind="stable")
     columns: dict[str, list[Any]] = {"prediction": [], "answer_tokens": [], "cut": [], "loss": []}
@@ -250,16 +261,6 @@ def read_examples(path: str | Path) -> dict[str, list[Any]]:
     return {name: [line[name] for line in lines] for name in lines[0]} if lines else {}
 
 
-def split_prompts(pool: Pool) -> tuple[list[np.ndarray], int]:
-    """What stands before the last answer of each sample of a whole pool, and the token that answers end with."""
-    prompts = []
-    for i in range(len(pool)):
-        mask = pool.response(i)
-        starts = np.flatnonzero(mask & ~np.concatenate([[False], mask[:-1]]))
-        prompts.append(pool.ids(i)[: starts[-1]])
-    return prompts, int(pool.ids(0)[-1])
-
-
 class _Answerer:
     """A model ready to answer and to say what it makes of the references.
 
@@ -271,8 +272,10 @@ class _Answerer:
     def __init__(self, model: Any, tokenizer: Any, end: int, max_new_tokens: int, batch_tokens: int):
         from transformers import GenerationConfig
 
+        from staff.data.chat import control_tokens, scaffold
         from staff.models import anatomy
 
+        self.mark, self.control = scaffold(tokenizer), control_tokens(tokenizer)
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.batch_tokens = max_new_tokens, batch_tokens
         self.device = next(model.parameters()).device
@@ -307,12 +310,19 @@ class _Answerer:
             for place, tokens in zip(places, self._generate([prompts[i] for i in places]), strict=True):
                 ends = np.flatnonzero(np.isin(tokens, self.stop))
                 own = tokens[: ends[0]] if len(ends) else tokens
-                answers["prediction"][place] = self.tokenizer.decode(own, skip_special_tokens=True).strip()
+                answers["prediction"][place] = self._said(own)
                 answers["answer_tokens"][place] = len(own)
                 answers["cut"][place] = not len(ends)
 
         self._within_memory(lambda budget: batches(lengths, budget), run)
         return answers
+
+    def _said(self, tokens: np.ndarray) -> str:
+        """The answer without control tokens, and without what the template puts before it, such as a think block."""
+        whole = self.tokenizer.decode(tokens)
+        if self.mark and self.mark in whole and self.control:
+            return self.control.sub("", whole.rpartition(self.mark)[2]).strip()
+        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
     def _generate(self, prompts: list[np.ndarray]) -> np.ndarray:
         import torch

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
 
 PER_EXAMPLE = ("rouge1", "rouge2", "rougeL", "bleu", "chrf", "exact")  # all from 0 to 100, higher is better
-ENGLISH = 0.995  # share of ASCII among the references' letters from which rouge-score's own tokenizer loses nothing to speak of
+ENGLISH = 0.995  # share of ASCII among a reference's letters from which rouge-score's own tokenizer loses nothing to speak of
 WORD = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*|[\p{L}\p{M}\p{N}_]+"
 OWN_TOKENIZER = "rouge-score's own, without stemming: lower case, all but a-z and 0-9 dropped"
 UNICODE_TOKENIZER = (
@@ -28,9 +29,9 @@ class UnicodeTokenizer:
         return self._words.findall(text.casefold())
 
 
-def is_english(references: Sequence[str]) -> bool:
-    """Would rouge-score's own tokenizer, which knows a to z alone, keep nearly every letter of the references?"""
-    letters = [letter for text in references for letter in text if letter.isalpha()]
+def is_english(reference: str) -> bool:
+    """Would rouge-score's own tokenizer, which knows a to z alone, keep nearly every letter of a reference?"""
+    letters = [letter for letter in reference if letter.isalpha()]
     return sum(letter.isascii() for letter in letters) >= ENGLISH * len(letters)
 
 
@@ -53,12 +54,14 @@ def judge_answers(
     """Compare answers with their references.
 
     Args:
-        predictions, references: (n,) texts, one reference each; n at least 1.
+        predictions, references: (n,) texts, one reference each; n at least 1. They are compared in NFC.
 
     Returns:
-        per example, (n,) each: rouge1, rouge2, rougeL (F1), bleu (BLEU-4 with effective order), chrf, exact; 0 to 100.
+        per example, (n,) each: rouge1, rouge2, rougeL (F1), bleu (BLEU-4 with effective order), chrf, exact;
+        0 to 100.
         Of all: the means of rouge and exact, and the corpus BLEU-4 and chrF, which are no means of sentences.
-        How: metric -> its tokenisation, in words; what other tools report under the same name may differ by it.
+        How: metric -> its tokenisation, in words; what other tools report under the same name may differ by
+            it.
 
     Raises:
         ValueError: rouge-score or sacrebleu is not there.
@@ -70,13 +73,17 @@ def judge_answers(
         raise ValueError(
             f"metrics need the {error.name} package: pip install 'staff-coreset[evaluate]'"
         ) from None
-    english, tokenize = is_english(references), bleu_tokenizer(references)
+    predictions, references = (
+        [unicodedata.normalize("NFC", text) for text in texts] for texts in (predictions, references)
+    )
+    tokenize = bleu_tokenizer(references)
     names = ["rouge1", "rouge2", "rougeL"]
-    rouge = RougeScorer(names, use_stemmer=False, tokenizer=None if english else UnicodeTokenizer())
+    own, other = (RougeScorer(names, tokenizer=tokenizer) for tokenizer in (None, UnicodeTokenizer()))
+    english = [is_english(reference) for reference in references]
     bleu, chrf = BLEU(tokenize=tokenize, effective_order=True), CHRF()
     found: dict[str, list[float]] = {name: [] for name in PER_EXAMPLE}
-    for prediction, reference in zip(predictions, references, strict=True):
-        for name, score in rouge.score(reference, prediction).items():
+    for prediction, reference, plain in zip(predictions, references, english, strict=True):
+        for name, score in (own if plain else other).score(reference, prediction).items():
             found[name].append(100 * score.fmeasure)
         found["bleu"].append(bleu.sentence_score(prediction, [reference]).score)
         found["chrf"].append(chrf.sentence_score(prediction, [reference]).score)
@@ -85,7 +92,10 @@ def judge_answers(
     overall = {name: float(np.mean(found[name])) for name in (*names, "exact")}
     overall["bleu"] = float(whole.corpus_score(list(predictions), [list(references)]).score)
     overall["chrf"] = float(chrf.corpus_score(list(predictions), [list(references)]).score)
-    how = dict.fromkeys(names, OWN_TOKENIZER if english else UNICODE_TOKENIZER)
+    ways = [
+        way for way, used in ((OWN_TOKENIZER, any(english)), (UNICODE_TOKENIZER, not all(english))) if used
+    ]
+    how = dict.fromkeys(names, "; where a reference has other letters: ".join(ways))
     how["bleu"] = f"sacrebleu {whole.get_signature()}; per example with effective order"
     how["chrf"] = f"sacrebleu {chrf.get_signature()}"
     how["exact"] = "the texts themselves, case kept; blanks at the ends and in a row count as one"

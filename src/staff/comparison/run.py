@@ -307,7 +307,8 @@ def _lengths(grid: Grid, task: Task) -> dict[str, np.ndarray]:
         source = models.resolve(grid.comparison.target)
         rows = formats.read(list(task.train), **config.reading.keywords())
         tokenizer = models.load_tokenizer(source, config.engine.trust_remote_code)
-        pool = tokenise(rows.examples(), tokenizer, config.reading.max_length)
+        of = config.reading
+        pool = tokenise(rows.examples(), tokenizer, of.max_length, None, of, rows.numbers)
         lengths = {"tokens": pool.lengths, "responses": pool.response_tokens()}
         write_arrays(path, lengths)
     return lengths

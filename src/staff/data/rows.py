@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import copy
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -121,6 +122,14 @@ class Rows:
     def raw(self, positions: Iterable[int]) -> Iterator[dict]:
         """The user's own rows at these positions, in the order asked for."""
         return map(dict, self.source.fetch(self._numbers(positions)))
+
+    def without(self, reasons: Mapping[int, str]) -> Rows:
+        """The rows without those at some positions, which count as skipped, each for its reason."""
+        left = copy.copy(self)
+        left.numbers = np.delete(self.numbers, list(reasons))
+        skipped = ((int(self.numbers[i]), reason) for i, reason in reasons.items())
+        left.skipped = sorted([*self.skipped, *skipped])
+        return left
 
     def _numbers(self, positions: Iterable[int]) -> np.ndarray:
         return self.numbers[np.fromiter(positions, np.int64)]

@@ -1,19 +1,25 @@
-"""Rows to token ids with a mask on the response: templates, truncation, batches."""
+"""Texts to token ids with a mask on the trained turns: the pool, what happens to long samples, batches."""
 
 from __future__ import annotations
 
 import array
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-# a part handed to the tokenizer in one call, which spreads it over all cores: that many rows, or the row that makes it that many letters
+from staff.config import Reading
+from staff.data.chat import USUAL, Rendering, control_tokens, renderer, spells, text_of
+from staff.data.layouts import BadRow
+from staff.data.rows import Rows
+from staff.data.turns import Example, Turn
+
+SHORTENED, CUT, SPELLED, STRIPPED = 1, 2, 4, 8  # what a pool marks samples with
+# a part handed to the tokenizer in one call, which spreads it over all cores: that many rows or letters
 ROWS_AT_ONCE = 2_000
 LETTERS_AT_ONCE = 2_000_000
 
@@ -26,32 +32,66 @@ class Pool:
         input_ids: (total,) int32.
         is_response: (total,) bool, tokens that the loss is taken on.
         offsets: (n + 1,) int64.
-        truncated: samples whose prompt lost tokens at its start.
-        cut_responses: samples whose response lost tokens at its end, since it alone is too long.
-        spelled: samples whose own text spells control tokens of the model, which are read as such; see `control_tokens`.
+        marks: (n,) uint8, what was done to a sample, added up: SHORTENED, its prompt lost the start of its
+            text; CUT, its response
+            lost its end; SPELLED, its own text spells control tokens of the model, which are read as such;
+            STRIPPED, the
+            template leaves reasoning of a trained turn away.
+        dropped: (place, reason) of the rows that make no sample; places count all rows.
     """
 
     input_ids: np.ndarray
     is_response: np.ndarray
     offsets: np.ndarray
-    truncated: int = 0
-    cut_responses: int = 0
-    spelled: int = 0
+    marks: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
+    dropped: tuple[tuple[int, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """The pool as named arrays, as `from_arrays` takes them."""
-        counts = np.array([self.truncated, self.cut_responses, self.spelled])
+        places, reasons = [place for place, _ in self.dropped], [reason for _, reason in self.dropped]
         tokens = {"input_ids": self.input_ids, "is_response": self.is_response, "offsets": self.offsets}
-        return {**tokens, "counts": counts}
+        dropped = {"dropped": np.array(places, np.int64), "reasons": np.array(reasons, "U")}
+        return {**tokens, "marks": self.marks, **dropped}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Pool:
         """What `to_arrays` gave."""
-        counts = map(int, arrays["counts"])
-        return cls(arrays["input_ids"], arrays["is_response"], arrays["offsets"], *counts)
+        dropped = zip(arrays["dropped"].tolist(), arrays["reasons"].tolist(), strict=True)
+        names = ("input_ids", "is_response", "offsets", "marks")
+        input_ids, is_response, offsets, marks = (arrays[name] for name in names)
+        return cls(input_ids, is_response, offsets, marks, tuple(dropped))
+
+    def marked(self, mark: int) -> np.ndarray:
+        """Positions of the samples with a mark."""
+        return np.flatnonzero(self.marks & mark)
+
+    def remarkable(self) -> dict[str, np.ndarray]:
+        """Positions of the samples that something was done to, by what it is called."""
+        marks = {"truncated": SHORTENED, "cut_responses": CUT, "stripped": STRIPPED, "spelled": SPELLED}
+        return {name: self.marked(mark) for name, mark in marks.items() if self.marked(mark).size}
+
+    @property
+    def truncated(self) -> int:
+        return len(self.marked(SHORTENED))
+
+    @property
+    def cut_responses(self) -> int:
+        return len(self.marked(CUT))
+
+    @property
+    def spelled(self) -> int:
+        return len(self.marked(SPELLED))
+
+    def take(self, positions: Sequence[int] | np.ndarray) -> Pool:
+        """The samples at ascending positions."""
+        keep = np.zeros(len(self), bool)
+        keep[np.asarray(positions, np.int64)] = True
+        tokens = np.repeat(keep, self.lengths)
+        offsets = np.concatenate([[0], np.cumsum(self.lengths[keep])])
+        return Pool(self.input_ids[tokens], self.is_response[tokens], offsets, self.marks[keep])
 
     @property
     def lengths(self) -> np.ndarray:
@@ -59,7 +99,7 @@ class Pool:
         return np.diff(self.offsets)
 
     def responses_alone(self) -> Pool:
-        """The pool without its prompts: each run of response tokens and the one token before it, which predicts the first.
+        """The pool without its prompts: each run of response tokens and the one token before it.
 
         That token is the last of the template's opening of an answer, the same for all samples.
         """
@@ -93,7 +133,8 @@ class Batch:
     """Some samples as tensors. Axes: B batch, T tokens, N response tokens.
 
     Attributes:
-        input_ids: (B, T) int64, padded on the right: behind a causal model's tokens padding changes nothing, and without
+        input_ids: (B, T) int64, padded on the right: behind a causal model's tokens padding changes nothing,
+            and without
             a mask attention takes its fast path.
         sample_of: (N,) int64, the sample of each response token.
         before: (N,) int64, the position of the token before it, which predicts it.
@@ -109,187 +150,312 @@ class Batch:
 
 
 def tokenise(
-    examples: Iterable, tokenizer, max_length: int, on_progress: Callable[[int], None] | None = None
+    examples: Iterable[Example],
+    tokenizer: Any,
+    max_length: int,
+    on_progress: Callable[[int], None] | None = None,
+    reading: Reading = USUAL,
+    numbers: Sequence[int] | np.ndarray | None = None,
 ) -> Pool:
-    """Make a pool of examples with the model's own chat template where it has one.
+    """Make a pool: each text as the model's chat template renders it, tokenised whole, trained turns marked.
 
-    The template's text up to a trained turn and that turn's text are tokenised apart, as the model will see them when
-    it generates: the mask never splits a token. Without a template: prompt + newline + response + end token.
-    A sample of more than max_length tokens loses the start of its prompt; a response that is too long by itself keeps
-    its first max_length - 1 tokens. Both are counted, and so is text that spells control tokens.
+    What stands behind the last trained token is left away: it bears on no loss. A sample of more than
+        max_length tokens
+    loses the start of the text of its prompt (not its begin token, its system turn or what the template
+    writes); a response
+    that is too long by itself loses its end. Such samples are marked, and so are those whose text spells
+    control tokens.
 
-    Memory: 5 bytes a token and 8 a row, an eighth more while it grows, and two parts at work: of 2,000 rows or 2 million
-    letters, some 100 MiB. The tokenizer spreads a part over all cores, while the next one is put through the template.
+    Memory: 5 bytes a token and 9 a row, an eighth more while it grows, and two parts at work: of 2,000 rows
+        or 2 million
+    letters, some 100 MiB. The tokenizer spreads a part over all cores, while the next one is put through the
+    template.
 
     Args:
-        examples: `formats.Example`s, streamed.
+        examples: streamed.
         tokenizer: a transformers tokenizer.
         max_length: tokens at most.
         on_progress: called with the number of rows done.
+        reading: its chat_template, template_date, on_long and on_bad_row hold here.
+        numbers: the rows' numbers for messages; else their places.
+
+    Returns:
+        The pool; rows that can't be used are in its `dropped` where on_bad_row or on_long say so.
 
     Raises:
-        ValueError: the template can't be split at the response.
+        ValueError: a row can't be used; names it.
     """
-    input_ids, is_response, offsets = array.array("i"), bytearray(), array.array("q", [0])
-    truncated = cut_responses = spelled = 0
-    control = control_tokens(tokenizer)
-    for part, encoded in _encode(iter(examples), _renderer(tokenizer), tokenizer):
+    input_ids, is_response, offsets, marks = array.array("i"), bytearray(), array.array("q", [0]), bytearray()
+    dropped: list[tuple[int, str]] = []
+    sampler = Sampler(tokenizer, reading)
+    place = 0
+    for part in sampler.parts(iter(examples)):
         for example, sample in part:
-            tokens: list[int] = []
-            mask = bytearray()
-            for _, trained in sample:
-                piece = next(encoded)
-                tokens += piece
-                mask += (b"\1" if trained else b"\0") * len(piece)
-            if len(tokens) > max_length:
-                first = mask.index(1)
-                if (
-                    len(tokens) - first >= max_length
-                ):  # the response alone fills it: one token of the prompt to predict from
-                    start = max(first - 1, 0)
-                    cut_responses += 1
-                else:
-                    start = len(tokens) - max_length
-                    truncated += 1
-                tokens, mask = tokens[start : start + max_length], mask[start : start + max_length]
-            input_ids.extend(tokens)
-            is_response += mask
-            offsets.append(len(input_ids))
-            spelled += spells(control, example)
+            try:
+                if isinstance(sample, BadRow):
+                    raise sample
+                sample, mark = sampler.fitted(example, sample, max_length)
+            except BadRow as error:
+                number = place if numbers is None else int(numbers[place])
+                if not (
+                    reading.on_bad_row == "skip" or (isinstance(error, LongRow) and reading.on_long == "drop")
+                ):
+                    cure = (
+                        ""
+                        if isinstance(error, LongRow)
+                        else ", or leave such rows out with --on-bad-row skip"
+                    )
+                    raise ValueError(f"row {number} {error}{cure}") from None
+                dropped.append((place, str(error)))
+            else:
+                input_ids.extend(sample.ids)
+                is_response += sample.trained
+                offsets.append(len(input_ids))
+                marks.append(mark)
+            place += 1
         if on_progress:
-            on_progress(len(offsets) - 1)
+            on_progress(place)
     ids, response = np.frombuffer(input_ids, np.int32), np.frombuffer(is_response, bool)
-    return Pool(ids, response, np.frombuffer(offsets, np.int64), truncated, cut_responses, spelled)
-
-
-def _encode(examples: Iterator, render, tokenizer) -> Iterator[tuple[list, Iterator[list[int]]]]:
-    """Parts of [(example, its pieces of text), ...], each with the tokens of all its pieces in order."""
-
-    def encode(texts: list[str]) -> Iterator[list[int]]:
-        return iter(
-            tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-                "input_ids"
-            ]
-        )
-
-    ahead: deque = deque()
-    with ThreadPoolExecutor(1) as thread:  # the tokenizer lets go of the interpreter while it works
-        while True:
-            part, letters = [], 0
-            for example in islice(examples, ROWS_AT_ONCE):
-                part.append((example, render(example)))
-                letters += sum(len(text) for text, _ in part[-1][1])
-                if letters >= LETTERS_AT_ONCE:
-                    break
-            if part:
-                ahead.append(
-                    (part, thread.submit(encode, [text for _, sample in part for text, _ in sample]))
-                )
-            if ahead and (len(ahead) == 2 or not part):
-                done, encoded = ahead.popleft()
-                yield done, encoded.result()
-            elif not part:
-                return
-
-
-def control_tokens(tokenizer) -> re.Pattern | None:
-    """What finds a model's control tokens in text, such as <|im_end|>; None where it has none.
-
-    Where a row's own text spells one, the tokenizer reads it as the control token, as it does in TRL and (unless
-    `split_special_tokens` is set) in LLaMA-Factory. Scores must be of what will be trained on, so it is read so here too,
-    but never silently: such rows are counted.
-    """
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    tokens = {
-        *getattr(tokenizer, "all_special_tokens", []),
-        *(token.content for token in added if token.special),
-    }
-    tokens = {token for token in tokens if token and not token.isspace()}
-    return re.compile("|".join(map(re.escape, sorted(tokens)))) if tokens else None
-
-
-def spells(control: re.Pattern | None, example) -> bool:
-    """Does an example spell one where the template should have the only ones? A bare text column may: it is as the model sees it."""
-    return control is not None and any(
-        turn.role != "text" and control.search(turn.text) for turn in example.turns
+    return Pool(
+        ids, response, np.frombuffer(offsets, np.int64), np.frombuffer(marks, np.uint8), tuple(dropped)
     )
 
 
-def _renderer(tokenizer) -> Callable[[Any], list[tuple[str, bool]]]:
-    """A function from an example to [(text, the loss is taken on it), ...]."""
-    end = tokenizer.eos_token or ""
-    if not getattr(tokenizer, "chat_template", None):
-        begins = tokenizer.bos_token and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
-        start = tokenizer.bos_token if begins else ""
-
-        def plain(example) -> list[tuple[str, bool]]:
-            pieces, waiting = [], start
-            for turn in example.turns:
-                if turn.train:
-                    pieces += [(waiting, False), (turn.text + end, True)]
-                    waiting = "\n"
-                else:
-                    waiting += turn.text + "\n"
-            return [piece for piece in pieces if piece[0]]
-
-        return plain
-
-    def apply(messages, tools=None, prompt=False) -> str:
-        return tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=prompt
+def in_common(rows: Rows, pools: Mapping[Any, Pool]) -> tuple[Rows, dict[Any, Pool]]:
+    """The rows that no pool dropped, and the pools of these alone: a position is the same row in all of them."""
+    reasons = {place: reason for pool in pools.values() for place, reason in pool.dropped}
+    if len(reasons) == len(rows):
+        place = min(reasons)
+        raise ValueError(
+            f"none of {len(rows)} rows can be used; the first one, row {rows.numbers[place]}, {reasons[place]}"
         )
+    left = {}
+    for name, pool in pools.items():
+        own = {place for place, _ in pool.dropped}
+        places = (place for place in range(len(rows)) if place not in own)
+        left[name] = (
+            pool.take([i for i, place in enumerate(places) if place not in reasons]) if reasons else pool
+        )
+    return (rows.without(reasons) if reasons else rows), left
 
-    merges_system = _refuses_system(apply)
-    # what the template puts behind an answer: an end of turn, which is learnt, and blanks, which are not
-    probe = apply([{"role": "user", "content": "question"}, {"role": "assistant", "content": "ANSWER"}])
-    behind = probe[probe.rindex("ANSWER") + len("ANSWER") :]
-    blanks = len(behind) - len(behind.rstrip())
-    closing = "" if behind.strip() else end
 
-    def templated(example) -> list[tuple[str, bool]]:
-        messages = [
-            {"role": turn.role, "content": turn._replace(fields=None).text, **(turn.fields or {})}
-            for turn in example.turns
-        ]
-        if example.turns[0].role == "text":
-            return [(example.turns[0].text + end, True)]
-        shift = 0
-        if merges_system and messages[0]["role"] == "system" and len(messages) > 1:
-            first, second, *rest = messages
-            messages = [
-                {"role": second["role"], "content": first["content"] + "\n\n" + second["content"]},
-                *rest,
-            ]
-            shift = 1
-        tools = example.tools
-        pieces, done = [], 0
-        for place, turn in enumerate(example.turns):
-            if not turn.train:
+class LongRow(BadRow):
+    """A sample is longer than asked for."""
+
+
+class Sample(NamedTuple):
+    """ids and trained: one token each."""
+
+    ids: list[int]
+    trained: bytes
+    stripped: bool = False
+
+
+class Sampler:
+    """Examples to samples, and the rule for all of them.
+
+    A sample's tokens are those of the template's own rendering, tokenised whole; a token is trained where it has a
+    character of a trained turn.
+    """
+
+    def __init__(self, tokenizer: Any, reading: Reading):
+        self.tokenizer, self.reading = tokenizer, reading
+        self.render = renderer(tokenizer, reading)
+        self.control = control_tokens(tokenizer)
+        self.added = set(getattr(tokenizer, "added_tokens_decoder", {}))
+
+    def rendered(self, example: Example) -> Rendering | BadRow:
+        try:
+            return self.render(example)
+        except BadRow as error:
+            return error
+
+    def parts(self, examples: Iterator[Example]) -> Iterator[list[tuple[Example, Sample | BadRow]]]:
+        ahead: deque = deque()
+        with ThreadPoolExecutor(1) as thread:  # the tokenizer lets go of the interpreter while it works
+            while True:
+                part, texts, letters = [], [], 0
+                for example in islice(examples, ROWS_AT_ONCE):
+                    part.append(example)
+                    texts.append(self.rendered(example))
+                    letters += len(texts[-1].text) if isinstance(texts[-1], Rendering) else 0
+                    if letters >= LETTERS_AT_ONCE:
+                        break
+                if part:
+                    ahead.append((part, thread.submit(self.samples, texts)))
+                if ahead and (len(ahead) == 2 or not part):
+                    done, samples = ahead.popleft()
+                    yield list(zip(done, samples.result(), strict=True))
+                elif not part:
+                    return
+
+    def samples(self, texts: Sequence[Rendering | BadRow]) -> list[Sample | BadRow]:
+        """The samples of some texts, in order."""
+        done: dict[int, Sample | BadRow] = {}
+        for special in (False, True):
+            some = [(i, t) for i, t in enumerate(texts) if isinstance(t, Rendering) and t.special == special]
+            if not some:
                 continue
-            prompt = apply(messages[: place - shift], tools, prompt=True)
-            whole = apply(messages[: place - shift + 1], tools)
-            if not whole.startswith(prompt) or len(prompt) < done:
-                raise ValueError(
-                    f"the model's chat template renders the prompt differently once the answer follows (example {example.id or ''}): "
-                    "the response can't be told apart. Use a tokenizer with a template that keeps the prompt as it is"
-                )
-            whole = whole[: len(whole) - blanks] if blanks else whole
-            pieces += [(prompt[done:], False), (whole[len(prompt) :] + closing, True)]
-            done = len(whole)
-        return [piece for piece in pieces if piece[0]]
+            encoded = self.tokenizer(
+                [text.text for _, text in some],
+                add_special_tokens=special,
+                return_attention_mask=False,
+                verbose=False,
+            )
+            for k, (place, text) in enumerate(some):
+                try:
+                    encoding = encoded.encodings[k] if encoded.encodings else None
+                    done[place] = self._sample(text, encoded["input_ids"][k], encoding)
+                except BadRow as error:
+                    done[place] = error
+        return [text if isinstance(text, BadRow) else done[i] for i, text in enumerate(texts)]
 
-    return templated
+    def _sample(self, text: Rendering, ids: list[int], encoding: Any) -> Sample:
+        end = self.tokenizer.eos_token_id
+        if (
+            text.special
+            and end is not None
+            and ids[-2:] == [end, end]
+            and text.text.endswith(self.tokenizer.eos_token)
+        ):
+            ids = ids[:-1]  # the text's own, and the tokenizer's
+        places = [self._places(text, ids, span, encoding) for span in text.spans]
+        trained = bytearray(places[-1][1])
+        for first, end in places:
+            trained[first:end] = b"\1" * (end - first)
+        if not any(trained[1:]):
+            raise BadRow("has nothing to learn: one token, which nothing predicts, and no end token")
+        return Sample(ids[: len(trained)], bytes(trained), text.stripped)
 
-
-def _refuses_system(apply) -> bool:
-    from jinja2 import TemplateError
-
-    try:
-        return "SYSTEM-PROBE" not in apply(
-            [{"role": "system", "content": "SYSTEM-PROBE"}, {"role": "user", "content": "question"}]
+    def _places(
+        self, text: Rendering, ids: list[int], span: tuple[int, int], encoding: Any
+    ) -> tuple[int, int]:
+        """The tokens that have a character of a span: the first, and the one behind the last."""
+        start, stop = span
+        if encoding is None:
+            return self._token_at(text, ids, start), self._token_at(text, ids, stop)
+        place = encoding.char_to_token
+        first = next((token for at in range(start, stop) if (token := place(at)) is not None), None)
+        last = next(
+            (token for at in range(stop - 1, start - 1, -1) if (token := place(at)) is not None), None
         )
-    except TemplateError:
-        return True
+        if first is None or last is None:
+            raise BadRow("has nothing to learn: the tokenizer makes no token of its answer")
+        if ids[first] in self.added and encoding.token_to_chars(first)[0] < start:
+            first += 1  # a control token that swallows the blanks behind it
+        while (
+            last + 1 < len(ids)
+            and (chars := encoding.token_to_chars(last + 1))
+            and chars[0] < stop
+            and chars[1] > start
+        ):
+            last += 1  # a character of several tokens
+        return first, (len(ids) if text.special and stop == len(text.text) else last + 1)
+
+    def _token_at(self, text: Rendering, ids: list[int], at: int) -> int:
+        """The token at a character, of a tokenizer without offsets: the text before must be the same tokens alone."""
+        if at == len(text.text):
+            return len(ids)
+        before = self.tokenizer(text.text[:at], add_special_tokens=text.special, verbose=False)["input_ids"]
+        if text.special and before and before[-1] != ids[len(before) - 1]:
+            before = before[:-1]  # an end token that the tokenizer sets
+        if ids[: len(before)] != before:
+            raise BadRow(
+                "has an answer that can't be told apart: its tokenizer has no character offsets, and other tokens for "
+                "the text before the answer alone. Use the model's fast tokenizer (tokenizer.json)"
+            )
+        return len(before)
+
+    def fitted(self, example: Example, sample: Sample, max_length: int) -> tuple[Sample, int]:
+        """A sample of at most max_length tokens, and what was done to it."""
+        mark = SPELLED * spells(self.control, example) + STRIPPED * sample.stripped
+        if len(sample.ids) <= max_length:
+            return sample, mark
+        if self.reading.on_long != "cut-prompt":
+            raise LongRow(f"has {len(sample.ids)} tokens, more than --max-length {max_length}")
+        texts = [text_of(turn.content) for turn in self._loose(example).values()]
+        own = len(sample.ids) - sum(map(len, self._alone(texts)))
+        if own < max_length:
+            sample = self.shortened(example, sample, lambda s: len(s.ids) - max_length)
+        else:  # the response alone fills it: the prompt gets half
+            sample = self.shortened(example, sample, lambda s: s.trained.index(1) - max_length // 2)
+        if len(sample.ids) <= max_length:
+            return sample, mark + SHORTENED
+        sample = Sample(sample.ids[:max_length], sample.trained[:max_length])
+        if 1 not in sample.trained[1:]:
+            raise LongRow(f"has no room for its answer in --max-length {max_length}")
+        return sample, mark + CUT
+
+    def shortened(self, example: Example, sample: Sample, excess: Callable[[Sample], int]) -> Sample:
+        """The sample whose prompt lost the start of its text, earliest turn first, until nothing is in excess."""
+        turns = list(example.turns)
+        for place in self._loose(example):
+            while (over := excess(sample)) > 0:
+                text = text_of(turns[place].content)
+                shorter = self._without(text, over)
+                if shorter == text:
+                    break
+                turns[place] = turns[place]._replace(content=shorter)
+                changed = self.samples([self.rendered(example._replace(turns=tuple(turns)))])[0]
+                if isinstance(changed, BadRow):
+                    raise changed
+                sample = changed
+        return sample
+
+    def _loose(self, example: Example) -> dict[int, Turn]:
+        """The turns that may lose text: those that are neither trained nor the system's."""
+        turns = example.turns
+        return {i: turn for i, turn in enumerate(turns) if not turn.train and turn.role != "system"}
+
+    def _alone(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+    def _without(self, text: str, tokens: int) -> str:
+        """A text without so many tokens at its start, of which its last word stays."""
+        if getattr(self.tokenizer, "is_fast", False):
+            encoding = self.tokenizer([text], add_special_tokens=False, verbose=False).encodings[0]
+            starts = [start for start, _ in encoding.offsets]
+            at = max(1, starts[min(tokens, len(starts) - 1)]) if starts else 0
+        else:
+            at = max(1, len(text) * tokens // max(1, len(self._alone([text])[0])))
+        shorter = text[min(at, len(text) - 1) :] if text else text
+        return shorter if shorter.strip() else text
+
+
+def prompts_of(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    room: int,
+    reading: Reading = USUAL,
+    numbers: Sequence[int] | np.ndarray | None = None,
+) -> tuple[list[np.ndarray], int, int]:
+    """What stands before each last answer in at most `room` tokens; the token that answers end with; how many were cut."""
+    sampler = Sampler(tokenizer, reading)
+    made, cut, end = [], 0, 0
+    for place, (example, sample) in enumerate(
+        pair for part in sampler.parts(iter(examples)) for pair in part
+    ):
+        try:
+            if isinstance(sample, BadRow):
+                raise sample
+            whole = sample
+            if _before(sample) > room:
+                cut += 1
+                sample = sampler.shortened(example, sample, lambda s: _before(s) - room)
+            if _before(sample) > room:
+                raise BadRow(
+                    f"has a prompt of {_before(sample)} tokens where {room} have room, even without its text"
+                )
+        except BadRow as error:
+            raise ValueError(f"row {place if numbers is None else numbers[place]} {error}") from None
+        made.append(np.array(sample.ids[: _before(sample)], np.int32))
+        end = whole.ids[-1]
+    return made, end, cut
+
+
+def _before(sample: Sample) -> int:
+    """Tokens before the last trained turn."""
+    return len(sample.trained.rstrip(b"\1"))
 
 
 def batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import datetime
+import hashlib
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from staff.config import Reading
+
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-TOKENIZER = ("tokenizer*", "*.jinja", "special_tokens_map.json", "vocab*", "merges.txt", "*.model")
+TOKENIZER = (
+    "tokenizer*",
+    "*.jinja",
+    "chat_template*",
+    "special_tokens_map.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+)
 DESCRIBES = ("config.json", "generation_config.json", *TOKENIZER)
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # what a config.json calls its quantisation -> the package that transformers needs to load it, for the common ones
@@ -69,10 +82,52 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
 
 
+HEAD_BYTES = 1 << 26  # of a .gguf file: its tokenizer stands before the weights
+
+
+def _tokenizer_bytes(source: Source, chat_template: str | None) -> Iterable[tuple[str, bytes]]:
+    """Name and content of what makes a model's tokenizer and chat template, no weights."""
+    if source.gguf and source.tokenizer == source.folder:
+        with open(source.folder / source.gguf, "rb") as file:
+            yield "gguf", file.read(HEAD_BYTES)
+    else:
+        for path in _matching(source.tokenizer, TOKENIZER):
+            yield path.name, path.read_bytes()
+    if chat_template not in (None, "model", "none"):
+        yield "--chat-template", Path(str(chat_template)).expanduser().read_bytes()
+
+
+def tokenizer_fingerprint(source: Source, chat_template: str | None = None) -> str:
+    """What a pool of tokens depends on of a model: its tokenizer's own files, and the chat template given in their place."""
+    digest = hashlib.sha256()
+    for name, content in _tokenizer_bytes(source, chat_template):
+        digest.update(f"{name} {len(content)} ".encode() + content)
+    return digest.hexdigest()[:12]
+
+
+def with_date(reading: Reading, sources: Iterable[Source], begun: Path) -> Reading:
+    """The reading with the day that a chat template writes held fixed: the day of the first run, else today.
+
+    Args:
+        begun: the JSON file with the settings of the first run, where there was one.
+    """
+    templates = (
+        content for source in sources for _, content in _tokenizer_bytes(source, reading.chat_template)
+    )
+    if reading.template_date or not any(b"strftime_now" in content for content in templates):
+        return reading
+    try:
+        before = json.loads(begun.read_text(encoding="utf-8"))["settings"]["template_date"]
+    except (OSError, ValueError, KeyError, TypeError):
+        before = None
+    return replace(reading, template_date=before or datetime.date.today().isoformat())
+
+
 def resolve(name: str, flag: str = "--target") -> Source:
     """Find a model's files; a hub id is fetched (or taken from the hub's cache) whole.
 
-    A LoRA adapter is found with its base: the one its adapter_config.json names, a folder or .gguf file beside the adapter
+    A LoRA adapter is found with its base: the one its adapter_config.json names, a folder or .gguf file
+        beside the adapter
     or below the working directory, or a hub id.
 
     Raises:

@@ -52,7 +52,12 @@ class Run:
     @cached_property
     def rows(self) -> rows.Rows:
         """The pool, read again where the run was finished before."""
-        return self.read_rows()
+        rows = self.read_rows()
+        if len(rows) == self.manifest["n"]:
+            return rows
+        # the chat template refused some that the file has: they were left out
+        usable = set(self.scores.column("row").to_pylist())
+        return rows.without({i: "" for i, number in enumerate(rows.numbers.tolist()) if number not in usable})
 
     @cached_property
     def scores(self) -> pa.Table:
@@ -187,19 +192,27 @@ def remarks(facts: Mapping[str, Any], max_length: int) -> list[str]:
     longer = f"longer than --max-length {max_length}"
     sentences = {
         "skipped": "rows can't be used and were left out",
-        "truncated": f"prompts lost their start: {longer}",
+        "truncated": f"prompts lost the start of their text: {longer}",
         "cut_responses": f"responses lost their end: {longer}",
+        "stripped": "answers have reasoning that the chat template leaves away: it is not learnt",
         "spelled": "rows hold text that spells control tokens of the model; it is read as such, as trainers do",
     }
-    return said + [f"{facts[name]} {sentence}" for name, sentence in sentences.items() if facts.get(name)]
+    for name, sentence in sentences.items():
+        if facts.get(name):
+            some = facts.get(f"{name}_rows", [])
+            where = (
+                f" (rows {', '.join(map(str, some[:5]))}{' and others' * (len(some) > 5)})" if some else ""
+            )
+            said.append(f"{facts[name]} {sentence}{where}")
+    return said
 
 
 def facts_of(pool: rows.Rows, tokens: Any = None) -> dict[str, Any]:
     """What was noticed in reading, and in tokenising where that was done."""
-    counts = (
-        {name: getattr(tokens, name) for name in ("truncated", "cut_responses", "spelled")} if tokens else {}
-    )
-    return {"notes": list(pool.notes), "skipped": len(pool.skipped), "format": pool.format, **counts}
+    facts = {"notes": list(pool.notes), "skipped": len(pool.skipped), "format": pool.format}
+    for name, positions in tokens.remarkable().items() if tokens else ():
+        facts |= {name: len(positions), f"{name}_rows": pool.numbers[positions].tolist()}
+    return facts
 
 
 def warn(pool: rows.Rows, tokens: Any, max_length: int, skipped: Path) -> None:

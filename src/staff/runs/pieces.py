@@ -16,9 +16,9 @@ import numpy as np
 from staff import files, graph
 from staff.config import SelectConfig
 from staff.data import rows as reading
-from staff.data.tokens import Pool, tokenise
+from staff.data.tokens import Pool, in_common, tokenise
 from staff.models import adapters, drafts, load
-from staff.models.files import Source
+from staff.models.files import Source, tokenizer_fingerprint
 from staff.models.finetune import finetune
 from staff.plan import SNAPSHOTS
 from staff.runs import account, keys
@@ -63,13 +63,18 @@ class Pieces:
         self._unpacked: dict[str, Source] = {}
         self._whole: set[Path] = set()  # adapters whose checksums were looked at
         self._pools: dict[str, Pool] = {}
+        template = config.reading.chat_template
+        self._tokenizers = {base: tokenizer_fingerprint(source, template) for base, source in sources.items()}
         self._scorer: tuple[tuple[str, Path | None], Scorer] | None = None
 
     # ---- keys ----
 
     def _pool_key(self, name: str) -> keys.Key:
-        tokenizer = self.inputs[self.specs[name].base]
+        tokenizer = self._tokenizers[self.specs[name].base]
         return keys.pool_key(self.inputs["data"], self.config.reading, tokenizer)
+
+    def _pool_id(self, name: str) -> str:
+        return files.fingerprint(self._pool_key(name))
 
     def _base_key(self, name: str) -> keys.Key:
         base, draft = self.specs[name].base, self.config.draft or ""
@@ -91,21 +96,27 @@ class Pieces:
     def pool(self, name: str) -> Pool:
         """The pool in a model's tokens."""
         key = self._pool_key(name)
-        if files.fingerprint(key) not in self._pools:
+        if self._pool_id(name) not in self._pools:
             path = self.run.piece("pool", key) / "tokens.npz"
             arrays = files.read_arrays(path)
             if arrays is None:
                 base, began = self.specs[name].base, time.monotonic()
                 tell = self.run.counter(Stage("tokenise"), len(self.rows))
-                pool = tokenise(
-                    self.rows.examples(), self._tokenizer(base), self.config.reading.max_length, tell
-                )
+                examples, tokenizer, how = self.rows.examples(), self._tokenizer(base), self.config.reading
+                pool = tokenise(examples, tokenizer, how.max_length, tell, how, self.rows.numbers)
                 arrays = pool.to_arrays()
                 self.inputs.check("data", base)
                 files.write_arrays(path, arrays)
                 self._spend(Stage("tokenise"), time.monotonic() - began)
-            self._pools[files.fingerprint(key)] = Pool.from_arrays(arrays)
-        return self._pools[files.fingerprint(key)]
+            self._pools[self._pool_id(name)] = Pool.from_arrays(arrays)
+        return self._pools[self._pool_id(name)]
+
+    def usable_rows(self) -> reading.Rows:
+        """The rows that every tokenizer of the run can use; pools are of these alone from here on."""
+        names = {"draft": "raw_draft", "target": "target"}
+        pools = {self._pool_id(names[base]): self.pool(names[base]) for base in self.sources}
+        self.rows, self._pools = in_common(self.rows, pools)
+        return self.rows
 
     def _files(self, base: str) -> Source:
         """A model's files; a .gguf file is unpacked once."""
@@ -332,7 +343,8 @@ class Pieces:
             return arrays["similarity"]
         validation = reading.read(config.validation, **config.reading.keywords())
         tokenizer = self._tokenizer(self.specs[name].base)
-        query = tokenise(validation.examples(), tokenizer, config.reading.max_length)
+        how = config.reading
+        query = tokenise(validation.examples(), tokenizer, how.max_length, None, how, validation.numbers)
         pool = self.pool(name)
 
         def make() -> tuple[Score, int]:
