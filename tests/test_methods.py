@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from staff.methods import COSTS, METHODS, cost, entry, methods_table
 from staff.methods.features import neighbour_distances
 from staff.methods.groups import select_by_group, share_by_size
-from staff.methods.overlap import compare, nestedness, overlaps
+from staff.methods.overlap import nestedness, overlap, overlaps
 from staff.types import Need
 
 features_module = importlib.import_module("staff.methods.features")
@@ -635,7 +635,7 @@ def test_an_error_inside_a_group_names_the_group():
 
 def test_two_coresets_side_by_side_by_hand():
     # A of 4, B of 2, one shared, of 10: chance would share 0.8
-    row = compare("a", np.array([1, 2, 3, 4]), "b", np.array([4, 5]), 10)
+    row = overlap("a", np.array([1, 2, 3, 4]), "b", np.array([4, 5]), 10)
     assert (row.shared, row.overlap, row.jaccard) == (1, 0.5, 0.2)
     assert row.chance_overlap == pytest.approx(0.4)
     assert row.chance_jaccard == pytest.approx(0.8 / 5.2)
@@ -673,7 +673,7 @@ def test_the_highest_scores_are_nested_across_pruning_rates_and_random_draws_are
 
 
 def test_empty_coresets_have_no_overlap_to_speak_of():
-    row = compare("a", np.empty(0, int), "b", np.array([1]), 10)
+    row = overlap("a", np.empty(0, int), "b", np.array([1]), 10)
     assert np.isnan(row.overlap)
     assert row.jaccard == 0
 

@@ -76,7 +76,7 @@ def test_a_grid_killed_before_its_tables_gets_them(tmp_path):
 
 
 def test_what_a_terminal_would_obey_is_shown():
-    assert console.shown("a\x1b[31mred\rb\u202e\n\u00e9") == "a\\x1b[31mred\\rb\\u202e\n\u00e9"
+    assert console.visible("a\x1b[31mred\rb\u202e\n\u00e9") == "a\\x1b[31mred\\rb\\u202e\n\u00e9"
 
 
 def test_an_option_of_the_wrong_kind_is_told_before_anything_is_read():

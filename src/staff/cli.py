@@ -149,7 +149,7 @@ def _say(given: argparse.Namespace, text: str, values: dict[str, Any]) -> None:
     if given.json:
         print(json.dumps(values, ensure_ascii=False))
     elif not getattr(given, "quiet", False):
-        print(console.shown(text))
+        print(console.visible(text))
 
 
 def methods(arguments: Sequence[str]) -> None:
@@ -273,7 +273,7 @@ def main() -> None:
     except ValueError as error:
         if os.environ.get("STAFF_TRACEBACK"):
             raise
-        print(console.shown(f"staff: {error}"), file=sys.stderr)
+        print(console.visible(f"staff: {error}"), file=sys.stderr)
         sys.exit(FAILED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

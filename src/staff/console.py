@@ -63,7 +63,7 @@ class Bars:
             self._console.print(f"{stage}: {done} of {total}", highlight=False, markup=False)
 
 
-def shown(text: str) -> str:
+def visible(text: str) -> str:
     """A text with what a terminal would obey (escapes, carriage returns, turned writing) spelled out."""
     return "".join(c if c in "\n\t" or c.isprintable() or c == "\u00a0" else repr(c)[1:-1] for c in text)
 

@@ -59,7 +59,7 @@ def select(
     Raises:
         ValueError: something that the user can mend; nothing was half-written.
     """
-    check(config, data, methods)
+    check_settings(config, data, methods)
     sources = find_models(config, methods)
     begun = Path(config.output or "") / "work" / "begun.json"
     config = dataclasses.replace(config, reading=with_date(config.reading, sources.values(), begun))
@@ -142,7 +142,7 @@ def select(
         return outputs.publish(config, runs)
 
 
-def check(config: SelectConfig, data: Any, methods: Mapping[str, Method]) -> None:
+def check_settings(config: SelectConfig, data: Any, methods: Mapping[str, Method]) -> None:
     """What can be known to be wrong before anything is read or loaded."""
     if data is None and not config.data:
         raise ValueError("name the pool with --data FILE")
@@ -360,6 +360,6 @@ def _results(
     values["selected"] = np.isin(every, selection.indices)
     return (
         {**outputs.row_columns(pool), **values},
-        account.cost(account.spent(run.work), target_pass, terms),
+        account.cost_of_run(account.spent(run.work), target_pass, terms),
         about,
     )

@@ -32,7 +32,7 @@ class Overlap:
     chance_jaccard: float
 
 
-def compare(first: str, a: np.ndarray, second: str, b: np.ndarray, n: int) -> Overlap:
+def overlap(first: str, a: np.ndarray, second: str, b: np.ndarray, n: int) -> Overlap:
     """Lay two coresets side by side.
 
     Args:
@@ -61,7 +61,7 @@ def overlaps(coresets: Mapping[str, np.ndarray], n: int) -> list[Overlap]:
         n: the pool's size, in samples.
     """
     return [
-        compare(first, coresets[first], second, coresets[second], n)
+        overlap(first, coresets[first], second, coresets[second], n)
         for first, second in combinations(coresets, 2)
     ]
 
@@ -77,7 +77,7 @@ def nestedness(coresets: Mapping[str, np.ndarray], n: int) -> list[Overlap]:
         n: the pool's size, in samples.
     """
     names = sorted(coresets, key=lambda name: len(coresets[name]))
-    return [compare(a, coresets[a], b, coresets[b], n) for a, b in pairwise(names)]
+    return [overlap(a, coresets[a], b, coresets[b], n) for a, b in pairwise(names)]
 
 
 def _ratio(part: float, whole: float) -> float:

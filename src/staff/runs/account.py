@@ -63,7 +63,7 @@ def spent(work: Path) -> dict[Stage, Numbers]:
     return total
 
 
-def cost(
+def cost_of_run(
     stages: Mapping[Stage, Numbers],
     target_pass: float | None = None,
     terms: Mapping[str, float] | None = None,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # it needs transformers' cache
     from staff.scoring.prefix import Prefix
 
 logger = logging.getLogger(__name__)
-QUANTITIES = ("effort", "loss", "el2n", "entropy")
+OF_ONE_PASS = ("effort", "loss", "el2n", "entropy")
 FLOAT16_SCALES = (
     2.0**8,
     2.0**-4,
@@ -106,7 +106,7 @@ class Scorer:
             features: give the mean last hidden states of the responses too, "features" (k, H).
 
         Returns:
-            each of QUANTITIES as (k,) float32 (float64 for a float64 model), in the order asked for. With
+            each of OF_ONE_PASS as (k,) float32 (float64 for a float64 model), in the order asked for. With
             `balance` "site_norms" (k, sites) besides.
 
         Raises:
@@ -146,7 +146,7 @@ class Scorer:
             )
         if not self.balance:
             scores.pop("site_norms", None)
-        return scores or {name: np.empty(0, np.float32) for name in QUANTITIES}
+        return scores or {name: np.empty(0, np.float32) for name in OF_ONE_PASS}
 
     def _start_of(self, pool: Pool, grad_scale: float | None) -> Prefix | None:
         """What a pool's samples begin with, once it has been seen that the model scores a sample the same
