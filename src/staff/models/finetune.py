@@ -64,17 +64,9 @@ class _Positions(Dataset):
 class _ResponseTrainer(Trainer):
     """The Trainer with our order of samples, and a head that sees response tokens alone."""
 
-    def __init__(
-        self,
-        *args,
-        head: Head,
-        order: _Shuffled,
-        running: Running | None = None,
-        running_from: int = 0,
-        **kwargs,
-    ):
+    def __init__(self, *args, head: Head, order: _Shuffled, **kwargs):
         super().__init__(*args, **kwargs)
-        self._head, self._order, self._running, self._running_from = head, order, running, running_from
+        self._head, self._order = head, order
         self.loss_is_scaled_for_ga = False
         self._decoder_output: list[torch.Tensor] = []
         # what comes out of the blocks is picked up inside the model's own forward, so that wrappers for several GPUs work
@@ -90,8 +82,6 @@ class _ResponseTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean over the step's response tokens."""
         self._decoder_output.clear()
-        if self._running and self.state.global_step >= self._running_from:
-            self._running.begin(inputs["sample_of"], inputs["positions"], inputs["lengths"])
         given = {name: inputs[name] for name in GIVEN if name in inputs}
         # the head runs over one position, for form's sake; by index, since a slice would copy its weight for every sample
         first = torch.zeros(1, dtype=torch.int64, device=given["input_ids"].device)
@@ -100,12 +90,6 @@ class _ResponseTrainer(Trainer):
         hidden = self._decoder_output.pop()[inputs["row"], inputs["before"]]
         loss = response_scores(hidden, self._head, inputs["response_ids"]).loss.mean()
         return (loss, outputs) if return_outputs else loss
-
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
-        if self._running:
-            self._running.end()
-        return loss
 
 
 class _Watch(TrainerCallback):
@@ -117,10 +101,9 @@ class _Watch(TrainerCallback):
         on_progress: Callable[[int, int], None] | None,
         output: Path,
         snapshots: int,
-        running: Running | None = None,
     ):
         self._seconds, self._on_progress, self._saved = checkpoint_seconds, on_progress, time.monotonic()
-        self._output, self._snapshots, self._running = output, snapshots, running
+        self._output, self._snapshots = output, snapshots
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         for number in range(1, self._snapshots + 1):
@@ -134,8 +117,6 @@ class _Watch(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         self._saved = time.monotonic()
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self._running:
-            self._running.save(checkpoint)
         seal(checkpoint, sorted(path.name for path in checkpoint.iterdir()))
         # by step: the Trainer's own rotation goes by time of change, and drops the newest where the clock went back
         for old in sorted(checkpoint.parent.glob("checkpoint-*"), key=_step)[:-CHECKPOINTS]:
@@ -158,7 +139,6 @@ def finetune(
     checkpoint_seconds: float = 60.0,
     max_steps: int | None = None,
     snapshots: int = 0,
-    running: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> torch.nn.Module:
     """Fine-tune a model with LoRA on some samples of a pool, or finish a fine-tuning that was cut off.
@@ -176,7 +156,6 @@ def finetune(
         epochs: T > 0, passes over the samples; fractions count.
         max_steps: steps in place of epochs, as many passes as they take.
         snapshots: how many times the adapter is kept on the way, at even steps, in output/snapshots/1 and on.
-        running: a scope; each sample's effort as the last epoch meets it goes to output/running.npz (see running.py).
         on_progress: called with (steps done, steps in all).
 
     Returns:
@@ -194,18 +173,6 @@ def finetune(
     steps = max_steps or max(1, round(epochs * steps_an_epoch))
     checkpoints = output / "checkpoints"
     begun = _last_finished(checkpoints)
-    efforts = None
-    if running:
-        if next(model.parameters()).dtype == torch.float16:
-            raise ValueError(
-                "effort_running needs gradients as they are, and float16 has them scaled: use --dtype bfloat16 or float32"
-            )
-        efforts = Running(
-            model,
-            running,
-            positions,
-            (read_arrays(Path(begun) / RUNNING) or {}).get("effort") if begun else None,
-        )
     halves = next(model.parameters()).dtype
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
@@ -237,9 +204,7 @@ def finetune(
         data_collator=lambda places: step_of(pool, places, packs),
         head=head,
         order=_Shuffled(len(positions), seed),
-        callbacks=[_Watch(checkpoint_seconds, on_progress, output, snapshots, efforts)],
-        running=efforts,
-        running_from=steps - steps_an_epoch,
+        callbacks=[_Watch(checkpoint_seconds, on_progress, output, snapshots)],
     )
     trainer.remove_callback(PrinterCallback)
     try:
@@ -256,10 +221,7 @@ def finetune(
     for name in ADAPTER:
         os.replace(aside / name, output / name)
     shutil.rmtree(aside)
-    if efforts:
-        efforts.save(output)
-    parts = [RUNNING] if efforts else []
-    parts += sorted(str(part.relative_to(output)) for part in output.glob("snapshots/*/*") if part.is_file())
+    parts = sorted(str(part.relative_to(output)) for part in output.glob("snapshots/*/*") if part.is_file())
     seal(
         output,
         [*ADAPTER, *parts],
@@ -281,7 +243,7 @@ def step_of(pool: Pool, places: Sequence[int], packs: bool) -> dict:
     Returns:
         what the model is given (those of GIVEN that it needs); lengths, of the samples where they are packed, else None;
         and for each of R response tokens response_ids (R,), the token, row and before (R,), where in the output it is foretold,
-        and sample_of (R,), whose it is among positions (B,).
+        and sample_of (R,), whose it is.
     """
     batch = collate(pool, places)
     step = {"input_ids": batch.input_ids, "row": batch.sample_of, "before": batch.before, "lengths": None}
@@ -294,7 +256,6 @@ def step_of(pool: Pool, places: Sequence[int], packs: bool) -> dict:
     return step | {
         "response_ids": batch.labels,
         "sample_of": batch.sample_of,
-        "positions": torch.as_tensor(places),
     }
 
 
