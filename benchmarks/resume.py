@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from staff.runs.store import RunDirectory
+from staff.runs.store import open_run
 
 
 def main() -> None:
@@ -60,12 +60,11 @@ def main() -> None:
     weights = folder / "weights.bin"
     with open(weights, "wb") as file:
         file.truncate(14 * 10**9)
-    run = RunDirectory(folder / "run")
-    for word in ("first", "remembered"):
-        began = time.monotonic()
-        run.hash_file(weights)
-        print(f"hash of 14 GB, {word}: {time.monotonic() - began:.3f} s")
-    run.close()
+    with open_run(folder / "run", "run") as run:
+        for word in ("first", "remembered"):
+            began = time.monotonic()
+            run.hash_file(weights)
+            print(f"hash of 14 GB, {word}: {time.monotonic() - began:.3f} s")
     weights.unlink()
 
 

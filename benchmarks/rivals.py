@@ -22,8 +22,8 @@ from staff.scoring.scorer import Scorer
 
 def ours(model, pool, batch_tokens, scope="last-value"):
     """`staff.scoring.scorer.Scorer`, the way the tool itself scores."""
-    scorer = Scorer(model, scope, batch_tokens)
-    return lambda positions: scorer.scores(pool, positions)["effort"]
+    scorer = Scorer(model, scope)
+    return lambda positions: scorer.scores(pool, positions, batch_tokens)["effort"]
 
 
 def released(model, pool, batch_tokens, freeze=True):

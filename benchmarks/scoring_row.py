@@ -9,7 +9,9 @@ import ctypes
 import gc
 import json
 import sys
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,8 @@ from staff.models import anatomy
 from staff.models.load import load_model, resolve
 from staff.scoring.gradnorm import CHUNK_BYTES, Site
 from staff.scoring.prefix import length_of
-from staff.scoring.scorer import score_shards
+from staff.scoring.scorer import Scorer
+from staff.scoring.shards import score_by_shards
 
 LONG = 2048  # tokens of the sample whose memory is measured
 Q_K_V = ("q_proj", "k_proj", "v_proj")  # what nothing flows back through
@@ -69,9 +72,9 @@ def run_rival(case: dict, folder: Path) -> dict:
         np.save(folder / f"{case['name']}.npy", scores)
     if hasattr(score, "sketch") and case["compare"]:
         model, _ = load(case["model"], "float32")
-        scorer = rivals.Scorer(model, "last-value", case["batch_tokens"])
+        scorer = Scorer(model, "last-value")
         scorer.sites = [Site(site.module, site.rows, site.name, score.sketch) for site in scorer.sites]
-        np.save(folder / f"{case['name']}-reference.npy", scorer.scores(pool, positions)["effort"])
+        np.save(folder / f"{case['name']}-reference.npy", scorer.scores(pool, positions, case["batch_tokens"])["effort"])
     return found
 
 
@@ -143,10 +146,12 @@ def run_scaling(case: dict, folder: Path) -> dict:
     """Score n samples in shards, as the tool does."""
     pool = load_pool(folder / "pool.npz")
     model, before = load(case["model"], case["dtype"])
-    scorer = rivals.Scorer(model, "last-value", case["batch_tokens"])
+    scorer = Scorer(model, "last-value")
     scorer.scores(pool, np.argsort(-pool.lengths, kind="stable")[:1])
     start = time.perf_counter()
-    score_shards(lambda: scorer, pool, load=lambda number: None, save=lambda number, scores: None)
+    make = lambda: (partial(scorer.scores, pool), case["batch_tokens"])  # noqa: E731
+    with tempfile.TemporaryDirectory() as shards:
+        score_by_shards(make, pool.lengths, Path(shards) / "scores.npz")
     return {"seconds": time.perf_counter() - start, "peak_bytes": resident("VmHWM") - before}
 
 

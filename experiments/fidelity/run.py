@@ -79,16 +79,12 @@ def choose(speculative, target, seed: int):
     """STAFF's coreset, verified on a target; with the target's own scores as speculation it is that of `direct`."""
     budget = round((1 - PRUNING_RATE) * len(target))
     options = {"num_regions": REGIONS, "verification_budget": VERIFIED}
+    rng, n = np.random.default_rng(seed), len(target)
     if speculative is target:
-        return METHODS["direct"].select(
-            target, budget=budget, rng=np.random.default_rng(seed), num_regions=REGIONS
-        )
+        return METHODS["direct"].select(n, budget=budget, rng=rng, scores=target, num_regions=REGIONS)
+    verify = target.__getitem__
     return METHODS["staff"].select(
-        speculative,
-        budget=budget,
-        rng=np.random.default_rng(seed),
-        verify=lambda positions: target[positions],
-        **options,
+        n, budget=budget, rng=rng, scores=speculative, verify=verify, **options
     )
 
 
