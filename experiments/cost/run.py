@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 import staff
-from staff import pipeline, plan
-from staff.config import FinetuneConfig, PlanConfig
+from staff import jobs, plan
+from staff.config import FinetuneConfig, PlanConfig, from_mapping
 from staff.files import read_checked
 from staff.timing import make_plan
 
@@ -60,12 +60,12 @@ def choose(task: str, draft: str, target: str) -> dict:
     """The stages of one run of `staff` and `direct`."""
     folder = WORK / f"{task}-{draft}-{target}"
     shutil.rmtree(folder, ignore_errors=True)
-    runs = staff.select(
+    runs = staff.select_grid(
         TASKS[task],
         target=model(target),
         draft=model(draft),
-        method=["staff", "direct"],
-        pruning_rate=0.8,
+        methods=["staff", "direct"],
+        pruning_rates=[0.8],
         output=str(folder),
         **SETTINGS,
     )
@@ -73,8 +73,9 @@ def choose(task: str, draft: str, target: str) -> dict:
 
 
 def planned(task: str) -> list[str]:
+    models = {"data": TASKS[task], "target": model("base"), "draft": model("nano")}
     made = make_plan(
-        PlanConfig(data=(TASKS[task],), target=model("base"), draft=model("nano"), epochs=1.0, **SETTINGS)
+        from_mapping(PlanConfig, {**models, "epochs": 1.0, **SETTINGS}, "plan")
     )
     predicted = {row["method"]: row["stages"] for row in made["methods"]}
     expected = {
@@ -85,11 +86,8 @@ def planned(task: str) -> list[str]:
     stages = choose(task, "nano", "base")["stages"]
     folder = WORK / f"{task}-all"
     shutil.rmtree(folder, ignore_errors=True)
-    pipeline.finetune(
-        FinetuneConfig(
-            data=(TASKS[task],), model=model("base"), epochs=1.0, max_length=512, output=str(folder)
-        )
-    )
+    settings = {"data": TASKS[task], "model": model("base"), "epochs": 1.0, "max_length": 512, "output": str(folder)}
+    jobs.finetune(from_mapping(FinetuneConfig, settings, "fine-tuning"))
     stages["fine-tune the target on all"] = (read_checked(folder / "manifest.json") or {})["cost"]
     lines = []
     for stage, seconds in expected.items():
