@@ -320,7 +320,8 @@ def main() -> None:
         "names", nargs="*", help=f"rows to run, of {', '.join([*ROWS, *OTHERS])}; all where none is named"
     )
     parser.add_argument(
-        "--model", help="a folder of safetensors; staff.models.load.unpack_gguf makes one of the demo's .gguf file"
+        "--model",
+        help="a folder of safetensors; staff.models.load.unpack_gguf makes one of the demo's .gguf file",
     )
     parser.add_argument(
         "--data", nargs="+", default=[str(HERE.parent / "examples" / "medquad" / "train.jsonl")]

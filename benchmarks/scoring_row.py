@@ -74,7 +74,10 @@ def run_rival(case: dict, folder: Path) -> dict:
         model, _ = load(case["model"], "float32")
         scorer = Scorer(model, "last-value")
         scorer.sites = [Site(site.module, site.rows, site.name, score.sketch) for site in scorer.sites]
-        np.save(folder / f"{case['name']}-reference.npy", scorer.scores(pool, positions, case["batch_tokens"])["effort"])
+        np.save(
+            folder / f"{case['name']}-reference.npy",
+            scorer.scores(pool, positions, case["batch_tokens"])["effort"],
+        )
     return found
 
 

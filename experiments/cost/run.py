@@ -74,9 +74,7 @@ def choose(task: str, draft: str, target: str) -> dict:
 
 def planned(task: str) -> list[str]:
     models = {"data": TASKS[task], "target": model("base"), "draft": model("nano")}
-    made = make_plan(
-        from_mapping(PlanConfig, {**models, "epochs": 1.0, **SETTINGS}, "plan")
-    )
+    made = make_plan(from_mapping(PlanConfig, {**models, "epochs": 1.0, **SETTINGS}, "plan"))
     predicted = {row["method"]: row["stages"] for row in made["methods"]}
     expected = {
         **predicted["staff"],
@@ -86,7 +84,13 @@ def planned(task: str) -> list[str]:
     stages = choose(task, "nano", "base")["stages"]
     folder = WORK / f"{task}-all"
     shutil.rmtree(folder, ignore_errors=True)
-    settings = {"data": TASKS[task], "model": model("base"), "epochs": 1.0, "max_length": 512, "output": str(folder)}
+    settings = {
+        "data": TASKS[task],
+        "model": model("base"),
+        "epochs": 1.0,
+        "max_length": 512,
+        "output": str(folder),
+    }
     jobs.finetune(from_mapping(FinetuneConfig, settings, "fine-tuning"))
     stages["fine-tune the target on all"] = (read_checked(folder / "manifest.json") or {})["cost"]
     lines = []

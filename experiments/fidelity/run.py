@@ -83,9 +83,7 @@ def choose(speculative, target, seed: int):
     if speculative is target:
         return METHODS["direct"].select(n, budget=budget, rng=rng, scores=target, num_regions=REGIONS)
     verify = target.__getitem__
-    return METHODS["staff"].select(
-        n, budget=budget, rng=rng, scores=speculative, verify=verify, **options
-    )
+    return METHODS["staff"].select(n, budget=budget, rng=rng, scores=speculative, verify=verify, **options)
 
 
 def against(speculative, target, length, seed: int) -> dict[str, float]:
