@@ -1,18 +1,21 @@
-"""What a token of LoRA fine-tuning takes: python benchmarks/finetune.py [ROW ...] --model FOLDER [--data FILE ...] [--output RESULTS.md]
+"""What a token of LoRA fine-tuning takes.
 
-Side by side, each row in a process of its own, LoRA of rank 8 on all linear layers, batches of 8, bfloat16. So that losses can be
-compared, all but `bare` take the same samples in the same steps, drawn at random by the seed, and all have STAFF's schedule of the
-learning rate (a rise over a tenth of the steps, then a cosine):
+    python benchmarks/finetune.py [ROW ...] --model FOLDER [--data FILE ...] [--output RESULTS.md]
+
+Side by side, each row in a process of its own, LoRA of rank 8 on all linear layers, batches of 8, bfloat16.
+So that losses can be compared, all but `bare` take the same samples in the same steps, drawn at random by the
+seed, and all have STAFF's schedule of the learning rate (a rise over a tenth of the steps, then a cosine):
 
     transformers   its Trainer, for the rest as its defaults come: logits of every position
-    trl            its SFTTrainer, for the rest as its defaults come: the same, and activations computed twice (checkpointing)
-    bare           a loop by hand: batches of like length, head on response tokens alone, no statistics, peft's own layers
+    trl            its SFTTrainer, the same, and activations computed twice (checkpointing)
+    bare           a loop by hand: batches of like length, head on response tokens alone, peft's own layers
     bare, ours     a loop by hand over our steps: no padding, our attention and adapter products
     ours           `staff.models.finetune`, through the Trainer
-    floor          two forward passes' worth of products and the adapters', at the rate that plain products of these shapes reach
+    floor          the products of two forward passes and the adapters', at the rate that plain ones reach
 
-tokens/s are of the samples' own tokens, padding not counted, over the steps after the first two. `loss` is the mean over the response
-tokens of 64 rows that nobody trained on, after --steps steps, and the spread over --seeds.
+tokens/s are of the samples' own tokens, padding not counted, over the steps after the first two. `loss` is
+the mean over the response tokens of 64 rows that nobody trained on, after --steps steps, and the spread over
+--seeds.
 """
 
 import argparse
@@ -75,7 +78,7 @@ def held_out_loss(model, pool) -> float:
 
 
 def run_library(name: str, model, tokenizer, pool, steps: int, seed: int) -> tuple[float, torch.nn.Module]:
-    """transformers' or TRL's trainer with the defaults it comes with, but for the schedule and which samples are drawn."""
+    """transformers' or TRL's trainer with its own defaults, but for the schedule and the samples drawn."""
     import transformers
 
     from staff.models.adapters import add_lora
@@ -133,9 +136,14 @@ def run_library(name: str, model, tokenizer, pool, steps: int, seed: int) -> tup
         lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
         rows = datasets.Dataset.from_list(samples)
         trainer = trl.SFTTrainer(
-            model, trl.SFTConfig(**shared), train_dataset=rows, data_collator=counted, peft_config=lora, processing_class=tokenizer,
+            model,
+            trl.SFTConfig(**shared),
+            train_dataset=rows,
+            data_collator=counted,
+            peft_config=lora,
+            processing_class=tokenizer,
             callbacks=callbacks,
-        )  # fmt: skip
+        )
     trainer.train()
     return clock.rate(), trainer.model
 
@@ -197,14 +205,25 @@ def run_ours(model, pool, steps: int, seed: int) -> tuple[float, torch.nn.Module
     in_batches = [int(pool.lengths[step].sum()) for step in our_steps(len(pool), steps, seed)]
     with tempfile.TemporaryDirectory() as folder:
         model = finetune(
-            model, pool, np.arange(len(pool)), Path(folder), epochs=1, max_steps=steps, batch_size=BATCH, lora_rank=RANK, lora_alpha=ALPHA,
-            learning_rate=RATE, warmup=WARMUP, seed=seed, on_progress=lambda done, total: clock.step(in_batches[done - 1]),
-        )  # fmt: skip
+            model,
+            pool,
+            np.arange(len(pool)),
+            Path(folder),
+            epochs=1,
+            max_steps=steps,
+            batch_size=BATCH,
+            lora_rank=RANK,
+            lora_alpha=ALPHA,
+            learning_rate=RATE,
+            warmup=WARMUP,
+            seed=seed,
+            on_progress=lambda done, total: clock.step(in_batches[done - 1]),
+        )
     return clock.rate(), model
 
 
 def measure_floor(model, pool) -> float:
-    """Tokens/s if only products ran, each as fast as it does alone: forward and back through every linear layer and its adapter."""
+    """Tokens/s if only the products of linear layers and adapters ran, each as fast as it does alone."""
     from staff.models import anatomy
 
     dtype = next(model.parameters()).dtype
@@ -328,13 +347,15 @@ def main() -> None:
                 result = json.loads(line[len("RESULT ") :])
                 found.setdefault((data, row), []).append(result)
                 print(
-                    f"{Path(data).parent.name}, seed {seed}: {row}: {result['rate']:.0f} tokens/s, loss {result['loss']}",
+                    f"{Path(data).parent.name}, seed {seed}: {row}: {result['rate']:.0f} tokens/s, "
+                    f"loss {result['loss']}",
                     flush=True,
                 )
     text = table(found, arguments)
     print(text)
     if arguments.output:
-        about = f"`{Path(arguments.model).name}`, {arguments.steps} steps of {BATCH} samples, seeds {arguments.seeds}, "
+        about = f"`{Path(arguments.model).name}`, {arguments.steps} steps of {BATCH} samples, "
+        about += f"seeds {arguments.seeds}, "
         about += f"torch {torch.__version__}, {torch.get_num_threads()} threads"
         Path(arguments.output).write_text(f"# Fine-tuning\n\n{about}\n{text}\n")
 

@@ -3,10 +3,11 @@
     python benchmarks/methods.py                 all cases; prints a table, writes benchmarks/out/methods.json
     python benchmarks/methods.py staff kcenter   these methods alone
 
-Scores are lognormal. Features stand in for hidden states: 24 latent dimensions in 200 clumps, mapped to 576 and blurred; "noise" has no
-structure at all, the worst there is for approximate neighbours. What graph.py makes of features (neighbours, clusters) is timed apart from
-the selection. Seconds are the least of seven runs up to 1,000,000 scores, else those of one. Memory is the process's peak, the given
-arrays and the interpreter included.
+Scores are lognormal. Features stand in for hidden states: 24 latent dimensions in 200 clumps, mapped to 576
+and blurred; "noise" has no structure at all, the worst there is for approximate neighbours. What graph.py
+makes of features (neighbours, clusters) is timed apart from the selection. Seconds are the least of seven
+runs up to 1,000,000 scores, else those of one. Memory is the process's peak, the given arrays and the
+interpreter included.
 """
 
 from __future__ import annotations
@@ -132,7 +133,8 @@ def main() -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}"
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, "
+    machine += f"Python {platform.python_version()}, numpy {np.__version__}"
     print(f"commit {commit}; {machine}; load before the start {os.getloadavg()[0]:.1f}\n")
     print("| method | n | p | features | graph s | select s | µs a sample | peak GB | notes |")
     print("| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | --- |")

@@ -1,7 +1,8 @@
-"""How fast rows are read before tokenising, and how much memory that takes: `python benchmarks/reading.py [rows]`.
+"""How fast rows are read before tokenising, and in how much memory: `python benchmarks/reading.py [rows]`.
 
-Makes files of rows of about 500 bytes that all differ, then opens each in a process of its own: once over every row with
-its check (`read`), once over every example. Rates are per second of wall time and of processor time.
+Makes files of rows of about 500 bytes that all differ, then opens each in a process of its own: once over
+every row with its check (`read`), once over every example. Rates are per second of wall time and of processor
+time.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""How long a finished run of a million scores takes to be recognised: python benchmarks/resume.py [rows] [folder]
+"""How soon a finished run of a million scores is recognised: python benchmarks/resume.py [rows] [folder]
 
-Makes a pool and scores of one's own, selects from them once, then types the same command again and takes the least of five.
-Besides, it looks up the fingerprint of 14 GB of (empty) weights as a resumed run does.
+Makes a pool and scores of one's own, selects from them once, then types the same command again and takes the
+least of five. Besides, it looks up the fingerprint of 14 GB of (empty) weights as a resumed run does.
 """
 
 import json
@@ -34,7 +34,8 @@ def main() -> None:
                 + "\n"
             )
     np.save(folder / "scores.npy", np.random.default_rng(0).lognormal(size=n).astype(np.float32))
-    code = "import sys; from staff import cli\ntry: cli.main()\nfinally: print(len({'torch', 'transformers'} & {*sys.modules}))"
+    code = "import sys; from staff import cli\ntry: cli.main()\n"
+    code += "finally: print(len({'torch', 'transformers'} & {*sys.modules}))"
     command = [
         sys.executable,
         "-c",

@@ -1,8 +1,9 @@
-"""Ways to per-sample efforts that benchmarks/scoring.py times: ours, the authors' loop, plain autograd, the field's libraries.
+"""Ways to efforts that benchmarks/scoring.py times: ours, the authors' loop, plain autograd, libraries.
 
-Each is a function of (model, pool, batch_tokens) to a function of pool positions to their scores. All but the authors' take the
-gradient of the last block's value projection alone, freeze everything else so that the graph begins there, and cut batches as we do.
-Where a library leaves the loss to its user, the head runs over response tokens alone, as ours does.
+Each is a function of (model, pool, batch_tokens) to a function of pool positions to their scores. All but the
+authors' take the gradient of the last block's value projection alone, freeze everything else so that the
+graph begins there, and cut batches as we do. Where a library leaves the loss to its user, the head runs over
+response tokens alone, as ours does.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ def ours(model, pool, batch_tokens, scope="last-value"):
 def released(model, pool, batch_tokens, freeze=True):
     """The loop of the authors' script (selection/effort_score.py, effort_baseline_utils.py) on a CPU.
 
-    A sample at a time, padded on the left to a multiple of 8; a fresh LoRA through peft; the model's own loss, so logits of every
-    position; everything frozen but the matrix B that is measured; two backward passes that add up, halved here. Left out: the
-    trainer around it, and 8-bit weights, which need a GPU. Its torch.compile is without effect: the trainer keeps the model it had.
+    A sample at a time, padded on the left to a multiple of 8; a fresh LoRA through peft; the model's own
+    loss, so logits of every position; everything frozen but the matrix B that is measured; two backward
+    passes that add up, halved here. Left out: the trainer around it, and 8-bit weights, which need a GPU. Its
+    torch.compile is without effect: the trainer keeps the model it had.
 
     Args:
-        freeze: as released. False: the whole adapter stays trainable, so gradients flow back through every block.
+        freeze: as released. False: the whole adapter is trainable; gradients go through every block.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -82,7 +84,8 @@ def released_unfrozen(model, pool, batch_tokens):
 def vmapped(model, pool, batch_tokens):
     """torch.func's per-sample gradients: vmap of grad, the model's logits of every position.
 
-    With eager attention: under vmap SDPA on a CPU falls back to a loop over the samples, and takes a third longer.
+    With eager attention: under vmap SDPA on a CPU falls back to a loop over the samples, and takes a third
+    longer.
     """
     model.set_attn_implementation("eager")
     name = _value_projection(model) + ".weight"
@@ -118,7 +121,7 @@ def opacus(model, pool, batch_tokens):
 
 
 def dattri(model, pool, batch_tokens):
-    """dattri's part for language models (what LoGra is made of) with identity in place of its projections, in the loop of `cache`.
+    """dattri's part for language models (LoGra) with identity for its projections, in the loop of `cache`.
 
     Its other way, `TracInAttributor.self_attribute`, is vmap of grad.
     """

@@ -1,19 +1,21 @@
-"""How fast samples are scored, beside the authors' loop, plain autograd, other libraries, a bare forward pass and the machine's own limit.
+"""How fast samples are scored, beside the authors' loop, libraries, a forward pass and the machine's limit.
 
     benchmarks/make_envs.sh                                      an environment a library; once
     python benchmarks/scoring.py --model FOLDER                  the table; --output FILE writes it there too
     python benchmarks/scoring.py --model FOLDER ours floor       these rows alone
     python benchmarks/scoring.py --model FOLDER --scaling --data A B --limit 20000
 
-Every row runs in a process of its own, over the same tokens in batches cut alike; a first pass over the longest and the shortest batch
-is not timed. Memory is the peak of the process above what it held once the weights were loaded and used (Linux). In a library's
-environment ours is timed again: ratios never cross environments; in the table they cross no dtypes either. Errors are against our
-float32 scores, ours against float64 autograd a sample at a time; the authors' adapter has a random matrix of its own, so its scores are
+Every row runs in a process of its own, over the same tokens in batches cut alike; a first pass over the
+longest and the shortest batch is not timed. Memory is the peak of the process above what it held once the
+weights were loaded and used (Linux). In a library's environment ours is timed again: ratios never cross
+environments; in the table they cross no dtypes either. Errors are against our float32 scores, ours against
+float64 autograd a sample at a time; the authors' adapter has a random matrix of its own, so its scores are
 compared with ours of that matrix. The floor has a ratio below 1: the share of our time that it takes.
 
-The floor: operations that the scope can't do without (every linear layer forward, over tokens without padding, what all samples begin with
-counted once; those behind the value projection of the last block once more, backward; two products with the head over response tokens;
-no attention, norms or softmax), each at the speed that a plain matrix product of its shape reaches in the same run.
+The floor: operations that the scope can't do without (every linear layer forward, over tokens without
+padding, what all samples begin with counted once; those behind the value projection of the last block once
+more, backward; two products with the head over response tokens; no attention, norms or softmax), each at the
+speed that a plain matrix product of its shape reaches in the same run.
 """
 
 from __future__ import annotations
@@ -118,7 +120,7 @@ class Children:
 
 
 def make_pool(data: list[str], model: str, max_length: int, rows: int, path: Path) -> dict:
-    """Rows taken in turn from each file, shuffled, from its start again where it ends; as a pool in a file."""
+    """Rows in turn from each file, shuffled, from its start again where it ends; as a pool in a file."""
     from staff.data import rows as formats
     from staff.data.tokens import tokenise
     from staff.models.load import load_tokenizer, resolve
@@ -196,9 +198,8 @@ def table(rows: list[dict]) -> list[str]:
     for row in rows:
         label = ROWS[row["row"]].label if row["row"] in ROWS else "5. the floor"
         if "failed" in row:
-            lines.append(
-                f"| {label} | {row['library'] or 'own'} | {row['dtype']} | can't: {row['failed'].replace('|', '/')[:150]} | | | | | |"
-            )
+            why = row["failed"].replace("|", "/")[:150]
+            lines.append(f"| {label} | {row['library'] or 'own'} | {row['dtype']} | can't: {why} | | | | | |")
             continue
         shown = [f"{row['seconds']:.1f}", f"{row['tokens_per_second']:,.0f}"]
         formats = {"ratio": "{:.2f}", "peak_bytes": "{:.2f}", "largest_error": "{:.1e}", "spearman": "{:.5f}"}
@@ -217,7 +218,8 @@ def targets(rows: list[dict], memory: list[dict]) -> list[str]:
             return f"- {what}: {'at least' if least else 'less than'} {wanted:g}{unit} wanted; not measured"
         reached = value >= wanted if least else value < wanted
         word = "reached" if reached else "MISSED"
-        return f"- {what}: {value:.5g}{unit}; {'at least' if least else 'less than'} {wanted:g}{unit} wanted: {word}"
+        bound = "at least" if least else "less than"
+        return f"- {what}: {value:.5g}{unit}; {bound} {wanted:g}{unit} wanted: {word}"
 
     def value(name, what):
         return by_name.get(name, {}).get(what)
@@ -342,7 +344,8 @@ def main() -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
     ).stdout.strip()
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, load before the start {os.getloadavg()[0]:.1f}"
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, "
+    machine += f"load before the start {os.getloadavg()[0]:.1f}"
     kind = "scaling" if arguments.scaling else "scoring"
     with tempfile.TemporaryDirectory() as folder:
         children = Children(Path(folder), arguments)
@@ -369,7 +372,8 @@ def main() -> None:
                 for scope, dtype in pairs
             ]
             body = [*table(rows), "", *targets(rows, memory)]
-    about = f"Commit {commit}; {machine}; {Path(arguments.model).name}, batches of {arguments.batch_tokens:,} tokens, "
+    about = f"Commit {commit}; {machine}; {Path(arguments.model).name}, "
+    about += f"batches of {arguments.batch_tokens:,} tokens, "
     about += f"samples of {arguments.max_length:,} at most"
     about += (
         f"; {size['rows']:,} rows, {size['tokens']:,} tokens, {size['response_tokens']:,} of them responses."
@@ -389,9 +393,8 @@ def main() -> None:
     }
     out.write_text(json.dumps(settings | {"rows": rows, "memory": memory}, indent=1) + "\n")
     if arguments.output:
-        arguments.output.write_text(
-            f"# How fast samples are {'scored' if kind == 'scoring' else 'scored, against their number'}\n\n{text}\n"
-        )
+        against = ", against their number" * (kind == "scaling")
+        arguments.output.write_text(f"# How fast samples are scored{against}\n\n{text}\n")
 
 
 if __name__ == "__main__":

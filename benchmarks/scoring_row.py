@@ -1,4 +1,4 @@
-"""One row of benchmarks/scoring.py, run by it in a process of its own: python benchmarks/scoring_row.py CASE FOLDER
+"""One row of benchmarks/scoring.py, in a process of its own: python benchmarks/scoring_row.py CASE FOLDER
 
 CASE is JSON; FOLDER holds the pool and takes what is found: answer.json, and scores as NAME.npy.
 """
@@ -52,7 +52,7 @@ def load_pool(path: Path) -> Pool:
 
 
 def run_rival(case: dict, folder: Path) -> dict:
-    """Time one way to score the pool; its scores, and ours where it measures something else, go into files."""
+    """Time one way to score the pool; its scores, and ours where it takes others, go into files."""
     pool = load_pool(folder / "pool.npz")
     model, before = load(case["model"], case["dtype"])
     score = getattr(rivals, case["function"])(model, pool, case["batch_tokens"], **case["options"])
@@ -91,7 +91,7 @@ def run_oracle(case: dict, folder: Path) -> dict:
 
 
 def run_memory(case: dict, folder: Path) -> dict:
-    """The peak while one sample of LONG tokens is scored, all but its first token a response: the most there can be."""
+    """The peak while one sample of LONG tokens is scored, all but its first a response: the most there is."""
     ids = np.resize(load_pool(folder / "pool.npz").input_ids, LONG)
     pool = Pool(ids, np.arange(LONG) > 0, np.array([0, LONG]))
     model, before = load(case["model"], case["dtype"])

@@ -1,10 +1,11 @@
 """Does a selection take what was predicted? python experiments/cost/run.py > experiments/cost/RESULTS.md
 
 1. `staff plan` on three tasks, then the work itself, stage by stage.
-2. The sum (2 T f + 1) r + v for three pairs of models, beside what their runs took: by counted operations and by the clock.
+2. The sum (2 T f + 1) r + v for three pairs of models, beside what their runs took: operations and seconds.
 3. What the sum says of the pairs of the paper.
 
-Needs ${STAFF_DATA}, ${STAFF_MODELS} (DATA.md) and `python experiments/prepare.py`; take it on a machine that does nothing else.
+Needs ${STAFF_DATA}, ${STAFF_MODELS} (DATA.md) and `python experiments/prepare.py`; take it on a machine that
+does nothing else.
 """
 
 import os
@@ -102,7 +103,8 @@ def planned(task: str) -> list[str]:
         for parts in (expected, {s: stages[s]["seconds"] for s in expected})
     ]
     lines.append(
-        f"| {task} | **choosing with staff, in all** | {sums[0]:.1f} | {sums[1]:.1f} | {sums[0] / sums[1] - 1:+.0%} |"
+        f"| {task} | **choosing with staff, in all** "
+        f"| {sums[0]:.1f} | {sums[1]:.1f} | {sums[0] / sums[1] - 1:+.0%} |"
     )
     return lines
 
@@ -134,7 +136,8 @@ def of_the_paper(draft: str, target: str) -> str:
     r, v = token(draft) / token(target), PAPER_VERIFIED / PAPER_POOL
     tuned, raw = plan.staff_passes(3, 1, r, v), plan.staff_passes(0, 1, r, v)
     cheaper = "direct" if tuned > 1 else "the draft"
-    return f"| {draft} for {target} | {r:.2f} | {tuned:.2f} | {raw:.2f} | {cheaper} | {plan.break_even(3, 1, v):.2f} |"
+    limit = plan.break_even(3, 1, v)
+    return f"| {draft} for {target} | {r:.2f} | {tuned:.2f} | {raw:.2f} | {cheaper} | {limit:.2f} |"
 
 
 def main() -> None:
@@ -146,19 +149,23 @@ def main() -> None:
         for line in planned(task):
             say(line)
     say(
-        "\n## The sum against the work\n\n`medquad`, T = 1, f = 1; the cost of STAFF in passes of the target (U).\n"
+        "\n## The sum against the work\n\n"
+        "`medquad`, T = 1, f = 1; the cost of STAFF in passes of the target (U).\n"
     )
     say(
-        "| pair | r by operations | v | the sum | operations counted | r by the clock | the sum with it | seconds taken |"
+        "| pair | r by operations | v | the sum | operations counted "
+        "| r by the clock | the sum with it | seconds taken |"
     )
     say("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for pair in PAIRS:
         say(summed(*pair))
     say(
-        f"\n## What the sum says of the paper's pairs\n\nf = 1, v = {PAPER_VERIFIED} of {PAPER_POOL:,} samples; the target itself: 1.\n"
+        "\n## What the sum says of the paper's pairs\n\n"
+        f"f = 1, v = {PAPER_VERIFIED} of {PAPER_POOL:,} samples; the target itself: 1.\n"
     )
     say(
-        "| pair | r | T = 3 | T = 0 | cheaper at T = 3 | the draft pays below r |\n| --- | ---: | ---: | ---: | --- | ---: |"
+        "| pair | r | T = 3 | T = 0 | cheaper at T = 3 | the draft pays below r |\n"
+        "| --- | ---: | ---: | ---: | --- | ---: |"
     )
     for pair in PAPER_PAIRS:
         say(of_the_paper(*pair))

@@ -1,9 +1,9 @@
 """How little fine-tuning does a draft need? python experiments/fidelity/run.py [results.csv [TASK ...]]
 
-Drafts fine-tuned for T epochs on a share f of the pool, against the raw and the fine-tuned target: rank correlation of efforts (also with
-response length taken out), agreement of regions, overlap of coresets. A row a draft, seed, T, f and scope is added to the file as it
-comes, and what is there is not done again; with tasks named, only those. Needs ${STAFF_DATA}, ${STAFF_MODELS} (DATA.md) and
-`python experiments/prepare.py`.
+Drafts fine-tuned for T epochs on a share f of the pool, against the raw and the fine-tuned target: rank
+correlation of efforts (also with response length taken out), agreement of regions, overlap of coresets. A row
+a draft, seed, T, f and scope is added to the file as it comes, and what is there is not done again; with
+tasks named, only those. Needs ${STAFF_DATA}, ${STAFF_MODELS} (DATA.md) and `python experiments/prepare.py`.
 """
 
 import csv
@@ -44,8 +44,10 @@ SEEDS = (1, 2, 3)
 PRUNING_RATE = 0.8
 REGIONS, VERIFIED = 25, 4
 COLUMNS = (
-    "task", "draft", "seed", "epochs", "share", "learning_rate", "scope", "spearman_raw", "partial_raw", "regions_raw", "overlap_raw",
-    "spearman_tuned", "partial_tuned", "regions_tuned", "overlap_tuned", "length", "passes", "tune_seconds", "score_seconds", "loss",
+    "task", "draft", "seed", "epochs", "share", "learning_rate", "scope",
+    "spearman_raw", "partial_raw", "regions_raw", "overlap_raw",
+    "spearman_tuned", "partial_tuned", "regions_tuned", "overlap_tuned",
+    "length", "passes", "tune_seconds", "score_seconds", "loss",
 )  # fmt: skip
 
 
@@ -76,7 +78,7 @@ def partial_correlation(x, y, given) -> float:
 
 
 def choose(speculative, target, seed: int):
-    """STAFF's coreset, verified on a target; with the target's own scores as speculation it is that of `direct`."""
+    """STAFF's coreset, verified on a target; with the target's own scores speculative, that of `direct`."""
     budget = round((1 - PRUNING_RATE) * len(target))
     options = {"num_regions": REGIONS, "verification_budget": VERIFIED}
     rng, n = np.random.default_rng(seed), len(target)

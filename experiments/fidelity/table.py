@@ -1,4 +1,4 @@
-"""The fidelity study as tables and a picture: python experiments/fidelity/table.py > experiments/fidelity/RESULTS.md"""
+"""The fidelity study, tables and a picture: python experiments/fidelity/table.py > RESULTS.md"""
 
 import csv
 import math
@@ -19,8 +19,10 @@ SHOWN = (
 )
 ABOUT = """# How little fine-tuning does a draft need?
 
-600 rows of each task, target `base`; means over seeds, ± half of what lies between the lowest and the highest.
-`regions`: adjusted Rand index of the regions; `coreset`: share of the coreset (p = 80 %) that STAFF's with this draft
+600 rows of each task, target `base`; means over seeds, ± half of what lies between the lowest and the \
+highest.
+`regions`: adjusted Rand index of the regions; `coreset`: share of the coreset (p = 80 %) that STAFF's with this \
+draft
 and the target's own have in common, 0.2 by chance; U: passes of the target, v included; s: seconds on a busy machine.
 docs/drafts.md says what it means.
 

@@ -1,8 +1,9 @@
 """Does it matter which samples share a step? python experiments/order/run.py [results.csv]
 
-Fine-tunes `base` for one epoch of 600 rows in steps of 8, the samples of a step drawn at random or of like length (sorted among 400, steps
-in random order; also with each step's loss weighted by its tokens, so that every token counts the same), and takes the mean loss on 100
-test rows, over tokens and over samples. Needs ${STAFF_MODELS} (DATA.md) and `python experiments/prepare.py`.
+Fine-tunes `base` for one epoch of 600 rows in steps of 8, the samples of a step drawn at random or of like
+length (sorted among 400, steps in random order; also with each step's loss weighted by its tokens, so that
+every token counts the same), and takes the mean loss on 100 test rows, over tokens and over samples. Needs
+${STAFF_MODELS} (DATA.md) and `python experiments/prepare.py`.
 """
 
 import csv
