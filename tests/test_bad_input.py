@@ -37,7 +37,8 @@ BAD = {
     "cut JSONL": (
         "a.jsonl",
         GOOD + b'{"prompt": "p", "resp',
-        ": row 1 (line 2) is not valid JSON (Unterminated string starting at at column 17: '\"resp'); the file seems cut off here: ~",
+        ": row 1 (line 2) is not valid JSON (Unterminated string starting at at column 17: '\"resp'); the "
+        "file seems cut off here: ~",
     ),
     "cut JSON": (
         "a.json",
@@ -47,7 +48,8 @@ BAD = {
     "JSON cut between rows": (
         "a.json",
         b"[" + GOOD,
-        ": after row 0 (line 2) there must be a comma or a closing bracket, found the end of the file; ~cut off~",
+        ": after row 0 (line 2) there must be a comma or a closing bracket, found the end of the file; ~cut "
+        "off~",
     ),
     "JSON cut after a comma": (
         "a.json",
@@ -96,7 +98,8 @@ BAD = {
     "text named Parquet": (
         "a.parquet",
         GOOD,
-        " is no Parquet file: it begins with ~, not with b'PAR1'; name it after what it is, or fetch it again",
+        " is no Parquet file: it begins with ~, not with b'PAR1'; name it after what it is, or fetch it "
+        "again",
     ),
     "text named Arrow": (
         "a.arrow",
@@ -143,7 +146,8 @@ BAD = {
     "a wrapper": (
         "a.json",
         b'{"data": [{"prompt": "p"}]}',
-        ": row 0 (line 1) looks like a wrapper: its key 'data' holds a list of rows; take it out first~jq '.data'~",
+        ": row 0 (line 1) looks like a wrapper: its key 'data' holds a list of rows; take it out first~jq "
+        "'.data'~",
     ),
     "an empty list": ("a.json", b" [ ] ", " has no rows; it should hold at least one"),
     "a list of texts": (
@@ -166,7 +170,8 @@ BAD = {
     "two objects on a line": (
         "a.jsonl",
         GOOD.strip() + GOOD,
-        ": row 0 (line 1) is not valid JSON (Extra data at column 33: ~); put each object on a line of its own~",
+        ": row 0 (line 1) is not valid JSON (Extra data at column 33: ~); put each object on a line of its "
+        "own~",
     ),
     "Python's quotes": (
         "a.jsonl",
@@ -247,12 +252,14 @@ BAD = {
     "two readings": (
         "a.jsonl",
         b'{"prompt": "p", "response": "r", "messages": []}',
-        ": row 0 (line 1) can be read as messages or prompt/response; say which with --columns, for instance messages=messages~",
+        ": row 0 (line 1) can be read as messages or prompt/response; say which with --columns, for "
+        "instance messages=messages~",
     ),
     "mixed schemas": (
         "a.jsonl",
         GOOD + chat(USER, ANSWER),
-        ": row 1 (line 2) has no 'prompt'; found 'messages' (the format, prompt/response, was found at ~: row 0; ~ don't mix)~",
+        ": row 1 (line 2) has no 'prompt'; found 'messages' (the format, prompt/response, was found at ~: "
+        "row 0; ~ don't mix)~",
     ),
     "a missing value": (
         "a.jsonl",
@@ -339,7 +346,8 @@ BAD = {
     "an unknown role": (
         "a.jsonl",
         chat(USER, {"role": "asistant", "content": "a"}),
-        ": row 0 (line 1) 'messages': turn 1 has the unknown role 'asistant' (did you mean 'assistant'?); known: ~",
+        ": row 0 (line 1) 'messages': turn 1 has the unknown role 'asistant' (did you mean 'assistant'?); "
+        "known: ~",
     ),
     "no content": (
         "a.jsonl",
@@ -502,7 +510,8 @@ def test_unusable_tools_are_named(tmp_path):
 LEFT_OUT = {
     "context": (
         {"question": "How many?", "context": "CREATE TABLE head", "answer": "SELECT 1"},
-        "to read it too: --columns prompt=question,response=answer,input=context; to leave it out: --columns ~",
+        "to read it too: --columns prompt=question,response=answer,input=context; to leave it out: "
+        "--columns ~",
     ),
     "input": (
         {"prompt": "Translate.", "input": "Good day", "response": "Guten Tag"},

@@ -1,4 +1,5 @@
-"""Several methods and rates in one run: what they share is done once, and every method of the table runs through."""
+"""Several methods and rates in one run: what they share is done once, and every method of the table runs
+through."""
 
 import csv
 

@@ -1,4 +1,5 @@
-"""What a run leaves for others: the coreset in every format, scores of all rows, files for other trainers, remarks on the data."""
+"""What a run leaves for others: the coreset in every format, scores of all rows, files for other trainers,
+remarks on the data."""
 
 import gzip
 import json

@@ -1,4 +1,5 @@
-"""Snippets are run through the libraries' own loaders where they are installed, and agree with what STAFF itself reads."""
+"""Snippets are run through the libraries' own loaders where they are installed, and agree with what STAFF
+itself reads."""
 
 import importlib.util
 import json

@@ -153,7 +153,10 @@ def test_tokens_and_what_will_be_truncated_are_counted(tokenizer, tmp_path):
     assert [t for _, t in pieces] == [False, True]
     assert "</s>" in pieces[1][0]
     text = plain(rows, tokenizer=tokenizer, max_length=6)
-    assert "with at most 6 tokens: 1 rows lose the start of their prompt's text, 1 the end of their response" in text
+    assert (
+        "with at most 6 tokens: 1 rows lose the start of their prompt's text, 1 the end of their response"
+        in text
+    )
     assert "responses cut: rows 2; a larger --max-length keeps them" in text
 
 

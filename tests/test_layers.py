@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "staff"
-# a chapter (a folder) or a file at the top may import what stands in a row below its own, inside functions too
+# a chapter (a folder) or a file at the top may import what stands in a row below its own, inside functions
+# too
 ROWS = [
     ["cli"],
     ["console"],
@@ -90,7 +91,8 @@ def test_imports_run_down(module):
 
 def test_importing_staff_and_its_numbers_loads_no_torch():
     assert not loads(
-        "import staff, staff.methods, staff.config, staff.runs.store, staff.plan, staff.cli, staff.data.rows, staff.pipeline",
+        "import staff, staff.methods, staff.config, staff.runs.store, staff.plan, staff.cli, "
+        "staff.data.rows, staff.pipeline",
         "torch",
         "transformers",
     )

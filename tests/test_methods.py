@@ -202,7 +202,8 @@ def test_parts_are_those_of_a_stable_sort(scores, data):
 
 
 def test_instruction_following_difficulty_by_hand():
-    # losses with and without the prompt; IFD = exp(difference): 1: e^-1, 2: e^-2, 3: e^1 (dropped), 4: 1 (dropped), 5: e^-0.5
+    # losses with and without the prompt; IFD = exp(difference): 1: e^-1, 2: e^-2, 3: e^1 (dropped), 4: 1
+    # (dropped), 5: e^-0.5
     scores, unconditional = np.array([3.0, 1, 4, 2, 1.5]), np.array([4.0, 3, 3, 2, 2])
     for budget, expected, back in (
         (1, [4], 0),
@@ -245,7 +246,8 @@ def test_ccs_takes_as_many_from_each_stratum_as_the_released_code():
     assert len(selection.indices) == case["total_taken"]
     taken = np.bincount(selection.region_of[selection.indices], minlength=case["num_strata"])
     assert taken.tolist() == [region.selected for region in selection.regions]
-    # strata of equal size go in the order of torch.argsort there, which no one promises: which of them get one more may differ
+    # strata of equal size go in the order of torch.argsort there, which no one promises: which of them get
+    # one more may differ
     theirs = np.array(case["taken_per_stratum"])
     assert sorted(taken.tolist()) == sorted(theirs.tolist())
     assert np.abs(taken - theirs).max() <= 1
@@ -255,7 +257,8 @@ def test_ccs_by_hand():
     # five strata of width 2 over [0, 10.001]: sizes 4, 1, 1, 0, 3 (a tenth of ten is cut: position 9)
     scores = np.array([0.0, 0.5, 1.0, 1.5, 3.0, 5.0, 9.0, 9.5, 10.0, 99.0])
     selection = METHODS["ccs"].select(len(scores), scores=scores, budget=6, rng=rng(), num_strata=5)
-    # smallest first, 6 over 4: the one of each middle stratum, then 4 over 2: two of the three above, then two of the four below
+    # smallest first, 6 over 4: the one of each middle stratum, then 4 over 2: two of the three above, then
+    # two of the four below
     assert [region.size for region in selection.regions] == [4, 1, 1, 0, 3]
     assert [region.selected for region in selection.regions] == [2, 1, 1, 0, 2]
     assert {4, 5} <= set(selection.indices.tolist())
@@ -344,7 +347,8 @@ def test_d2_walks_as_an_argmax_over_all_would(reverse_message):
 
 
 def test_d2_by_hand():
-    # a pair at one place, scores 4 and 3, and a loner with 2: densities 7, 7 and 2 (the loner's neighbour is 100 away)
+    # a pair at one place, scores 4 and 3, and a loner with 2: densities 7, 7 and 2 (the loner's neighbour is
+    # 100 away)
     features = np.array([[0.0], [0.0], [100.0]])
     arguments = {
         "features": features,
@@ -449,7 +453,8 @@ def test_kcenter_picks_as_the_plain_walk_does(few, monkeypatch):
 
 
 def test_kcenter_by_hand():
-    # five points on a line; whatever is drawn first, three picks end with one of {0, 1}, one of {9, 10} and the 5
+    # five points on a line; whatever is drawn first, three picks end with one of {0, 1}, one of {9, 10} and
+    # the 5
     features = np.array([[0.0], [1], [5], [9], [10]])
     for seed in range(8):
         chosen = METHODS["kcenter"].select(5, budget=3, rng=rng(seed), features=features).indices.tolist()
@@ -516,7 +521,8 @@ def test_facility_location_picks_as_the_plain_greedy_does(k):
 
 
 def test_facility_location_by_hand():
-    # two heaps on a line, of three and of two; the middle of the larger one is near to most, then one of the smaller
+    # two heaps on a line, of three and of two; the middle of the larger one is near to most, then one of the
+    # smaller
     features = np.array([[0.0], [1], [2], [50], [51]])
     selection = METHODS["facility_location"].select(
         5, budget=2, rng=rng(), features=features, neighbours=nearest(features, 2)

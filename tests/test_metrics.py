@@ -10,7 +10,8 @@ from staff.comparison.metrics import UnicodeTokenizer, bleu_tokenizer, distinct,
 
 def test_rouge_is_f1_over_shared_words_in_any_and_in_the_same_order():
     each, overall, how = judge_answers(["the cat sat on the mat"], ["the cat is on the mat"])
-    # shared words: the cat on the mat, 5 of 6 and 6; pairs: the-cat, on-the, the-mat, 3 of 5 and 5; longest common subsequence 5
+    # shared words: the cat on the mat, 5 of 6 and 6; pairs: the-cat, on-the, the-mat, 3 of 5 and 5; longest
+    # common subsequence 5
     assert each["rouge1"][0] == pytest.approx(100 * 5 / 6)
     assert each["rouge2"][0] == pytest.approx(100 * 3 / 5)
     assert each["rougeL"][0] == pytest.approx(100 * 5 / 6)

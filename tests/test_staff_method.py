@@ -82,7 +82,8 @@ def test_ten_samples_by_hand():
     # no cut; two regions over [0, 8]: {0..5} with scores 0..4, {6..9} with scores 5..8
     draft = np.array([0.0, 1, 1, 2, 3, 4, 5, 6, 7, 8])
     # b_v = 4: region 0 (six samples) is verified; region 1 has only four, so it is not and gets an even share
-    # smallest first: region 1: floor(6 / 2) = 3, region 0: min(6, 3 * V / V) = 3; highest first: {9, 8, 7} and {5, 4, 3}
+    # smallest first: region 1: floor(6 / 2) = 3, region 0: min(6, 3 * V / V) = 3; highest first: {9, 8, 7}
+    # and {5, 4, 3}
     target = Target(draft * 3)
     selection = staff(
         len(draft),
@@ -120,7 +121,8 @@ def test_ten_samples_by_hand():
 
 
 def test_what_the_target_finds_harder_gets_the_larger_share():
-    # two regions of five, all verified but one each; V = 1 below, 4 above; the lower one goes first: floor(5 * 1 / 5) = 1, then 4
+    # two regions of five, all verified but one each; V = 1 below, 4 above; the lower one goes first: floor(5
+    # * 1 / 5) = 1, then 4
     draft = np.array([1.0, 1, 1, 1, 1, 2, 2, 2, 2, 2])
     target = Target([1.0] * 5 + [8.0] * 5)
     selection = staff(

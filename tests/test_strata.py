@@ -50,7 +50,8 @@ def test_no_scores_make_empty_regions():
 
 def test_released_rule_shares_by_the_ratios_still_to_come():
     # m = 6. region 2 (size 1): 6 * 1 / 8 = 0.75 -> 0, 6 left
-    # region 0 (size 2): 6 * 2 / 7 = 1.71 -> 1, 5 left; region 3 (size 3): 5 * 4 / 5 = 4 -> 3 (all), 2 left; region 1: 2 * 1 / 1 = 2
+    # region 0 (size 2): 6 * 2 / 7 = 1.71 -> 1, 5 left; region 3 (size 3): 5 * 4 / 5 = 4 -> 3 (all), 2 left;
+    # region 1: 2 * 1 / 1 = 2
     assert allocate(RATIOS, SIZES, 6, "released").tolist() == [1, 2, 0, 3]
 
 
@@ -61,14 +62,16 @@ def test_papers_rule_shares_by_the_regions_left_and_never_overspends():
 
 
 def test_papers_rule_is_not_scale_free_and_leaves_budget_over():
-    # V = 0.5 everywhere, m = 6: 6 * 0.5 / 4 = 0.75 -> 0; 6 * 0.5 / 3 = 1; 5 * 0.5 / 2 = 1.25 -> 1; 4 * 0.5 / 1 = 2: four of six
+    # V = 0.5 everywhere, m = 6: 6 * 0.5 / 4 = 0.75 -> 0; 6 * 0.5 / 3 = 1; 5 * 0.5 / 2 = 1.25 -> 1; 4 * 0.5 /
+    # 1 = 2: four of six
     assert allocate([0.5] * 4, SIZES, 6, "paper").tolist() == [1, 2, 0, 1]
     # the released rule does not care: 6 / 4 -> 1, 5 / 3 -> 1, 4 / 2 -> 2, 2
     assert allocate([0.5] * 4, SIZES, 6, "released").tolist() == [1, 2, 1, 2]
 
 
 def test_a_region_without_a_ratio_gets_an_even_share():
-    # region 2: floor(6 / 4) = 1 whatever V is elsewhere; region 0: floor(5 / 3) = 1; region 3: 4 * 4 / 5 = 3.2 -> 3; region 1: 1 * 1 / 1
+    # region 2: floor(6 / 4) = 1 whatever V is elsewhere; region 0: floor(5 / 3) = 1; region 3: 4 * 4 / 5 =
+    # 3.2 -> 3; region 1: 1 * 1 / 1
     for rule in ("released", "paper"):
         assert allocate([np.nan, 1.0, np.nan, 4.0], SIZES, 6, rule).tolist() == [1, 1, 1, 3]
 

@@ -1,4 +1,5 @@
-"""Coverage-centric coreset selection: an even share of every stratum (Zheng et al. 2023, arXiv 2210.15809)."""
+"""Coverage-centric coreset selection: an even share of every stratum (Zheng et al. 2023, arXiv
+2210.15809)."""
 
 from __future__ import annotations
 

@@ -45,7 +45,8 @@ def load_adapter(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
 
 @contextlib.contextmanager
 def joined_products(model: nn.Module) -> Iterator[None]:
-    """Within the block, each plain LoRA layer runs as one step of the graph (see `_Product`); every other stays as it is."""
+    """Within the block, each plain LoRA layer runs as one step of the graph (see `_Product`); every other
+    stays as it is."""
     from peft.tuners.lora import Linear
 
     joined = [m for m in model.modules() if type(m) is Linear and _is_plain(m)]
@@ -88,10 +89,11 @@ def _forward(self, x: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """W x + bias + scale * B A x, in the type of W. The gradients of A and B come from x and A x, which alone are kept.
+    """W x + bias + scale * B A x, in the type of W. The gradients of A and B come from x and A x, which alone
+    are kept.
 
-    As separate steps the adapter costs two more products and four walks over (tokens, O) that only add, scale or convert;
-    here each product adds to what is there. Axes: T tokens, I in, O out, R rank.
+    As separate steps the adapter costs two more products and four walks over (tokens, O) that only add, scale
+    or convert; here each product adds to what is there. Axes: T tokens, I in, O out, R rank.
     """
 
     @staticmethod

@@ -13,7 +13,8 @@ CHOICES = ("even", "first", "last", "ends")
 def chosen_blocks(total: int, keep: int, which: str) -> list[int]:
     """Which blocks a self-made draft keeps.
 
-    even: spread from the first to the last, both kept. first, last: as they say. ends: half from either end, the
+    even: spread from the first to the last, both kept. first, last: as they say. ends: half from either end,
+        the
     odd one from the front.
 
     Raises:
@@ -47,7 +48,8 @@ def cut(model: nn.Module, keep: int, which: str = "first") -> nn.Module:
     blocks = anatomy.blocks(model)
     if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
         raise ValueError(
-            f"--draft self:{keep}: {type(model).__name__} shares keys and values between its blocks, so none can be left out"
+            f"--draft self:{keep}: {type(model).__name__} shares keys and values between its blocks, so "
+            f"none can be left out"
         )
     chosen = chosen_blocks(len(blocks), keep, which)
     kept = [blocks[i] for i in chosen]

@@ -1,4 +1,5 @@
-"""Find and identify a model's files: a hub id, a folder, a LoRA adapter with its base, or a .gguf file. No torch."""
+"""Find and identify a model's files: a hub id, a folder, a LoRA adapter with its base, or a .gguf file. No
+torch."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ TOKENIZER = (
 )
 DESCRIBES = ("config.json", "generation_config.json", *TOKENIZER)
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-# what a config.json calls its quantisation -> the package that transformers needs to load it, for the common ones
+# what a config.json calls its quantisation -> the package that transformers needs to load it, for the common
+# ones
 QUANTISERS = {
     "bitsandbytes": "bitsandbytes",
     "gptq": "gptqmodel",
@@ -98,7 +100,8 @@ def _tokenizer_bytes(source: Source, chat_template: str | None) -> Iterable[tupl
 
 
 def tokenizer_fingerprint(source: Source, chat_template: str | None = None) -> str:
-    """What a pool of tokens depends on of a model: its tokenizer's own files, and the chat template given in their place."""
+    """What a pool of tokens depends on of a model: its tokenizer's own files, and the chat template given in
+    their place."""
     digest = hashlib.sha256()
     for name, content in _tokenizer_bytes(source, chat_template):
         digest.update(f"{name} {len(content)} ".encode() + content)
@@ -155,7 +158,8 @@ def _in_folder(name: str, folder: Path, flag: str) -> Source:
         raise ValueError(f"{flag} {name}: the folder has no config.json; name the folder that holds it")
     if not has_weights:
         raise ValueError(
-            f"{flag} {name}: the folder has no .safetensors weights; convert the model (pickled weights are not read)"
+            f"{flag} {name}: the folder has no .safetensors weights; convert the model (pickled weights are "
+            f"not read)"
         )
     return Source(name, folder)
 
@@ -177,7 +181,8 @@ def _with_base(name: str, folder: Path, flag: str) -> Source:
     base = config.get("base_model_name_or_path")
     if not base:
         raise ValueError(
-            f"{flag} {name}: its adapter_config.json names no base model; write it there as base_model_name_or_path"
+            f"{flag} {name}: its adapter_config.json names no base model; write it there as "
+            f"base_model_name_or_path"
         )
     beside = folder / base
     try:
@@ -186,7 +191,8 @@ def _with_base(name: str, folder: Path, flag: str) -> Source:
         raise ValueError(f"{flag} {name}: {error}") from None
     if found.adapter:
         raise ValueError(
-            f"{flag} {name}: its base model, {base}, is an adapter itself; merge that one into its own base first"
+            f"{flag} {name}: its base model, {base}, is an adapter itself; merge that one into its own base "
+            f"first"
         )
     return Source(name, found.folder, found.gguf, folder)
 
@@ -200,7 +206,8 @@ def fetch(name: str, flag: str, patterns: tuple[str, ...] = (*WEIGHTS, *DESCRIBE
     except Exception as error:  # the hub's client raises its own, requests' and httpx's errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{flag} {name}: no such folder here, and the hub did not give it ({type(error).__name__}: {reason[:200]})"
+            f"{flag} {name}: no such folder here, and the hub did not give it ({type(error).__name__}: "
+            f"{reason[:200]})"
         ) from None
 
 

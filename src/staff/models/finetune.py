@@ -26,10 +26,11 @@ GIVEN = ("input_ids", "position_ids", "attention_mask")  # to the model, of what
 
 
 def sample_order(samples: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of the samples in one epoch, at random; (samples,) int64 places, a step's worth after the other.
+    """The order of the samples in one epoch, at random; (samples,) int64 places, a step's worth after the
+    other.
 
-    A pure function of its arguments, so that a resumed epoch goes on with the very steps it was on. Lengths do not enter:
-    steps of like length would be quicker to run and learn less (docs/speed.md).
+    A pure function of its arguments, so that a resumed epoch goes on with the very steps it was on. Lengths
+    do not enter: steps of like length would be quicker to run and learn less (docs/speed.md).
     """
     return np.random.default_rng([seed, epoch]).permutation(samples)
 
@@ -69,7 +70,8 @@ class _ResponseTrainer(Trainer):
         self._head, self._order = head, order
         self.loss_is_scaled_for_ga = False
         self._decoder_output: list[torch.Tensor] = []
-        # what comes out of the blocks is picked up inside the model's own forward, so that wrappers for several GPUs work
+        # what comes out of the blocks is picked up inside the model's own forward, so that wrappers for
+        # several GPUs work
         assert isinstance(self.model, torch.nn.Module)
         anatomy.decoder(self.model).register_forward_hook(self._keep_output)
 
@@ -83,7 +85,8 @@ class _ResponseTrainer(Trainer):
         """The mean over the step's response tokens."""
         self._decoder_output.clear()
         given = {name: inputs[name] for name in GIVEN if name in inputs}
-        # the head runs over one position, for form's sake; by index, since a slice would copy its weight for every sample
+        # the head runs over one position, for form's sake; by index, since a slice would copy its weight for
+        # every sample
         first = torch.zeros(1, dtype=torch.int64, device=given["input_ids"].device)
         with attention.short_samples(inputs["lengths"]):
             outputs = model(**given, logits_to_keep=first, use_cache=False)
@@ -93,7 +96,8 @@ class _ResponseTrainer(Trainer):
 
 
 class _Watch(TrainerCallback):
-    """Tells the progress, saves by the clock, and keeps the adapter as it is at even steps through the run."""
+    """Tells the progress, saves by the clock, and keeps the adapter as it is at even steps through the
+    run."""
 
     def __init__(
         self,
@@ -118,7 +122,8 @@ class _Watch(TrainerCallback):
         self._saved = time.monotonic()
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         seal(checkpoint, sorted(path.name for path in checkpoint.iterdir()))
-        # by step: the Trainer's own rotation goes by time of change, and drops the newest where the clock went back
+        # by step: the Trainer's own rotation goes by time of change, and drops the newest where the clock
+        # went back
         for old in sorted(checkpoint.parent.glob("checkpoint-*"), key=_step)[:-CHECKPOINTS]:
             shutil.rmtree(old)
 
@@ -143,11 +148,11 @@ def finetune(
 ) -> torch.nn.Module:
     """Fine-tune a model with LoRA on some samples of a pool, or finish a fine-tuning that was cut off.
 
-    Cosine learning rate after a linear warm-up, AdamW, no weight decay, no dropout; the loss is the mean over a
-    step's response tokens, whose samples are drawn at random; they go through the model behind one another, without
-    padding, where it can tell them apart so (`attention.can_pack`). Checkpoints lie in output/checkpoints while it runs;
-    when it ends, adapter_config.json and adapter_model.safetensors are there, and a seal with their checksums
-    (`store.sealed`).
+    Cosine learning rate after a linear warm-up, AdamW, no weight decay, no dropout; the loss is the mean over
+    a step's response tokens, whose samples are drawn at random; they go through the model behind one another,
+    without padding, where it can tell them apart so (`attention.can_pack`). Checkpoints lie in
+    output/checkpoints while it runs; when it ends, adapter_config.json and adapter_model.safetensors are
+    there, and a seal with their checksums (`store.sealed`).
 
     Args:
         model: as loaded, without an adapter; it is changed.
@@ -214,7 +219,8 @@ def finetune(
         if not is_out_of_memory(error):
             raise
         raise ValueError(
-            f"out of memory while fine-tuning with --batch-size {batch_size}: lower it, or --max-length, and add --update"
+            f"out of memory while fine-tuning with --batch-size {batch_size}: lower it, or --max-length, "
+            f"and add --update"
         ) from error
     aside = output / ".adapter"
     model.save_pretrained(aside)
@@ -241,9 +247,9 @@ def step_of(pool: Pool, places: Sequence[int], packs: bool) -> dict:
         packs: the samples one behind the other in a single row, not padded (`attention.packed`).
 
     Returns:
-        what the model is given (those of GIVEN that it needs); lengths, of the samples where they are packed, else None;
-        and for each of R response tokens response_ids (R,), the token, row and before (R,), where in the output it is foretold,
-        and sample_of (R,), whose it is.
+        what the model is given (those of GIVEN that it needs); lengths, of the samples where they are packed,
+        else None; and for each of R response tokens response_ids (R,), the token, row and before (R,), where
+        in the output it is foretold, and sample_of (R,), whose it is.
     """
     batch = collate(pool, places)
     step = {"input_ids": batch.input_ids, "row": batch.sample_of, "before": batch.before, "lengths": None}
@@ -260,7 +266,8 @@ def step_of(pool: Pool, places: Sequence[int], packs: bool) -> dict:
 
 
 def _last_finished(checkpoints: Path) -> str | None:
-    """The newest checkpoint whose files are all there and as they were written; unfinished and damaged ones are removed."""
+    """The newest checkpoint whose files are all there and as they were written; unfinished and damaged ones
+    are removed."""
     for path in sorted(checkpoints.glob("checkpoint-*"), key=_step, reverse=True):
         if (path / SEAL).exists() and sealed(path):
             return str(path)

@@ -1,4 +1,5 @@
-"""Load models, and say which smaller sibling could be the draft and what a token costs. No torch until one is loaded."""
+"""Load models, and say which smaller sibling could be the draft and what a token costs. No torch until one is
+loaded."""
 
 from __future__ import annotations
 
@@ -86,7 +87,8 @@ def self_blocks(draft: str | None) -> int | None:
 
 
 def suggest_drafts(target: str) -> list[str]:
-    """Hub ids of the known smaller siblings of a target's family, smallest first; empty for a family not known."""
+    """Hub ids of the known smaller siblings of a target's family, smallest first; empty for a family not
+    known."""
     name = Path(target).name.lower() if Path(target).exists() else target.lower()
     model_type, size = None, None
     config = Path(target) / "config.json"
@@ -189,10 +191,12 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False):
 
 
 def check(source: Source, scope: str, load_in: str | None = None, trust_remote_code: bool = False) -> None:
-    """Can the model be loaded so, and has it the scope? Reads configurations, no weights: seconds, even for a large model.
+    """Can the model be loaded so, and has it the scope? Reads configurations, no weights: seconds, even for a
+    large model.
 
     Raises:
-        ValueError: a library that is missing, or a scope that can't be had; before anything is loaded or trained.
+        ValueError: a library that is missing, or a scope that can't be had; before anything is loaded or
+            trained.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -228,18 +232,20 @@ def load_model(
     """The model, in eval mode, its parameters frozen.
 
     Args:
-        load_in: "8bit" (LLM.int8) or "4bit" (NF4), by bitsandbytes as it loads; `dtype` is then what it computes in.
-            LLM.int8 looks for outliers over a batch, so an 8-bit score depends a little on its batch.
-        merge: fold a LoRA adapter into the base, in `dtype`: a plain model, cut, tuned and scored like any other. A
-            quantised base keeps it apart, since folding would quantise its matrices too. False: keep it apart, as a
-            PEFT model, to be scored in scope "lora".
+        load_in: "8bit" (LLM.int8) or "4bit" (NF4), by bitsandbytes as it loads; `dtype` is then what it
+            computes in. LLM.int8 looks for outliers over a batch, so an 8-bit score depends a little on its
+            batch.
+        merge: fold a LoRA adapter into the base, in `dtype`: a plain model, cut, tuned and scored like any
+            other. A quantised base keeps it apart, since folding would quantise its matrices too. False: keep
+            it apart, as a PEFT model, to be scored in scope "lora".
 
     Raises:
         ValueError: it can't be loaded; the reason in one line.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig
 
-    # a CPU kernel is kept for each shape of batch, 1024 of them by default: over a large pool that is a gigabyte
+    # a CPU kernel is kept for each shape of batch, 1024 of them by default: over a large pool that is a
+    # gigabyte
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     is_quantised = bool(check_quantised(source, load_in) or load_in)
     extra: dict[str, Any] = {"use_safetensors": True}
@@ -304,7 +310,8 @@ def _check_gguf() -> None:
 
 
 def unpack_gguf(source: Source, folder: Path, dtype: torch.dtype) -> Source:
-    """Turn a .gguf file into a folder of safetensors once: its reader takes many seconds each time, even for a small model.
+    """Turn a .gguf file into a folder of safetensors once: its reader takes many seconds each time, even for
+    a small model.
 
     Args:
         folder: where it goes; taken as it is where it is finished, its checksums hold and nothing is missing.
@@ -344,7 +351,8 @@ class Size:
     head: int
 
     def scoring_flops(self, tokens: int, response_tokens: int, scope: str = "last-value") -> float:
-        """Of one pass: forward everywhere, and back again through the head and the blocks that the scope lies in."""
+        """Of one pass: forward everywhere, and back again through the head and the blocks that the scope lies
+        in."""
         back = self.below + self.last if scope in ("linear", "lora") else self.last
         return 2 * (tokens * (self.below + self.last + back) + response_tokens * 2 * self.head)
 

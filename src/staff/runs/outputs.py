@@ -195,7 +195,7 @@ def remarks(facts: Mapping[str, Any], max_length: int) -> list[str]:
         "truncated": f"prompts lost the start of their text: {longer}",
         "cut_responses": f"responses lost their end: {longer}",
         "stripped": "answers have reasoning that the chat template leaves away: it is not learnt",
-        "spelled": "rows hold text that spells control tokens of the model; it is read as such, as trainers do",
+        "spelled": "rows hold text that spells control tokens of the model; it is read so, as trainers do",
     }
     for name, sentence in sentences.items():
         if facts.get(name):
