@@ -21,10 +21,12 @@ ABOUT = """# How little fine-tuning does a draft need?
 
 600 rows of each task, target `base`; means over seeds, ± half of what lies between the lowest and the \
 highest.
-`regions`: adjusted Rand index of the regions; `coreset`: share of the coreset (p = 80 %) that STAFF's with
-this \\ draft
-and the target's own have in common, 0.2 by chance; U: passes of the target, v included; s: seconds on a busy
-machine. docs/drafts.md says what it means.
+`regions`: adjusted Rand index of the regions; `coreset`: share of the coreset (p = 80 %) that \
+STAFF's with this \
+draft
+and the target's own have in common, 0.2 by chance; U: passes of the target, v included; s: seconds \
+on a busy machine.
+docs/drafts.md says what it means.
 
 ![rank correlation with the raw target against cost](fidelity.png)"""
 NAMES = (
