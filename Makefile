@@ -1,9 +1,14 @@
 # make demo: from a file of examples to a coreset, with a real language model, in a few minutes on 2 CPU cores
 # make test: everything that is checked
-# make soak: kills, full disks and damaged input many times over: half an hour
+# make soak: kills, full disks, damaged input and every layout, many times over; one part alone: PART=ends, input or layouts
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_MODEL := examples/SmolLM2-135M-Instruct.gguf
+
+PART := ends input layouts
+SOAK_ends := tests/test_ends.py
+SOAK_input := tests/test_bad_input.py
+SOAK_layouts := tests/test_gradnorm.py tests/test_finetune.py tests/test_prefix.py tests/test_draft.py
 
 .PHONY: demo test soak clean
 
@@ -14,10 +19,10 @@ test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 soak: .venv/ready
-	STAFF_SOAK=1 $(BIN)/python -m pytest tests/test_ends.py tests/test_bad_input.py
+	STAFF_SOAK=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(foreach part,$(PART),$(SOAK_$(part)))
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

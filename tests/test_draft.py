@@ -7,7 +7,7 @@ from staff.models import anatomy
 from staff.models import drafts as draft
 from staff.models import load as models
 from staff.scoring.scorer import Scorer
-from tiny import LAYOUTS, make_model, make_pool
+from tiny import CHECKED, make_model, make_pool
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_more_blocks_than_there_are_is_an_error():
 
 
 @pytest.mark.parametrize(
-    "layout", [layout for layout in LAYOUTS if layout != "gemma3n-shared"]
+    "layout", [layout for layout in CHECKED if layout != "gemma3n-shared"]
 )  # blocks that share can't be cut apart
 def test_a_cut_model_computes_as_one_with_only_those_blocks(layout):
     whole, pool = make_model(layout), make_pool()

@@ -63,7 +63,7 @@ def again(whole, family):
             is None
         )
         assert results(output) == results(folder / "x")
-        left = [path for path in output.rglob(".*") if path.is_file()]
+        left = [path for path in output.rglob(".*") if path.is_file() and path.name != files.MARK]
         assert not left, "half-written files were left"
 
     return finish_it
@@ -96,7 +96,7 @@ def flip(path):
 # ---- killed ----
 
 
-@pytest.mark.parametrize("round", range(20 if SOAK else 3))
+@pytest.mark.parametrize("round", range(20 if SOAK else 1))
 def test_a_run_killed_at_a_random_moment_of_any_stage_ends_with_the_same_bytes(
     round, whole, again, family, tmp_path
 ):
@@ -128,7 +128,7 @@ def test_the_lock_of_a_killed_run_holds_nobody_up_and_a_living_one_names_its_pro
     assert f"is in use by process {process.pid}: wait for it, stop it" in said
     process.kill()
     process.join()
-    assert (tmp_path / "x" / "work" / "lock").read_text() == f"process {process.pid}\n"
+    assert (tmp_path / "x" / "work" / "holder.txt").read_text() == f"process {process.pid}\n"
     again(tmp_path / "x")
 
 
@@ -149,7 +149,7 @@ def test_a_fine_tuning_of_ones_own_is_finished_after_a_kill_and_known_by_checksu
         pass
 
     def kill(stage, done, total):
-        if stage == "fine-tune" and done == 3:
+        if stage == "fine-tune the model" and done == 3:
             raise Killed
 
     killed = config_of(FinetuneConfig, output=str(tmp_path / "b"), **settings)
@@ -495,27 +495,21 @@ def test_a_file_that_changes_while_it_is_read_is_named_and_nothing_made_of_it_is
 # ---- out of memory ----
 
 
-class Short(score.Scorer):
-    """A scorer on a machine whose memory holds so many padded tokens."""
-
-    holds = 200
-    error: BaseException = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    def _batch(self, batch, grad_scale, start=None):
-        if batch.input_ids.numel() > self.holds:
-            raise self.error
-        return super()._batch(batch, grad_scale, start)
-
-    def measure(self, batch, measure):
-        if batch.input_ids.numel() > self.holds:
-            raise self.error
-        return super().measure(batch, measure)
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-def short(holds, error=Short.error):
+def short(holds, error=OUT_OF_MEMORY):
+    """A machine whose memory holds so many padded tokens of a batch."""
+
     def arm():
-        Short.holds, Short.error = holds, error
-        score.Scorer = Short
+        hidden = score.Scorer._hidden
+
+        def within_memory(self, batch, *rest):
+            if batch.input_ids.numel() > holds:
+                raise error
+            return hidden(self, batch, *rest)
+
+        score.Scorer._hidden = within_memory
 
     return arm
 
@@ -648,7 +642,7 @@ def test_ctrl_c_inside_a_long_step_gives_the_terminal_back_within_two_seconds(
 
             tokenising.tokenise = tokenise
         elif step == "scoring":
-            score.Scorer._batch = long
+            score.Scorer._hidden = long
         else:
             torch.save = long
 

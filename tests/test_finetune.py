@@ -18,7 +18,7 @@ from staff.models import attention
 from staff.models import finetune as training
 from staff.models.adapters import add_lora
 from staff.models.finetune import finetune, sample_order
-from tiny import LAYOUTS, make_model, make_pool
+from tiny import CHECKED, make_model, make_pool
 
 LENGTHS = tuple(np.random.default_rng(3).integers(4, 30, 44).tolist())
 
@@ -66,7 +66,7 @@ def without_dropout(model):
     return model
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", CHECKED)
 def test_samples_behind_one_another_train_as_they_do_padded(layout, tmp_path, monkeypatch):
     pool, found = make_pool(LENGTHS[:16]), []
     can_pack = attention.can_pack

@@ -1,6 +1,7 @@
 """Tiny random models of every layout, and a pool of token ids for them. Nothing is downloaded."""
 
 import copy
+import os
 
 import numpy as np
 import torch
@@ -79,6 +80,10 @@ LAYOUTS = {
     ),
     "deepseek-v3": transformers.DeepseekV3Config(**LATENT, first_k_dense_replace=1),
 }
+# structurally different: plain, capped with windows, projected embeddings, values fused head by head and as a third,
+# values of another block, experts, latent values; the others differ from one of these in a norm, a bias or a factor
+EIGHT = ("llama", "gemma2-capped", "opt", "gpt-neox", "gpt2", "gemma3n-shared", "mixtral", "deepseek-v3")
+CHECKED = tuple(LAYOUTS) if os.environ.get("STAFF_SOAK") == "1" else EIGHT  # `make soak` checks all
 EXPERT_LAYOUTS = ("mixtral", "qwen3-moe", "qwen2-moe", "gpt-oss", "deepseek-v3")
 ADAPTED_EXPERTS = ("mixtral", "qwen3-moe", "deepseek-v3")  # where PEFT puts LoRA on the experts themselves
 
