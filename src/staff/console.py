@@ -171,7 +171,9 @@ def _cost_table(cost: dict[str, Any]) -> str:
         for stage, row in cost["stages"].items()
     ]
     rows.append(("in all", cost["seconds"], None, cost.get("passes")))
-    if "direct" in cost and cost["stages"].keys() & {"score on the draft"}:
+    if "direct" in cost and any(
+        (row["kind"], row["model"]) == ("score", "draft") for row in cost["stages"].values()
+    ):
         rows.append(("without a draft (direct)", cost["direct"]["seconds"], None, cost["direct"]["passes"]))
     lines = [f"{'cost':26}{'seconds':>9}{'tokens':>12}{'passes of the target':>22}"]
     for stage, seconds, tokens, passes in rows:

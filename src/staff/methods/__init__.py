@@ -27,8 +27,7 @@ class Method:
 
     Attributes:
         function: f(n, *, budget, rng, **needed arrays, **options) -> Selection.
-        needs: argument -> what the pipeline computes for it before the call; texts are parsed here, so that a
-            typo fails when the table is made.
+        needs: argument -> what the pipeline computes for it before the call.
         verify: what the function may ask for by position while it runs; None: it asks nothing.
         paper: where it comes from.
         about: what it keeps, in a few words.
@@ -101,7 +100,7 @@ def entry(
     verify: str | None = None,
     **about: Any,
 ) -> Method:
-    """An entry of the table, its needs written as text.
+    """An entry of the table, its needs written as text and parsed here: a typo fails as the table is made.
 
     Raises:
         ValueError: a need that names no numbers.
