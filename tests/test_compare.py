@@ -37,8 +37,8 @@ methods:
   ccs-draft: {method: ccs, needs: {scores: draft/el2n}, num_strata: 4}
 pruning_rates: [0.5, 0.75]
 seeds: [1, 2]
-select:
-  {num_regions: 4, verification_budget: 2, draft_epochs: 1, learning_rate: 3e-3, batch_tokens: 512, dtype: float32}
+select: {num_regions: 4, verification_budget: 2, draft_epochs: 1, learning_rate: 3e-3, batch_tokens: 512,
+  dtype: float32}
 finetune: {epochs: 1, learning_rate: 1e-2, dtype: float32}
 evaluate: {max_new_tokens: 4, dtype: float32}
 """
@@ -88,7 +88,7 @@ def test_what_a_method_costs_is_the_designs_sum_and_its_own_part_alone(finished)
     )
     terms = run["sum"]
     row = of(rows, "staff", 0.5, 1)
-    # samples differ in length: verified tokens are not exactly their share; training spares the last block's second way back
+    # samples differ in length: verified tokens are not exactly their share; tuning spares the last block's way back
     assert float(row["select_passes"]) == pytest.approx(
         staff_passes(**{k: v for k, v in terms.items() if k != "passes"}), rel=0.25
     )

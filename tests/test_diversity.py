@@ -1,4 +1,4 @@
-"""How diverse coresets are: distances and clusters worked by hand, the same space every time, older folders."""
+"""How diverse coresets are: distances and clusters worked by hand, a space always the same, older folders."""
 
 import csv
 import json

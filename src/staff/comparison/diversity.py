@@ -15,10 +15,11 @@ SIMILARITIES_AT_ONCE = 10_000_000  # of sparse vectors: 12 bytes each where all 
 
 
 def text_space(texts: Iterable[str], *, seed: int = 0) -> dict[str, np.ndarray]:
-    """Where the texts of a pool lie: a space of words that no method selects by, to judge the spread of coresets in.
+    """Where the texts of a pool lie: a space of words that no method selects by, to judge coresets in.
 
-    TF-IDF vectors of length 1 over words of any script, the 65,536 most frequent ones. The clusters are k-means of their first
-    64 singular directions, again of length 1. On one thread, so that the same texts give the same bytes.
+    TF-IDF vectors of length 1 over words of any script, the 65,536 most frequent ones. The clusters are
+    k-means of their first 64 singular directions, again of length 1. On one thread, so that the same texts
+    give the same bytes.
 
     Args:
         texts: of n samples, read one after another.
@@ -52,14 +53,8 @@ def text_space(texts: Iterable[str], *, seed: int = 0) -> dict[str, np.ndarray]:
         lengths = np.linalg.norm(directions, axis=1, keepdims=True)
         directions = np.divide(directions, lengths, out=np.zeros_like(directions), where=lengths > 0)
         labels = graph.clusters(directions, seed=seed, num_clusters=max(1, min(graph.NUM_CLUSTERS, n // 10)))
-    shape = np.array(vectors.shape)
-    return {
-        "data": vectors.data,
-        "indices": vectors.indices,
-        "indptr": vectors.indptr,
-        "shape": shape,
-        "labels": labels,
-    }
+    parts = {name: getattr(vectors, name) for name in ("data", "indices", "indptr")}
+    return {**parts, "shape": np.array(vectors.shape), "labels": labels}
 
 
 def spread(space: Mapping[str, np.ndarray], positions: np.ndarray, *, seed: int = 0) -> dict[str, float]:
@@ -68,10 +63,11 @@ def spread(space: Mapping[str, np.ndarray], positions: np.ndarray, *, seed: int 
     Args:
         space: of `text_space`.
         positions: (m,) pool positions.
-        seed: of the 2,000 samples that are asked, of a larger coreset; their neighbours are looked for among all.
+        seed: of the 2,000 samples asked, of a larger coreset; their neighbours are looked for among all.
 
     Returns:
-        nearest: mean cosine distance, in [0, 1], from a sample to the nearest other of the coreset; nan for fewer than two.
+        nearest: mean cosine distance, in [0, 1], from a sample to the nearest other of the coreset; nan below
+            two.
         clusters: share of the pool's clusters with a sample in the coreset.
     """
     from scipy.sparse import csr_array
@@ -81,14 +77,9 @@ def spread(space: Mapping[str, np.ndarray], positions: np.ndarray, *, seed: int 
     m = len(positions)
     if m < 2:
         return {"nearest": float("nan"), "clusters": covered}
-    vectors = csr_array((space["data"], space["indices"], space["indptr"]), shape=tuple(space["shape"]))[
-        positions
-    ]
-    asked = (
-        np.arange(m)
-        if m <= NUM_ASKED
-        else np.sort(np.random.default_rng(seed).choice(m, NUM_ASKED, replace=False))
-    )
+    whole = csr_array((space["data"], space["indices"], space["indptr"]), shape=tuple(space["shape"]))
+    vectors = whole[positions]
+    asked = np.sort(np.random.default_rng(seed).choice(m, min(m, NUM_ASKED), replace=False))
     others = vectors.T.tocsr()
     highest = []
     step = max(1, SIMILARITIES_AT_ONCE // m)

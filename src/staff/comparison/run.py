@@ -359,7 +359,7 @@ def _space_key(grid: Grid, task: Task) -> str:
 
 
 def _space(grid: Grid, task: Task) -> dict[str, np.ndarray]:
-    """`diversity.text_space` of a task's pool, prompts and responses, with the (n,) row numbers; taken once."""
+    """`diversity.text_space` of a task's pool, prompts and responses, and its (n,) rows; taken once."""
     path = grid.place("selections", task.name, f"space-{_space_key(grid, task)}.npz")
     with hold(grid.place("locks", f"space_{task.name}"), wait=True):
         space = read_arrays(path)
