@@ -88,7 +88,7 @@ def test_what_a_method_costs_is_the_designs_sum_and_its_own_part_alone(finished)
     )
     terms = run["sum"]
     row = of(rows, "staff", 0.5, 1)
-    # samples differ in length: verified tokens are not exactly their share; tuning spares the last block's way back
+    # samples differ in length: verified tokens are not their exact share; tuning spares the last block a way back
     assert float(row["select_passes"]) == pytest.approx(
         staff_passes(**{k: v for k, v in terms.items() if k != "passes"}), rel=0.25
     )

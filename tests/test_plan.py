@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 
 from family import config_of, write_pool
-from staff import cli, timing
+from staff import cli, plan
 from staff.config import PlanConfig
 from staff.methods import METHODS
+from staff.models import finetune as tuning
 from staff.models import load as models
-from staff.plan import Job, Speed, advice, staff_passes, stages, table
+from staff.plan import Job, Speed, advice, most_verified, staff_passes, stages, table
+from staff.scoring import scorer as scoring
 
 JOB = Job(
     tokens=1000,
@@ -89,7 +91,7 @@ def test_the_command_times_the_models_and_says_what_to_do(family, tmp_path, caps
     assert all(speed > 0 for model in made["speeds"].values() for speed in model.values())
     assert [row["method"] for row in made["methods"]] == list(METHODS)
     assert len(made["advice"]) == 2
-    assert "pays from" in timing.describe(made)
+    assert "pays from" in plan.describe_plan(made)
 
 
 def test_a_method_that_follows_a_tuning_is_left_out_where_there_is_none():
@@ -112,11 +114,12 @@ def test_the_text_has_a_line_a_method_with_the_seconds_of_each_stage():
     made = {
         "n": 5,
         "tokens": 1000,
+        "most_verified": 4,
         "full_seconds": 4000,
         "methods": table(JOB, SPEEDS, (0.5,)),
         "advice": ["do so"],
     }
-    lines = timing.describe(made).splitlines()
+    lines = plan.describe_plan(made).splitlines()
     stages_of = lines[lines.index("method              seconds of each stage") + 1 :]
     assert [line.split()[0] for line in stages_of[: len(METHODS)]] == list(METHODS)
     assert (
@@ -125,25 +128,32 @@ def test_the_text_has_a_line_a_method_with_the_seconds_of_each_stage():
     )
     assert "random              none" in stages_of
     assert stages_of[-2:] == ["", "do so"]
+    assert "verification at its most, 4 of 5 samples" in plan.describe_plan(made)
+
+
+@pytest.mark.parametrize(("n", "expected"), [(10_000, 500), (200, 160), (12, 10), (11, 0), (1, 0)])
+def test_the_target_verifies_no_region_that_its_draw_would_take_whole(n, expected):
+    # 200 samples: 20 are cut as hardest, and 180 fill at most 16 regions of 11, ten drawn of each
+    assert most_verified(n, 50, 10, 0.1) == expected
 
 
 def test_a_scope_of_adapters_is_timed_on_a_fresh_one_that_training_does_not_see(
     family, tmp_path, monkeypatch
 ):
     scored, before_training = [], []
-    scorer, finetune = timing.Scorer, timing.finetune
+    scorer, finetune = scoring.Scorer, tuning.finetune
 
     def train(model, *rest, **settings):
         before_training.append([name for name, _ in model.named_modules() if "lora" in name])
         return finetune(model, *rest, **settings)
 
     monkeypatch.setattr(
-        timing, "Scorer", lambda model, *rest: scored.append(scorer(model, *rest)) or scored[-1]
+        scoring, "Scorer", lambda model, *rest: scored.append(scorer(model, *rest)) or scored[-1]
     )
-    monkeypatch.setattr(timing, "finetune", train)
+    monkeypatch.setattr(tuning, "finetune", train)
     write_pool(tmp_path / "pool.jsonl", 30)
     data, target = (str(tmp_path / "pool.jsonl"),), str(family / "target")
-    made = timing.make_plan(
+    made = plan.make_plan(
         config_of(
             PlanConfig, data=data, target=target, scope="lora", lora_rank=4, batch_size=2, dtype="float32"
         )

@@ -82,11 +82,11 @@ def evaluate(arguments: Sequence[str]) -> None:
 
 def plan(arguments: Sequence[str]) -> None:
     """Predict what every method would take on this machine, where it pays, and what to do."""
-    from staff import timing
+    from staff import plan as planning
 
     config, given = _parse(configs.PlanConfig, arguments, "staff plan", "json")
-    made = timing.make_plan(config)
-    _say(given, timing.describe(made), made)
+    made = planning.make_plan(config)
+    _say(given, planning.describe_plan(made), made)
 
 
 def compare(arguments: Sequence[str]) -> None:

@@ -1,14 +1,26 @@
-"""What a selection costs and whether it pays, in passes of the target over the pool (U). Numbers only."""
+"""What a selection costs and whether it pays: the sum in passes of the target (U), the clock, the advice."""
 
 from __future__ import annotations
 
+import tempfile
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from staff.config import PlanConfig, SelectConfig
 from staff.methods import METHODS, Method
 from staff.types import Stage
 
+if TYPE_CHECKING:
+    from staff.data.tokens import Pool
+
 SNAPSHOTS = 4  # of a draft's tuning, that loss trajectories are taken over
+NUM_TIMED = 48  # samples scored, after as many that warm up
+STEPS_TIMED = 6  # of training, the first of which warms up
 
 
 def staff_passes(epochs: float, share: float, relative_cost: float, verified_share: float) -> float:
@@ -35,14 +47,25 @@ def break_even(epochs: float, share: float, verified_share: float) -> float:
     return max(0.0, 1 - verified_share) / (2 * epochs * share + 1)
 
 
+def most_verified(n: int, num_regions: int, verification_budget: int, hard_cutoff: float) -> int:
+    """How many samples the target scores at most: a region is verified where it holds more than its draw
+    takes."""
+    uncut = n - int(hard_cutoff * n + 1e-9)
+    return verification_budget * min(num_regions, uncut // (verification_budget + 1))
+
+
 def verdict(passes: float, epochs: float, share: float, relative_cost: float, verified_share: float) -> str:
     """One sentence on whether the draft was the cheaper way."""
     if passes <= 1:
-        return f"the draft was the cheaper way: {passes:.2f} passes of the target in place of the 1 of --method direct"
+        return (
+            f"the draft was the cheaper way: {passes:.2f} passes of the target "
+            "in place of the 1 of --method direct"
+        )
     limit = break_even(epochs, share, verified_share)
     cure = f"a draft of less than {limit:.2f} of the target's cost" if limit > 0 else "fewer verified samples"
     return (
-        f"the draft was not the cheaper way: {passes:.2f} passes of the target where --method direct takes 1. "
+        f"the draft was not the cheaper way: {passes:.2f} passes of the target where --method direct takes "
+        f"1. "
         f"It would be with {cure}, with fewer --draft-epochs or a smaller --draft-share"
     )
 
@@ -65,7 +88,7 @@ class Job:
         draft_epochs, draft_share: T and f.
         target_epochs: of the fine-tuned target that baselines score.
         epochs: of fine-tuning the target on what is kept.
-        verified_share: v, of the pool.
+        verified_share: v, of the pool, at its most.
     """
 
     tokens: int
@@ -78,12 +101,15 @@ class Job:
 
 
 def stages(method: Method, job: Job, speeds: Mapping[str, Speed]) -> dict[str, float] | None:
-    """Predicted seconds of each stage of a method's selection; None where it needs a draft and there is none, or none that is tuned.
+    """Predicted seconds of each stage of a method's selection.
 
     Reading, tokenising and loading models are left out: small, and much the same for all.
 
     Args:
         speeds: "target", and "draft" where there is one.
+
+    Returns:
+        None where it needs a draft and there is none, or none that is tuned.
     """
     seconds: dict[str, float] = {}
     for need in method.needs.values():
@@ -107,28 +133,27 @@ def stages(method: Method, job: Job, speeds: Mapping[str, Speed]) -> dict[str, f
     return seconds
 
 
-def table(job: Job, speeds: Mapping[str, Speed], pruning_rates: tuple[float, ...]) -> list[dict]:
-    """A row a method: stages, selection and total seconds at each pruning rate, and the rate from which it beats training on all.
+def table(job: Job, speeds: Mapping[str, Speed], pruning_rates: tuple[float, ...]) -> list[dict[str, Any]]:
+    """A row a method: what its selection takes, and from which pruning rate on it beats training on all.
 
     Returns:
-        rows of method, stages, selection_seconds, total_seconds {rate: seconds}, break_even (None: it never does).
+        rows of method, stages, selection_seconds, total_seconds {rate: seconds}, break_even (None: it never
+        does).
     """
     full = job.epochs * job.tokens * speeds["target"].training
     rows = []
     for name, method in METHODS.items():
-        found = stages(method, job, speeds)
-        if found is None:
+        parts = stages(method, job, speeds)
+        if parts is None:
             continue
-        selection = sum(found.values())
-        totals = {rate: selection + (1 - rate) * full for rate in pruning_rates}
-        break_even_rate = selection / full if selection < full else None
+        selection = sum(parts.values())
         rows.append(
             {
                 "method": name,
-                "stages": found,
+                "stages": parts,
                 "selection_seconds": selection,
-                "total_seconds": totals,
-                "break_even": break_even_rate,
+                "total_seconds": {rate: selection + (1 - rate) * full for rate in pruning_rates},
+                "break_even": selection / full if selection < full else None,
             }
         )
     return rows
@@ -144,18 +169,149 @@ def advice(job: Job, speeds: Mapping[str, Speed], pruning_rate: float) -> str:
     choices = {name: seconds[name] for name in ("staff", "direct") if name in seconds}
     best = min(choices, key=choices.__getitem__)
     total = choices[best] + (1 - pruning_rate) * full
-    what = {
-        "staff": "use this draft (--method staff)",
-        "direct": "score the target directly (--method direct)",
-    }[best]
-    if total < full:
-        other = next((name for name in choices if name != best), None)
-        beside = f", {choices[other]:.0f} s with --method {other}" if other else ""
+    if total >= full:
         return (
-            f"at {pruning_rate:.0%} pruned: {what}: choosing takes {choices[best]:.0f} s{beside}, and with training {total:.0f} s "
-            f"where training on all takes {full:.0f} s"
+            f"at {pruning_rate:.0%} pruned: train on all, {full:.0f} s, or take --method random: choosing "
+            f"takes "
+            f"{choices[best]:.0f} s at the cheapest (--method {best}), more than the "
+            f"{pruning_rate * full:.0f} s "
+            "of training it spares"
         )
+    what = {"staff": "use this draft", "direct": "score the target directly"}[best]
+    beside = "".join(f", {choices[name]:.0f} s with --method {name}" for name in choices if name != best)
     return (
-        f"at {pruning_rate:.0%} pruned: train on all, {full:.0f} s, or take --method random: choosing takes {choices[best]:.0f} s "
-        f"at the cheapest (--method {best}), more than the {pruning_rate * full:.0f} s of training it spares"
+        f"at {pruning_rate:.0%} pruned: {what} (--method {best}): choosing takes {choices[best]:.0f} "
+        f"s{beside}, "
+        f"and with training {total:.0f} s where training on all takes {full:.0f} s"
     )
+
+
+def make_plan(config: PlanConfig) -> dict[str, Any]:
+    """Time the models on samples of a pool and predict what every method would take.
+
+    Returns:
+        n, tokens, most_verified, speeds (seconds a token), full_seconds, methods (`table`), advice (a
+        sentence for each pruning rate).
+
+    Raises:
+        ValueError: something that the user can mend.
+    """
+    from staff.data import rows as formats
+    from staff.data.tokens import tokenise
+    from staff.models import drafts
+    from staff.models import load as models
+
+    if not config.data or not config.target:
+        raise ValueError("name the pool with --data FILE and the model that the coreset is for with --target")
+    rows = formats.read(list(config.data), **config.reading.keywords())
+    device = models.pick_device(config.engine.device)
+    dtype = models.pick_dtype(config.engine.dtype, device)
+    blocks = models.self_blocks(config.draft)
+    names = {"target": config.target}
+    if config.draft:
+        names["draft"] = config.target if blocks else config.draft
+    sources = {label: models.resolve(name, f"--{label}") for label, name in names.items()}
+    speeds: dict[str, Speed] = {}
+    pools: dict[str, Pool] = {}
+    for label, source in sources.items():
+        tokenizer = models.load_tokenizer(source, config.engine.trust_remote_code)
+        length = config.reading.max_length
+        pools[label] = tokenise(rows.examples(), tokenizer, length, None, config.reading, rows.numbers)
+        model = models.load_model(
+            source, dtype, device, config.engine.trust_remote_code, config.engine.load_in
+        )
+        model = drafts.cut(model, blocks) if label == "draft" and blocks else model
+        speeds[label] = time_model(model, pools[label], config)
+    tokens = int(pools["target"].lengths.sum())
+    if "draft" in speeds:  # a tokenizer of its own may make more or fewer tokens of the same text
+        scale = float(pools["draft"].lengths.sum() / tokens)
+        speeds["draft"] = Speed(speeds["draft"].scoring * scale, speeds["draft"].training * scale)
+    verified = most_verified(
+        len(rows), config.num_regions, config.verification_budget, SelectConfig.hard_cutoff
+    )
+    job = Job(
+        tokens=tokens,
+        response_share=float(pools["target"].response_tokens().sum() / tokens),
+        draft_epochs=config.draft_epochs,
+        draft_share=config.draft_share,
+        target_epochs=config.epochs,
+        epochs=config.epochs,
+        verified_share=verified / len(rows),
+    )
+    return {
+        "n": len(rows),
+        "tokens": tokens,
+        "most_verified": verified,
+        "speeds": {label: asdict(speed) for label, speed in speeds.items()},
+        "full_seconds": config.epochs * tokens * speeds["target"].training,
+        "methods": table(job, speeds, config.pruning_rate),
+        "advice": [advice(job, speeds, rate) for rate in config.pruning_rate],
+    }
+
+
+def time_model(model: Any, pool: Pool, config: PlanConfig) -> Speed:
+    """Seconds a token of scoring and of LoRA training, on samples drawn at random; the model is changed."""
+    from staff.models import adapters
+    from staff.models.finetune import finetune, sample_order
+    from staff.scoring.scorer import Scorer
+
+    drawn = np.random.default_rng(config.seed).permutation(len(pool))[: 2 * NUM_TIMED]
+    drawn = np.resize(drawn, 2 * NUM_TIMED)
+    adapted: Any = None
+    if config.scoring.scope == "lora":
+        adapted = adapters.add_lora(model, config.training.lora_rank, config.training.lora_rank, config.seed)
+    scorer = Scorer(adapted or model, config.scoring.scope)
+    scorer.scores(pool, drawn[:NUM_TIMED], config.scoring.batch_tokens)
+    began = time.perf_counter()
+    scorer.scores(pool, drawn[NUM_TIMED:], config.scoring.batch_tokens)
+    scoring = (time.perf_counter() - began) / pool.lengths[drawn[NUM_TIMED:]].sum()
+    if adapted:
+        model = adapted.unload()  # training puts on one of its own
+    steps: list[float] = []
+    trained = np.resize(drawn, STEPS_TIMED * config.training.batch_size)
+    with tempfile.TemporaryDirectory(prefix="staff-") as folder:
+        finetune(
+            model,
+            pool,
+            trained,
+            Path(folder),
+            epochs=1,
+            batch_size=config.training.batch_size,
+            lora_rank=config.training.lora_rank,
+            seed=config.seed,
+            on_progress=lambda done, total: steps.append(time.perf_counter()),
+        )
+    order = sample_order(len(trained), config.seed, 0)
+    # without the first step, which warms up
+    tokens = pool.lengths[trained[order[config.training.batch_size :]]].sum()
+    return Speed(float(scoring), float((steps[-1] - steps[0]) / tokens))
+
+
+def describe_plan(plan: Mapping[str, Any]) -> str:
+    """A plan as a person reads it."""
+    rates = list(plan["methods"][0]["total_seconds"])
+    header = "".join(f"{f'{float(rate):.0%} pruned':>13}" for rate in rates)
+    lines = [
+        "",
+        f"pool       {plan['n']} samples, {plan['tokens']:,} tokens; predicted seconds on this machine, "
+        f"loading aside",
+        "",
+        f"{'method':20}{'choosing':>10}{header}{'pays from':>11}",
+    ]
+    for row in plan["methods"]:
+        pays = "never" if row["break_even"] is None else f"{row['break_even']:.0%}"
+        totals = "".join(f"{seconds:13.1f}" for seconds in row["total_seconds"].values())
+        lines.append(f"{row['method']:20}{row['selection_seconds']:10.1f}{totals}{pays:>11}")
+    lines += [
+        f"{'all data':20}{0:10.1f}" + f"{plan['full_seconds']:13.1f}" * len(rates),
+        "",
+        f"with the training on what is kept; verification at its most, {plan['most_verified']} of "
+        f"{plan['n']} samples: "
+        "how many regions hold enough to be verified shows once the draft has scored",
+        "",
+        f"{'method':20}seconds of each stage",
+    ]
+    for row in plan["methods"]:
+        parts = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in row["stages"].items())
+        lines.append(f"{row['method']:20}{parts or 'none'}")
+    return "\n".join([*lines, "", *plan["advice"]])
