@@ -236,6 +236,22 @@ def test_a_full_disk_or_a_kill_at_any_file_ends_in_the_same_figures(is_killed, f
         assert all(float(row[name]) > 0 for row in csv.DictReader(table) for name in row if "seconds" in name)
 
 
+@pytest.mark.parametrize("name", ["results.md", "differences.csv", "sums-loss-by-cost.png"])
+def test_a_full_disk_under_a_table_is_one_message_and_the_next_report_is_whole(name, finished, monkeypatch):
+    comparison, _ = finished
+    replace = os.replace
+
+    def full(source, target):
+        if target.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="the disk is full"):
+        patch.setattr(os, "replace", full)
+        report(comparison.output, {"sums": ("loss",)})
+    assert report(comparison.output, {"sums": ("loss",)}) == (comparison.output / "results.md").read_text()
+
+
 def test_a_folder_that_is_not_ours_is_left_alone(small):
     small.output.mkdir()
     (small.output / "results.csv").write_text("somebody,else\n")

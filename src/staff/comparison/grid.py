@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -201,7 +201,7 @@ def evaluate_config(comparison: Comparison, task: Task, model: str, output: str)
     return from_mapping(EvaluateConfig, values, f"evaluate of {task.name}")
 
 
-def _task(name: str, given: Any, values: Mapping[str, Any], path) -> Task:
+def _task(name: str, given: Any, values: Mapping[str, Any], path: str | Path) -> Task:
     where = f"{path}: tasks: {name}"
     if not re.fullmatch(r"[\w.-]+", name):
         raise ValueError(f"{where}: a task's name becomes a folder: letters, digits, - and _ alone")
@@ -270,7 +270,7 @@ def _variants(name: str, given: Any, drafts: Mapping[str, str], where: str) -> d
     }
 
 
-def _known(values: Mapping[str, Any], names, where: str) -> None:
+def _known(values: Mapping[str, Any], names: Iterable[str], where: str) -> None:
     for name in values:
         if name not in names:
             near = difflib.get_close_matches(str(name), list(names), 1)

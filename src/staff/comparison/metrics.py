@@ -20,7 +20,7 @@ UNICODE_TOKENIZER = (
 class UnicodeTokenizer:
     """Words of any script, as rouge-score takes a tokenizer. Scripts that write no blanks give a token a character."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         import regex  # sacrebleu and transformers bring it
 
         self._words = regex.compile(WORD)

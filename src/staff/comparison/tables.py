@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 from staff.comparison.evaluate import read_examples
 from staff.comparison.grid import FULL, UNTOUCHED
 from staff.comparison.statistics import Resamples, holm, interval, p_value, resample, resampled_means
-from staff.files import write_text, write_whole
+from staff.files import failures_are_said, write_csv, write_text, write_whole
 
 BASELINE = "random"
 LOWER = ("loss",)  # metrics of which less is better
@@ -155,8 +155,7 @@ def corrected(differences: list[Difference]) -> list[Difference]:
         for i, value in zip(places, holm([differences[i].p for i in places]), strict=True):
             values[i] = value
     return [
-        Difference(**{**vars(found), "corrected": value})
-        for found, value in zip(differences, values, strict=True)
+        replace(difference, corrected=value) for difference, value in zip(differences, values, strict=True)
     ]
 
 
@@ -346,13 +345,15 @@ def report(folder: Path, metrics_of: Mapping[str, tuple[str, ...]], plots: bool 
         text += ["", f"## {task}", "", diversity_table(rows, task)]
     if plots:
         for (task, metric), cells in judged.items():
-            for name in _plot(folder, rows, cells, task, metric):
+            with failures_are_said(folder):
+                names = _plot(folder, rows, cells, task, metric)
+            for name in names:
                 text += ["", f"![{metric} of {task}]({name})"]
     markdown = "\n".join(text) + "\n"
-    write_text(folder / "results.md", markdown)
-    names = list(Difference.__dataclass_fields__)
-    lines = [",".join(names), *(",".join(str(getattr(d, name)) for name in names) for d in differences)]
-    write_text(folder / "differences.csv", "\n".join(lines) + "\n")
+    with failures_are_said(folder):
+        write_text(folder / "results.md", markdown)
+        names = [field.name for field in fields(Difference)]
+        write_csv(folder / "differences.csv", names, map(astuple, differences))
     return markdown
 
 
