@@ -158,7 +158,7 @@ def test_a_router_of_plain_linear_experts_is_caught_by_how_they_see_their_tokens
     assert efforts(model).min() > 0
     with pytest.raises(
         ValueError,
-        match=r"scope 'last-block' can't be had: blocks.2.mlp.one sees \(\d+, 32\) of a batch of 2 x 16 tokens",
+        match=r"scope 'last-block' is not available: blocks.2.mlp.one sees \(\d+, 32\) of a batch of 2 x 16 tokens",
     ):
         Scorer(model, "last-block")
 

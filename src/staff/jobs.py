@@ -87,7 +87,9 @@ def _tune(
         tokens = usable[""]
         warn(pool, tokens, config.reading.max_length, run.path / "skipped.jsonl")
         model = load.load_model(source, dtype, device, engine.trust_remote_code, engine.load_in)
-        tuned = training.finetune(
+        # before the adapter, whose seal ends this stage
+        files.write_json(folder / "size.json", dataclasses.asdict(load.measure(model)))
+        training.finetune(
             model,
             tokens,
             np.arange(len(tokens)),
@@ -98,7 +100,6 @@ def _tune(
             on_progress=run.clock(stage),
             **dataclasses.asdict(config.training),
         )
-        files.write_json(folder / "size.json", dataclasses.asdict(load.measure(tuned)))
     inputs.check("model")
     tokenizer.save_pretrained(folder / "tokenizer")
     parts = [*(folder / name for name in training.ADAPTER), *sorted((folder / "tokenizer").iterdir())]

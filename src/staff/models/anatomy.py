@@ -13,6 +13,13 @@ def is_linear(module: nn.Module) -> bool:
     return all(isinstance(size, int) for size in sizes) and next(module.children(), None) is None
 
 
+def is_router(module: nn.Module) -> bool:
+    """A module that is no linear layer and has one weight matrix to itself, which sends tokens to experts."""
+    weight, kind = module._parameters.get("weight"), type(module).__name__.lower()
+    named = "router" in kind or ("gat" in kind and not is_linear(module))  # Phi's is a linear layer besides
+    return named and weight is not None and weight.ndim == 2
+
+
 def weight_shape(module: nn.Module) -> tuple[int, int]:
     """(outputs, inputs) of a linear layer, whatever way its weight is packed."""
     return (module.nf, module.nx) if hasattr(module, "nf") else (module.out_features, module.in_features)  # type: ignore[return-value]
@@ -26,9 +33,9 @@ def inner(model: nn.Module) -> nn.Module:
 def decoder(model: nn.Module) -> nn.Module:
     """The part below the head: tokens to final hidden states."""
     causal = inner(model)
-    found = causal.get_decoder()
-    if found is causal:  # Llama 4 finds no further than itself
-        within = blocks(model)
+    found, within = causal.get_decoder(), blocks(model)
+    if found is causal or all(module is not within for module in found.modules()):
+        # Llama 4 finds no further than itself, ModernBERT its head
         found = next(
             child for child in causal.children() if any(module is within for module in child.modules())
         )

@@ -12,9 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from staff.models import anatomy
+from staff.scoring import experts
 
 # what the summed cross-entropy of a sample's response tokens is divided by: their number to this power
 LOSSES = {"mean": 1.0, "sum": 0.0, "sqrt": 0.5}
@@ -41,12 +45,28 @@ class Site:
         name: where it is, for messages.
         sketch: (R, I), None for none: the norm is of G sketch^T, the gradient of the matrix B of an adapter that adds
             B sketch a to the layer's output.
+        expert: the name of a tensor of all experts' matrices and which of them; `module` is the layer of experts.
     """
 
     module: nn.Module
     rows: Tensor | None = None
     name: str = ""
     sketch: Tensor | None = None
+    expert: tuple[str, int] | None = None
+
+    @property
+    def is_router(self) -> bool:
+        """A module that has its weight to itself, and hands out more than its product."""
+        return self.expert is None and anatomy.is_router(self.module)
+
+
+class _Call(NamedTuple):
+    """What went into a site and what came out; of an expert `rows` (n,), the tokens sent to it, of how many."""
+
+    input: Tensor
+    output: Tensor
+    rows: Tensor | None = None
+    tokens: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,23 +98,37 @@ class record_sites:
     def __init__(self, sites: Sequence[Site], measure: Callable[[int, Tensor, Tensor], Tensor] | None = None):
         self._sites = sites
         self._measure = measure or (lambda place, a, g: squared_norm_of_products(a, g))
-        self._calls: list[list[tuple[Tensor, Tensor]]] = [[] for _ in sites]
+        self._calls: list[list[_Call]] = [[] for _ in sites]
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._replaced: dict[nn.Module, dict[tuple[str, int], list[_Call]]] = {}
 
-    def __enter__(self):
+    def __enter__(self) -> record_sites:
         for site, calls in zip(self._sites, self._calls, strict=True):
-            self._handles.append(site.module.register_forward_hook(_keep_in(calls)))
+            if site.expert:
+                self._replaced.setdefault(site.module, {})[site.expert] = calls
+            elif site.is_router:
+                self._handles += _keep_products(site.module, calls)
+            else:
+                self._handles.append(site.module.register_forward_hook(_keep_in(calls)))
+        for module, calls_of in self._replaced.items():
+            module.forward = _experts_forward(module, calls_of)
         return self
 
     def __exit__(self, *_):
         for handle in self._handles:
             handle.remove()
+        for module in self._replaced:
+            del module.forward
         for calls in self._calls:
             calls.clear()  # a hook on an output holds all of them: without this they'd wait for the garbage collector
 
     def also(self, place: int, layer_input: Tensor, output: Tensor) -> None:
         """Count a call of a site that does not run here: (B, T, I) went in, and (B, T, O), a leaf of the graph, came out."""
-        self._calls[place].append((layer_input, output))
+        self._calls[place].append(_Call(layer_input, output))
+
+    def input_shapes(self) -> list[list[torch.Size]]:
+        """Of each site's calls so far."""
+        return [[call.input.shape for call in calls] for calls in self._calls]
 
     def squared_norms(self, losses: Tensor) -> Tensor:
         """Squared gradient norm of each sample at each site, (B, sites); see `measured`."""
@@ -116,8 +150,7 @@ class record_sites:
         found: list[Tensor] = [losses.new_zeros(0) for _ in self._sites]
 
         def of_site(place: int, grads: list) -> Tensor:
-            inputs = [layer_input for layer_input, _ in self._calls[place]]
-            return self._measure(place, *_operands(self._sites[place], inputs, grads, batch))
+            return self._measure(place, *_operands(self._sites[place], self._calls[place], grads, batch))
 
         def arrived(place: int, call: int, grad: Tensor) -> None:
             waiting[place][call] = grad
@@ -128,11 +161,13 @@ class record_sites:
         waiting: list[list[Tensor | None]] = [[None] * len(calls) for calls in self._calls]
         leaves = []
         for place, (site, calls) in enumerate(zip(self._sites, self._calls, strict=True)):
-            if not calls:
+            if not calls and site.expert:  # no token of this batch was sent to it
+                found[place] = of_site(place, [])
+            elif not calls:
                 raise ValueError(
                     f"{site.name or 'a site'} was not reached by the forward pass: no gradient to measure"
                 )
-            for call, (_, output) in enumerate(calls):
+            for call, output in enumerate(part.output for part in calls):
                 if output.is_leaf:
                     leaves.append((place, call, output))
                 else:
@@ -144,31 +179,68 @@ class record_sites:
             if waiting[place]:  # some of its calls do not matter to the loss
                 known = [
                     torch.zeros_like(out) if g is None else g
-                    for g, (_, out) in zip(waiting[place], calls, strict=True)
+                    for g, (_, out, *_) in zip(waiting[place], calls, strict=True)
                 ]
                 found[place] = of_site(place, known)
         return found
 
 
-def _keep_in(calls):
-    def keep(module, args, output):
-        if not output.requires_grad:
-            output.requires_grad_(True)  # the graph begins here
-        calls.append((args[0].detach(), output))
+def _kept(layer_input: Tensor, output: Tensor, rows: Tensor | None = None, tokens: int = 0) -> _Call:
+    if not output.requires_grad:
+        output.requires_grad_(True)  # the graph begins here
+    return _Call(layer_input.detach(), output, rows, tokens)
+
+
+def _keep_in(calls: list[_Call]) -> Callable[..., None]:
+    def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        calls.append(_kept(args[0], output))
 
     return keep
 
 
-def _operands(site: Site, inputs: list[Tensor], grads: list[Tensor], batch: int) -> tuple[Tensor, Tensor]:
+def _keep_products(module: Any, calls: list[_Call]) -> list[torch.utils.hooks.RemovableHandle]:
+    mode = experts.Products(module.weight.shape, lambda *call: calls.append(_kept(*call)))
+    return [
+        module.register_forward_pre_hook(lambda *_: mode.__enter__() and None),
+        module.register_forward_hook(lambda *_: mode.__exit__(None, None, None), always_call=True),
+    ]
+
+
+def _experts_forward(module: nn.Module, calls: dict[tuple[str, int], list[_Call]]) -> Callable[..., Tensor]:
+    def forward(hidden: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
+        def tell(name: str, expert: int, tokens: Tensor, states: Tensor, made: Tensor) -> None:
+            if (name, expert) in calls:
+                calls[name, expert].append(_kept(states, made, tokens, len(hidden)))
+
+        return experts.forward(module, tell, hidden, *routing, *named.values())
+
+    return forward
+
+
+def _operands(site: Site, calls: list[_Call], grads: list[Tensor], batch: int) -> tuple[Tensor, Tensor]:
     """All calls of a site as one (B, T, I) and one (B, T, O); a layer may see (B * T, I) or more axes between."""
-    a = torch.cat([part.reshape(batch, -1, part.shape[-1]) for part in inputs], 1)
-    g = torch.cat([part.reshape(batch, -1, part.shape[-1]) for part in grads], 1)
+    if site.expert and not calls:
+        weight = getattr(site.module, site.expert[0])
+        *_, inputs, outputs = weight.shape if site.module.is_transposed else weight.mT.shape
+        return weight.new_zeros(batch, 1, inputs), weight.new_zeros(batch, 1, outputs)
+    a = torch.cat([_by_sample(call.input, call, batch) for call in calls], 1)
+    g = torch.cat([_by_sample(grad, call, batch) for grad, call in zip(grads, calls, strict=True)], 1)
     if site.rows is not None:
         g = g[..., site.rows]
     if site.sketch is not None:
         wide = torch.promote_types(g.dtype, torch.float32)
         a = a.to(wide) @ site.sketch.to(wide).mT
     return a, g
+
+
+def _by_sample(states: Tensor, call: _Call, batch: int) -> Tensor:
+    """(B, T, width) of a call's tokens; an expert's are those of each sample that were sent to it, then zeros."""
+    if call.rows is None:
+        return states.reshape(batch, -1, states.shape[-1])
+    sample = call.rows // (call.tokens // batch)
+    counts = sample.bincount(minlength=batch)
+    place = torch.arange(len(sample), device=sample.device) - (counts.cumsum(0) - counts)[sample]
+    return states.new_zeros(batch, int(counts.max()), states.shape[-1]).index_put((sample, place), states)
 
 
 def gradient_matrix(place: int, layer_input: Tensor, grad_output: Tensor) -> Tensor:

@@ -118,6 +118,8 @@ def find(model: torch.nn.Module, site: Site, pool: Pool) -> Prefix | None:
             np.array(pool.ids(0)[:length]), dtype=torch.int64, device=next(model.parameters()).device
         )[None]
         anatomy.decoder(model)(input_ids=ids, past_key_values=cache, use_cache=True)
+    except ValueError:  # a model with a cache of its own kind: scored without the start
+        return None
     finally:
         handle.remove()
     layers = cache.layers

@@ -7,13 +7,17 @@ through the whole model.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from staff.models import anatomy
-from staff.scoring.gradnorm import Head, Site
+from staff.scoring import experts
+from staff.scoring.gradnorm import Head, Site, record_sites
 
 SCOPES = {
     "last-value": "the last block's value projection: forward, and back through the last block alone; the default",
@@ -31,8 +35,23 @@ def _linears(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]
     return [
         (prefix + name, m)
         for name, m in module.named_modules()
-        if anatomy.is_linear(m) and "lora_" not in name
+        if anatomy.is_linear(m) and not anatomy.is_router(m) and "lora_" not in name
     ]
+
+
+def _weights(block: nn.Module, prefix: str) -> list[Site]:
+    """Every linear weight of a block: its linear layers, its routers, each expert's matrices."""
+    weights = [Site(module, None, name) for name, module in _linears(block, prefix)]
+    for name, module in block.named_modules():
+        if experts.is_known(module):
+            weights += [
+                Site(module, None, f"{prefix}{name}.{matrix}.{expert}", expert=(matrix, expert))
+                for matrix in experts.matrices(module)
+                for expert in range(module.num_experts)
+            ]
+        elif anatomy.is_router(module):
+            weights.append(Site(module, None, prefix + name))
+    return weights
 
 
 def value_projection(model: nn.Module) -> Site:
@@ -83,7 +102,7 @@ def _moves_last_token(
     from_block: list[Tensor] = []
 
     def keep_block(module, args, output):
-        from_block.append(output[0] if isinstance(output, tuple) else output)
+        from_block.append(output[0] if isinstance(output, tuple | list) else output)
 
     def keep(place):
         def hook(module, args, output):
@@ -105,7 +124,10 @@ def _moves_last_token(
                 causal.set_attn_implementation("eager")
             ids = torch.arange(3, 3 + num_tokens, device=device)[None]
             anatomy.decoder(model)(input_ids=ids, use_cache=False)
-            last = from_block[0][..., -1, :].flatten().float()
+            states = from_block[
+                0
+            ]  # one sample; with several streams, those come before it or behind its tokens
+            last = (states[:, -1] if len(states) == 1 else states[..., -1, :]).flatten().float()
             if not last.requires_grad:
                 return {}
             direction = torch.linspace(-1, 1.3, last.numel(), device=device).cos()
@@ -141,7 +163,7 @@ def sites(model: nn.Module, scope: str, seed: int = 0) -> list[Site]:
         return [_released(model, seed)]
     if scope == "lora":
         found = [
-            (name, m)
+            Site(m, None, name)
             for name, m in model.named_modules()
             if anatomy.is_linear(m) and (".lora_A." in name or ".lora_B." in name)
         ]
@@ -149,8 +171,31 @@ def sites(model: nn.Module, scope: str, seed: int = 0) -> list[Site]:
             raise ValueError("scope 'lora' needs a model with a LoRA adapter; this one has none")
     else:
         counted = _counted_blocks(model, scope)
-        found = [linear for name, block in counted.items() for linear in _linears(block, f"{name}.")]
-    return [Site(module, None, name) for name, module in _that_run(model, found, scope)]
+        found = [site for name, block in counted.items() for site in _weights(block, f"{name}.")]
+    return _that_run(model, found, scope)
+
+
+def counted(sites: list[Site]) -> list[tuple[str, Tensor, Callable[[Tensor], Tensor]]]:
+    """The weights of some sites: name, parameter, and what of the parameter's gradient counts.
+
+    An effort is the root of the sum of the squares of what counts, but for the sketch of scope "released".
+    """
+
+    def part(grad: Tensor, site: Site) -> Tensor:
+        if site.expert:
+            return grad[site.expert[1]]
+        if site.rows is None:
+            return grad
+        return (
+            grad[:, site.rows] if hasattr(site.module, "nf") else grad[site.rows]
+        )  # GPT-2's lie on their side
+
+    weights: list[tuple[str, Tensor, Callable[[Tensor], Tensor]]] = []
+    for site in sites:
+        module: Any = getattr(site.module, "base_layer", site.module)
+        weight: Tensor = getattr(module, site.expert[0] if site.expert else "weight")
+        weights.append((site.name, weight, partial(part, site=site)))
+    return weights
 
 
 def check(model: nn.Module, scope: str) -> None:
@@ -169,6 +214,8 @@ def check(model: nn.Module, scope: str) -> None:
         return
     for block_name, block in _counted_blocks(model, scope).items():
         for name, module in block.named_modules():
+            if experts.is_known(module):
+                continue
             routed = isinstance(module, nn.ModuleList) and "expert" in name
             fused = "expert" in type(module).__name__.lower() and any(
                 True for _ in module.parameters(recurse=False)
@@ -187,40 +234,27 @@ def _counted_blocks(model: nn.Module, scope: str) -> dict[str, nn.Module]:
     return every if scope == "linear" else dict([list(every.items())[-1]])
 
 
-def _that_run(
-    model: nn.Module, found: list[tuple[str, nn.Module]], scope: str
-) -> list[tuple[str, nn.Module]]:
-    """Those layers that a forward pass calls, each with all tokens of the batch in order.
+def _that_run(model: nn.Module, candidates: list[Site], scope: str) -> list[Site]:
+    """Those weights that a forward pass meets, each with all tokens of the batch in order; all experts of a layer.
 
     Raises:
         ValueError: a layer sees its tokens otherwise.
     """
-    shapes: dict[str, torch.Size] = {}
-
-    def keep(name):
-        def hook(module, args, output):
-            shapes[name] = args[0].shape
-
-        return hook
-
-    handles = [module.register_forward_hook(keep(name)) for name, module in found]
     samples, tokens = PROBE
-    ids = (
-        torch.arange(3, 3 + samples * tokens, device=next(model.parameters()).device)
-        % anatomy.text_config(model).vocab_size
-    )
-    try:
-        with torch.no_grad():
-            anatomy.decoder(model)(input_ids=ids.reshape(PROBE), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, shape in shapes.items():
-        if shape[0] != samples and shape[:-1] != (samples * tokens,):
-            raise ValueError(
-                f"scope {scope!r} can't be had: {name} sees {tuple(shape)} of a batch of {samples} x {tokens} tokens"
-            )
-    return [(name, module) for name, module in found if name in shapes]
+    ids = torch.arange(3, 3 + samples * tokens, device=next(model.parameters()).device)
+    ids = (ids % anatomy.text_config(model).vocab_size).reshape(PROBE)
+    with torch.no_grad(), record_sites(candidates) as recorded:
+        anatomy.decoder(model)(input_ids=ids, use_cache=False)
+        shapes = recorded.input_shapes()
+    met = {site.module for site, seen in zip(candidates, shapes, strict=True) if seen}
+    for site, seen in zip(candidates, shapes, strict=True):
+        for shape in seen if not site.expert else ():
+            if shape[0] != samples and shape[:-1] != (samples * tokens,):
+                raise ValueError(
+                    f"scope {scope!r} is not available: {site.name} sees {tuple(shape)} of a batch of "
+                    f"{samples} x {tokens} tokens"
+                )
+    return [site for site in candidates if site.module in met]
 
 
 def _released(model: nn.Module, seed: int) -> Site:
@@ -276,16 +310,24 @@ def head_of(model: nn.Module) -> Head:
     )
     scale /= getattr(config, "logits_scaling", None) or 1.0
     head = Head(causal.get_output_embeddings(), scale, getattr(config, "final_logit_softcapping", None))
+    name = type(causal).__name__
     with torch.no_grad():
-        device = next(model.parameters()).device
-        ids = torch.arange(3, 7, device=device)[None]
+        ids = torch.arange(3, 7, device=next(model.parameters()).device)[None]
         logits = model(input_ids=ids, use_cache=False).logits[0].float()
         hidden = anatomy.decoder(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
+        ids[0, -1] = 2  # what comes later changes nothing
+        before = anatomy.decoder(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
         ours = head.module(hidden).float() * head.scale
         if head.cap is not None:
             ours = torch.tanh(ours / head.cap) * head.cap
+    if not logits.isfinite().all():
+        raise ValueError(f"{name} overflows in {hidden.dtype}: try --dtype float32 (or bfloat16)")
     if not torch.allclose(ours, logits, atol=0.02 * logits.abs().max().item(), rtol=0):
+        raise ValueError(f"{name} makes its logits in a way that is not known here: it can't be scored")
+    rounding = torch.finfo(hidden.dtype).eps ** (2 / 3) * hidden.abs().max().item()
+    if not torch.allclose(before[:-1], hidden[:-1], atol=rounding, rtol=0):
         raise ValueError(
-            f"{type(causal).__name__} makes its logits in a way that is not known here: it can't be scored"
+            f"{name} lets a token see those after it: no causal language model, so it can't be scored "
+            "(a BERT-like decoder needs is_decoder in its configuration)"
         )
     return head
