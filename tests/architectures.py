@@ -1,5 +1,6 @@
 # ruff: noqa: RUF024
-"""A tiny configuration for every class of transformers' causal mapping, by rule; what a rule can't know stands in EXCEPTIONS."""
+"""A tiny configuration for every class of transformers' causal mapping, by rule; what a rule can't know
+stands in EXCEPTIONS."""
 
 from typing import Any
 
@@ -164,8 +165,10 @@ def plain_efforts(model: torch.nn.Module, pool: Pool, sites: list) -> np.ndarray
 
 
 def outcome(kind: str, scope: str) -> tuple[str, str]:
-    """How a class fares in a scope: ("exact", the value projection or the weights left out), ("refused", why), or
-    ("wrong", by how much) where one of: alone, padded, with a common start, with it computed once, is not the plain way's.
+    """How a class fares in a scope: ("exact", the value projection or the weights left out), ("refused",
+    why), or
+    ("wrong", by how much) where one of: alone, padded, with a common start, with it computed once, is not the
+    plain way's.
     """
     model = tiny_model(kind)
     try:

@@ -97,7 +97,8 @@ def start(
     before: Callable[[], object] | None = None,
     **settings,
 ):
-    """A selection in a process of its own, forked so that nothing is imported again, and a pipe that tells its progress.
+    """A selection in a process of its own, forked so that nothing is imported again, and a pipe that tells
+    its progress.
 
     Args:
         pause: seconds it rests after each word of progress.
@@ -158,7 +159,8 @@ def results(folder: Path) -> dict:
 
 @contextlib.contextmanager
 def comparison_file(family: Path, folder: Path, text: str, test_rows: int):
-    """A comparison's YAML beside a pool of 40 rows and the test rows that follow them, with the variables that it names set."""
+    """A comparison's YAML beside a pool of 40 rows and the test rows that follow them, with the variables
+    that it names set."""
     write_pool(folder / "pool.jsonl", 40)
     (folder / "test.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in make_rows(40 + test_rows)[40:])

@@ -93,7 +93,8 @@ def test_samples_behind_one_another_do_not_see_each_other(dtype):
 
 
 def test_a_model_whose_tokens_meet_outside_of_attention_is_found_out():
-    """One token's state added to the next: behind one another, a sample's first would get that of the sample before it."""
+    """One token's state added to the next: behind one another, a sample's first would get that of the sample
+    before it."""
     model = make_model("qwen3", torch.float32)
     assert attention.can_pack(model, SAMPLES[:2], 7)
     model.model.layers[1].mlp.register_forward_hook(

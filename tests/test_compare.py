@@ -88,7 +88,8 @@ def test_what_a_method_costs_is_the_designs_sum_and_its_own_part_alone(finished)
     )
     terms = run["sum"]
     row = of(rows, "staff", 0.5, 1)
-    # samples differ in length: verified tokens are not their exact share; tuning spares the last block a way back
+    # samples differ in length: verified tokens are not their exact share; tuning spares the last block a way
+    # back
     assert float(row["select_passes"]) == pytest.approx(
         staff_passes(**{k: v for k, v in terms.items() if k != "passes"}), rel=0.25
     )
@@ -246,9 +247,10 @@ def test_a_full_disk_under_a_table_is_one_message_and_the_next_report_is_whole(n
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
         replace(source, target)
 
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="the disk is full"):
+    with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
-        report(comparison.output, {"sums": ("loss",)})
+        with pytest.raises(ValueError, match="the disk is full"):
+            report(comparison.output, {"sums": ("loss",)})
     assert report(comparison.output, {"sums": ("loss",)}) == (comparison.output / "results.md").read_text()
 
 

@@ -1,4 +1,5 @@
-"""Every way a run can end: killed, stopped, out of disk or memory, damaged, changed under its feet. It goes on to the same bytes."""
+"""Every way a run can end: killed, stopped, out of disk or memory, damaged, changed under its feet. It goes
+on to the same bytes."""
 
 import json
 import logging

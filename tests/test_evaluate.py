@@ -1,4 +1,5 @@
-"""Evaluation: greedy answers are the model's own whatever the batch, losses are its own, a killed one goes on."""
+"""Evaluation: greedy answers are the model's own whatever the batch, losses are its own, a killed one goes
+on."""
 
 import contextlib
 import errno

@@ -1,4 +1,5 @@
-"""Fine-tuning: the order is a pure function, the loss is the responses', a killed run goes on to the same bytes."""
+"""Fine-tuning: the order is a pure function, the loss is the responses', a killed run goes on to the same
+bytes."""
 
 import json
 import multiprocessing

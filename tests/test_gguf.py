@@ -42,7 +42,8 @@ TENSORS = {
 
 
 def write_gguf(folder, path):
-    """A Llama of tests/family.py as llama.cpp's converter writes it: halves of rotated pairs next to each other, float32."""
+    """A Llama of tests/family.py as llama.cpp's converter writes it: halves of rotated pairs next to each
+    other, float32."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     config, tokenizer = model.config, make_tokenizer()
     writer = gguf.GGUFWriter(path, "llama")

@@ -17,7 +17,8 @@ POSITIONS = np.arange(7)
 
 @pytest.fixture(autouse=True)
 def _all_of_it_in_float64(monkeypatch):
-    """Softmax, norms and routers go to float32 whatever the model's type; the oracle needs all of it in float64."""
+    """Softmax, norms and routers go to float32 whatever the model's type; the oracle needs all of it in
+    float64."""
     monkeypatch.setattr(torch, "float32", torch.float64)
     monkeypatch.setattr(torch, "float", torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
@@ -53,7 +54,8 @@ def with_released_lora(model, name, sketch):
 
 
 def oracle(model, pool, i, weights):
-    """L2 norm of the gradient of sample i's mean response loss, by batch-size-1 backward through the model's own loss."""
+    """L2 norm of the gradient of sample i's mean response loss, by batch-size-1 backward through the model's
+    own loss."""
     model.requires_grad_(False)
     for weight, _ in weights:
         weight.requires_grad_(True)

@@ -1,4 +1,5 @@
-"""Neighbours and clusters: exact against the obvious way, approximate close to it, the same for the same seed."""
+"""Neighbours and clusters: exact against the obvious way, approximate close to it, the same for the same
+seed."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,5 @@
-"""What all samples begin with is computed once: the same scores to the last digits, and only where that holds."""
+"""What all samples begin with is computed once: the same scores to the last digits, and only where that
+holds."""
 
 import numpy as np
 import pytest

@@ -80,8 +80,9 @@ LAYOUTS = {
     ),
     "deepseek-v3": transformers.DeepseekV3Config(**LATENT, first_k_dense_replace=1),
 }
-# structurally different: plain, capped with windows, projected embeddings, values fused head by head and as a third,
-# values of another block, experts, latent values; the others differ from one of these in a norm, a bias or a factor
+# structurally different: plain, capped with windows, projected embeddings, values fused head by head and as a
+# third, values of another block, experts, latent values; the others differ from one of these in a norm, a
+# bias or a factor
 EIGHT = ("llama", "gemma2-capped", "opt", "gpt-neox", "gpt2", "gemma3n-shared", "mixtral", "deepseek-v3")
 CHECKED = tuple(LAYOUTS) if os.environ.get("STAFF_SOAK") == "1" else EIGHT  # `make soak` checks all
 EXPERT_LAYOUTS = ("mixtral", "qwen3-moe", "qwen2-moe", "gpt-oss", "deepseek-v3")
@@ -93,7 +94,8 @@ def interleaved(heads: int, group: int, first: int, last: int) -> list[int]:
     return [head * group + row for head in range(heads) for row in range(first, last)]
 
 
-# where the value projection of the last block is, how many outputs its layer has, and which of them are values
+# where the value projection of the last block is, how many outputs its layer has, and which of them are
+# values
 VALUE = {
     **dict.fromkeys(LAYOUTS, ("blocks.2.self_attn.v_proj", 16, None)),
     "cohere": ("blocks.2.self_attn.v_proj", 16, None),
@@ -109,7 +111,8 @@ VALUE = {
 
 
 def make_model(layout: str, dtype=torch.float64, seed: int = 0, settle: float = 5.0) -> torch.nn.Module:
-    """A model of its own random weights; matrices are `settle` times as large as a library would make them."""
+    """A model of its own random weights; matrices are `settle` times as large as a library would make
+    them."""
     config = copy.deepcopy(LAYOUTS[layout])
     with torch.random.fork_rng():
         torch.manual_seed(seed)

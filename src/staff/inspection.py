@@ -1,4 +1,5 @@
-"""What is in the data: how it is read, lengths, duplicates, and the first rows as the model will see them. No weights, no torch."""
+"""What is in the data: how it is read, lengths, duplicates, and the first rows as the model will see them. No
+weights, no torch."""
 
 from __future__ import annotations
 
@@ -43,8 +44,9 @@ def inspect(rows: Rows, tokenizer: Any = None, max_length: int = 1024, reading: 
         reading: its chat_template, template_date and on_long hold here.
 
     Returns:
-        The report, plain data: format, paths, notes, rows, skipped, columns, turns, lengths (name -> quantiles and histogram), duplicates,
-        near_duplicates, ids, characters, tokens (None without a tokenizer), first (the first rows).
+        The report, plain data: format, paths, notes, rows, skipped, columns, turns, lengths (name ->
+        quantiles and histogram), duplicates, near_duplicates, ids, characters, tokens (None without a
+        tokenizer), first (the first rows).
     """
     tokens = None
     if tokenizer is not None:
@@ -102,7 +104,8 @@ def inspect(rows: Rows, tokenizer: Any = None, max_length: int = 1024, reading: 
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a hub id (of which only the tokenizer's files are fetched), a folder, a LoRA adapter or a .gguf file.
+    """The tokenizer of a hub id (of which only the tokenizer's files are fetched), a folder, a LoRA adapter
+    or a .gguf file.
 
     Raises:
         ValueError: there is none.
@@ -117,7 +120,8 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
     if not path.is_dir():
         if path.exists() or not model_files.HUB_ID.fullmatch(model) or model.startswith("."):
             raise ValueError(
-                f"--model {model}: there is no such folder or .gguf file, and it is not a hub id (owner/model)"
+                f"--model {model}: there is no such folder or .gguf file, and it is not a hub id "
+                f"(owner/model)"
             )
         path = model_files.fetch(model, "--model", (*model_files.DESCRIBES, "adapter_config.json", "*.py"))
     if (path / "adapter_config.json").is_file() and not (path / "tokenizer_config.json").is_file():
@@ -139,7 +143,8 @@ def _digest(text: str) -> int:
 
 
 def _lengths(values: np.ndarray) -> dict:
-    """Quantiles and a histogram of 20 bins up to the 99th percentile; the last bin holds what is longer too."""
+    """Quantiles and a histogram of 20 bins up to the 99th percentile; the last bin holds what is longer
+    too."""
     if len(values) == 0:
         return {"quantiles": {}, "histogram": [], "edges": []}
     top = max(float(np.quantile(values, 0.99)), 1.0)
@@ -212,7 +217,8 @@ def _some(rows: Rows, positions: np.ndarray) -> Iterator[Example]:
 
 
 def _tokens(rows: Rows, tokenizer: Any, max_length: int, reading: Reading) -> tuple[Rows, dict]:
-    """The rows that the chat template can render, and the lengths of some, what max_length takes away of them, and what is lost."""
+    """The rows that the chat template can render, and the lengths of some, what max_length takes away of
+    them, and what is lost."""
     from staff.data.tokens import CUT, SHORTENED, STRIPPED, tokenise
 
     positions = _spread(len(rows), ROWS_FOR_TOKENS)
@@ -224,7 +230,8 @@ def _tokens(rows: Rows, tokenizer: Any, max_length: int, reading: Reading) -> tu
     if len(refused) == len(positions):
         position = min(refused)
         raise ValueError(
-            f"none of {len(refused)} rows can be used; the first one, row {rows.numbers[position]}, {refused[position]}"
+            f"none of {len(refused)} rows can be used; the first one, row {rows.numbers[position]}, "
+            f"{refused[position]}"
         )
     numbers = rows.numbers[np.setdiff1d(positions, list(refused))]
     length, response = pool.lengths, pool.response_tokens()
@@ -308,7 +315,8 @@ def _first(rows: Rows, tokenizer: Any, max_length: int, reading: Reading) -> lis
 
 
 def render(report: dict) -> str:
-    """The report as rich markup; what comes from the data is escaped. Print it with `emoji=False, highlight=False`."""
+    """The report as rich markup; what comes from the data is escaped. Print it with `emoji=False,
+    highlight=False`."""
     lines = [f"[bold]{_safe(report['format'])}[/bold]: {report['rows']:,} usable rows"]
     lines += [f"  {_safe(p)}" for p in report["paths"][:10]] + (
         [f"  and {len(report['paths']) - 10} files more"] if len(report["paths"]) > 10 else []
@@ -340,12 +348,14 @@ def render(report: dict) -> str:
             else f" (of {tokens['rows_looked_at']:,} rows looked at)"
         )
         lines.append(
-            f"  with at most {tokens['max_length']:,} tokens: {tokens['truncated']:,} rows lose the start of their prompt's text, "
+            f"  with at most {tokens['max_length']:,} tokens: {tokens['truncated']:,} rows lose the start "
+            f"of their prompt's text, "
             f"{tokens['cut_responses']:,} the end of their response{of}; {tokens['total']:,} tokens remain"
         )
         if tokens["stripped"]:
             lines.append(
-                f"  {len(tokens['stripped']):,} answers have reasoning that the chat template leaves away, so that it is not learnt: "
+                f"  {len(tokens['stripped']):,} answers have reasoning that the chat template leaves away, "
+                f"so that it is not learnt: "
                 f"rows {', '.join(map(str, tokens['stripped'][:5]))}"
             )
         if tokens["on_long"] != "cut-prompt":
@@ -353,7 +363,8 @@ def render(report: dict) -> str:
             lines.append(f"  with --on-long {tokens['on_long']} such rows {what} instead")
         if tokens["cut_examples"]:
             lines.append(
-                f"  responses cut: rows {', '.join(map(str, tokens['cut_examples']))}; a larger --max-length keeps them"
+                f"  responses cut: rows {', '.join(map(str, tokens['cut_examples']))}; a larger "
+                f"--max-length keeps them"
             )
     lines.append("\n[bold]Duplicates[/bold]")
     lines.append(f"  equal rows: {_pairs(report['duplicates'])}")
@@ -375,7 +386,8 @@ def render(report: dict) -> str:
     if ids["rows"] > ids["different"]:
         most = ", ".join(f"{shown(i, 30)} {c} times" for i, c in ids["most"])
         lines.append(
-            f"  ids: {ids['rows'] - ids['different']:,} rows repeat one ({_safe(most)}); rows are known by number all the same"
+            f"  ids: {ids['rows'] - ids['different']:,} rows repeat one ({_safe(most)}); rows are known by "
+            f"number all the same"
         )
     for what, count in report["characters"].items():
         lines.append(f"  [yellow]{count:,} rows have {what}[/yellow]")
@@ -394,7 +406,8 @@ def render(report: dict) -> str:
 
 
 def _safe(text: object) -> str:
-    """Data in markup: no tag, and nothing that a terminal would obey (control characters, turned writing direction)."""
+    """Data in markup: no tag, and nothing that a terminal would obey (control characters, turned writing
+    direction)."""
     return escape(
         "".join(
             c
@@ -434,4 +447,5 @@ def _pairs(found: dict) -> str:
     if not found["rows"]:
         return "none"
     pairs = ", ".join(f"{b} like {a}" for a, b in found["examples"])
-    return f"{found['rows']:,} rows repeat an earlier one (rows {pairs}{', ...' if found['rows'] > len(found['examples']) else ''})"
+    more = ", ..." if found["rows"] > len(found["examples"]) else ""
+    return f"{found['rows']:,} rows repeat an earlier one (rows {pairs}{more})"

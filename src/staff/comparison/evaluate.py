@@ -318,7 +318,8 @@ class _Answerer:
         return answers
 
     def _said(self, tokens: np.ndarray) -> str:
-        """The answer without control tokens, and without what the template puts before it, such as a think block."""
+        """The answer without control tokens, and without what the template puts before it, such as a think
+        block."""
         whole = self.tokenizer.decode(tokens)
         if self.mark and self.mark in whole and self.control:
             return self.control.sub("", whole.rpartition(self.mark)[2]).strip()

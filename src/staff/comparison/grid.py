@@ -24,8 +24,8 @@ from staff.methods import METHODS, Method
 from staff.types import Need
 
 SETTINGS = (
-    "tasks", "target", "draft", "drafts", "methods", "pruning_rates", "seeds", "select", "finetune", "evaluate", "metrics", "full",
-    "untouched", "output",
+    "tasks", "target", "draft", "drafts", "methods", "pruning_rates", "seeds", "select", "finetune", "evaluate",
+    "metrics", "full", "untouched", "output",
 )  # fmt: skip
 TASK = ("train", "test", "validation", "reading", "evaluate", "finetune", "select", "metrics")
 OWN = ("data", "model", "output", "seed")  # the grid sets them
@@ -53,7 +53,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Variant:
-    """A method of the comparison: an entry of METHODS, perhaps with other needs, options or settings of its selection run."""
+    """A method of the comparison: an entry of METHODS, perhaps with other needs, options or settings of its
+    selection run."""
 
     name: str
     method: Method
@@ -103,7 +104,8 @@ class Comparison:
         return found
 
     def group(self, name: str) -> list[str]:
-        """The variants that share a selection run with this one: the same settings but for the method's own."""
+        """The variants that share a selection run with this one: the same settings but for the method's
+        own."""
         return [
             other
             for other, variant in self.variants.items()
@@ -175,7 +177,8 @@ def read_comparison(path: str | Path, output: str | None = None) -> Comparison:
 
 
 def select_config(comparison: Comparison, task: Task, name: str, seed: int, output: str) -> SelectConfig:
-    """The selection run that makes the coresets of a variant, and of all that share it, at every pruning rate."""
+    """The selection run that makes the coresets of a variant, and of all that share it, at every pruning
+    rate."""
     variant = comparison.variants[name]
     values = {
         **task.select,
@@ -233,7 +236,8 @@ def _task(name: str, given: Any, values: Mapping[str, Any], path: str | Path) ->
 
 
 def _variants(name: str, given: Any, drafts: Mapping[str, str], where: str) -> dict[str, Variant]:
-    """The variant that a line of `methods` names; of one that needs a draft, one for each draft of several."""
+    """The variant that a line of `methods` names; of one that needs a draft, one for each draft of
+    several."""
     given = dict(_mapping(given, where))
     if not re.fullmatch(r"[\w.@-]+", name):
         raise ValueError(f"{where}: a method's name becomes a folder: letters, digits, - and _ alone")

@@ -1,4 +1,5 @@
-"""How near answers come to their references: ROUGE, BLEU, chrF and exact match, and how each was tokenised. No torch."""
+"""How near answers come to their references: ROUGE, BLEU, chrF and exact match, and how each was tokenised.
+No torch."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 PER_EXAMPLE = ("rouge1", "rouge2", "rougeL", "bleu", "chrf", "exact")  # all from 0 to 100, higher is better
-ENGLISH = 0.995  # share of ASCII among a reference's letters from which rouge-score's own tokenizer loses nothing to speak of
+# share of ASCII among a reference's letters from which rouge-score's own tokenizer loses nothing to speak of
+ENGLISH = 0.995
 WORD = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*|[\p{L}\p{M}\p{N}_]+"
 OWN_TOKENIZER = "rouge-score's own, without stemming: lower case, all but a-z and 0-9 dropped"
 UNICODE_TOKENIZER = (
@@ -18,7 +20,8 @@ UNICODE_TOKENIZER = (
 
 
 class UnicodeTokenizer:
-    """Words of any script, as rouge-score takes a tokenizer. Scripts that write no blanks give a token a character."""
+    """Words of any script, as rouge-score takes a tokenizer. Scripts that write no blanks give a token a
+    character."""
 
     def __init__(self) -> None:
         import regex  # sacrebleu and transformers bring it
@@ -30,13 +33,15 @@ class UnicodeTokenizer:
 
 
 def is_english(reference: str) -> bool:
-    """Would rouge-score's own tokenizer, which knows a to z alone, keep nearly every letter of a reference?"""
+    """Would rouge-score's own tokenizer, which knows a to z alone, keep nearly every letter of a
+    reference?"""
     letters = [letter for letter in reference if letter.isalpha()]
     return sum(letter.isascii() for letter in letters) >= ENGLISH * len(letters)
 
 
 def bleu_tokenizer(references: Sequence[str]) -> str:
-    """sacrebleu's tokenizer for the references: "zh" for Chinese, "char" for other scripts without blanks, else its default."""
+    """sacrebleu's tokenizer for the references: "zh" for Chinese, "char" for other scripts without blanks,
+    else its default."""
     import regex
 
     text = "".join(references)
@@ -103,7 +108,8 @@ def judge_answers(
 
 
 def distinct(texts: Sequence[str], n: int = 2) -> float:
-    """Distinct n-grams as a share of all n-grams of some texts (Li et al., 2016), by the Unicode tokenizer; nan where there are none."""
+    """Distinct n-grams as a share of all n-grams of some texts (Li et al., 2016), by the Unicode tokenizer;
+    nan where there are none."""
     tokenizer = UnicodeTokenizer()
     grams: list[tuple[str, ...]] = []
     for text in texts:

@@ -11,7 +11,8 @@ RESAMPLES = 4000
 
 @dataclass(frozen=True)
 class Resamples:
-    """How often each seed and each test row was drawn, in every resample; shared by all cells that are compared.
+    """How often each seed and each test row was drawn, in every resample; shared by all cells that are
+    compared.
 
     Attributes:
         seeds: (R, S) shares, each row sums to 1.
@@ -27,9 +28,10 @@ def resample(
 ) -> Resamples:
     """Draw with replacement on two levels: seeds, then test rows.
 
-    Every seed is judged on the same test rows, so one draw of rows serves all seeds of a resample (the two factors are
-    crossed; Owen's pigeonhole bootstrap, 2007). Drawing rows anew for each seed would average their noise away. The
-    spread between few seeds is understated, by (S - 1) / S in variance; of one seed nothing is known and rows alone vary.
+    Every seed is judged on the same test rows, so one draw of rows serves all seeds of a resample (the two
+    factors are crossed; Owen's pigeonhole bootstrap, 2007). Drawing rows anew for each seed would average
+    their noise away. The spread between few seeds is understated, by (S - 1) / S in variance; of one seed
+    nothing is known and rows alone vary.
     """
 
     def shares(size: int) -> np.ndarray:
@@ -39,7 +41,8 @@ def resample(
 
 
 def resampled_means(values: np.ndarray, resamples: Resamples) -> np.ndarray:
-    """(R,) means of (S, N) values, a row a seed and a column a test row. Two cells' means are paired: subtract them."""
+    """(R,) means of (S, N) values, a row a seed and a column a test row. Two cells' means are paired:
+    subtract them."""
     return np.einsum("rs,rs->r", resamples.seeds, resamples.rows @ values.T)
 
 
@@ -50,13 +53,15 @@ def interval(resampled: np.ndarray, level: float = 0.95) -> tuple[float, float]:
 
 
 def p_value(differences: np.ndarray) -> float:
-    """Two-sided p of "no difference" by how many resampled differences lie on the other side of 0; at least 2 / (R + 1)."""
+    """Two-sided p of "no difference" by how many resampled differences lie on the other side of 0; at least 2
+    / (R + 1)."""
     below, above = int((differences <= 0).sum()), int((differences >= 0).sum())
     return min(1.0, 2 * (1 + min(below, above)) / (1 + len(differences)))
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """Holm's step-down correction for several tests (1979): the smallest p times k, the next times k - 1, never falling."""
+    """Holm's step-down correction for several tests (1979): the smallest p times k, the next times k - 1,
+    never falling."""
     corrected = [0.0] * len(p_values)
     largest = 0.0
     for place, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):

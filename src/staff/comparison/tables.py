@@ -1,4 +1,5 @@
-"""From the cells of a comparison to tables and plots: quality with intervals, what selection cost, quality against cost."""
+"""From the cells of a comparison to tables and plots: quality with intervals, what selection cost, quality
+against cost."""
 
 from __future__ import annotations
 
@@ -24,9 +25,12 @@ OF_SENTENCES = {
 }  # metrics whose value of a whole file is no mean over its rows
 LEVEL = 0.95
 DIVERSITY = (
-    "Means over seeds; higher is more diverse. The size of a coreset alone moves all three, so compare within a column. "
-    "distinct-2: different pairs of words as a share of all in the responses; nearest: mean distance from a sample to the nearest other "
-    "of the coreset; clusters: share of the pool's k-means clusters with a sample in it. Distances and clusters are those of TF-IDF "
+    "Means over seeds; higher is more diverse. The size of a coreset alone moves all three, so compare "
+    "within a column. "
+    "distinct-2: different pairs of words as a share of all in the responses; nearest: mean distance from a "
+    "sample to the nearest other "
+    "of the coreset; clusters: share of the pool's k-means clusters with a sample in it. Distances and "
+    "clusters are those of TF-IDF "
     "vectors (cosine) of prompt and response, a space that no method selects by."
 )
 
@@ -35,7 +39,8 @@ Key = tuple[str, float | None]  # method, pruning rate; None: the full data, the
 
 @dataclass(frozen=True)
 class Judged:
-    """A method at one pruning rate on one task: (S, N) values, a row a seed, a column a test row, and their resampled means."""
+    """A method at one pruning rate on one task: (S, N) values, a row a seed, a column a test row, and their
+    resampled means."""
 
     values: np.ndarray
     resampled: np.ndarray
@@ -146,7 +151,8 @@ def compare_cells(judged: Mapping[Key, Judged], task: str, metric: str) -> list[
 
 
 def corrected(differences: list[Difference]) -> list[Difference]:
-    """The same with Holm's correction: over all tests of a metric against one second method, whatever the task and rate."""
+    """The same with Holm's correction: over all tests of a metric against one second method, whatever the
+    task and rate."""
     families: dict[tuple[str, str], list[int]] = {}
     for i, found in enumerate(differences):
         families.setdefault((found.metric, found.second), []).append(i)
@@ -162,7 +168,8 @@ def corrected(differences: list[Difference]) -> list[Difference]:
 def quality_table(judged: Mapping[Key, Judged], differences: list[Difference], task: str, metric: str) -> str:
     """Table 1 of a task: a line a method, a column a pruning rate, means with 95 % intervals.
 
-    Bold: better than every other method at that rate, by paired intervals that leave out 0. ↑ ↓: better or worse than
+    Bold: better than every other method at that rate, by paired intervals that leave out 0. ↑ ↓: better or
+        worse than
     random so.
     """
     rates = sorted({rate for _, rate in judged if rate is not None})
@@ -203,7 +210,8 @@ def quality_table(judged: Mapping[Key, Judged], differences: list[Difference], t
 
 
 def tally(differences: list[Difference], metric: str) -> str:
-    """Wins, ties and losses against random over all tasks and rates, and the cells that fall below it after Holm's correction."""
+    """Wins, ties and losses against random over all tasks and rates, and the cells that fall below it after
+    Holm's correction."""
     against = [d for d in differences if d.second == BASELINE and d.metric == metric]
     if not against:
         return f"No wins and losses in {metric}: there is no finished {BASELINE} to compare with."
@@ -222,7 +230,8 @@ def tally(differences: list[Difference], metric: str) -> str:
 
 
 def pair_table(differences: list[Difference], metric: str) -> str:
-    """Every method against every other, the row's against the column's: wins-ties-losses over tasks and rates."""
+    """Every method against every other, the row's against the column's: wins-ties-losses over tasks and
+    rates."""
     own = [d for d in differences if d.metric == metric]
     names = list(dict.fromkeys(d.first for d in own))
     outcomes: dict[tuple[str, str], list[str]] = {}
@@ -243,7 +252,8 @@ def pair_table(differences: list[Difference], metric: str) -> str:
 
 
 def diversity_table(rows: list[dict[str, str]], task: str) -> str:
-    """How diverse a task's coresets are, means over seeds: distinct-2, nearest distance, clusters covered; all data below."""
+    """How diverse a task's coresets are, means over seeds: distinct-2, nearest distance, clusters covered;
+    all data below."""
     own = [row for row in rows if row["task"] == task and row["method"] != UNTOUCHED]
     rates = sorted({float(row["pruning_rate"]) for row in own if row["pruning_rate"]})
 
@@ -269,11 +279,13 @@ def diversity_table(rows: list[dict[str, str]], task: str) -> str:
 
 
 def cost_table(rows: list[dict[str, str]], task: str) -> str:
-    """Table 2 of a task: what choosing cost, means over seeds and rates, beside one fine-tuning on all data."""
+    """Table 2 of a task: what choosing cost, means over seeds and rates, beside one fine-tuning on all
+    data."""
     own = [row for row in rows if row["task"] == task]
     full_seconds = _mean([row["finetune_seconds"] for row in own if row["method"] == FULL])
     full_flops = _mean([row["finetune_flops"] for row in own if row["method"] == FULL])
-    header = "| selection | seconds | million tokens | TFLOPs | passes of the target (U) | of one full fine-tuning: FLOPs | seconds |"
+    header = "| selection | seconds | million tokens | TFLOPs | passes of the target (U) "
+    header += "| of one full fine-tuning: FLOPs | seconds |"
     lines = [header, "| --- | --- | --- | --- | --- | --- | --- |"]
     for name in dict.fromkeys(row["method"] for row in own if row["method"] not in (FULL, UNTOUCHED)):
         cells = [row for row in own if row["method"] == name]
@@ -288,13 +300,15 @@ def cost_table(rows: list[dict[str, str]], task: str) -> str:
         passes = _mean([row["finetune_passes"] for row in own if row["method"] == FULL])
         tokens = _mean([row["finetune_tokens"] for row in own if row["method"] == FULL])
         lines.append(
-            f"| fine-tuning on all | {full_seconds:.1f} | {tokens / 1e6:.3f} | {full_flops / 1e12:.3g} | {passes:.2f} | 100% | 100% |"
+            f"| fine-tuning on all | {full_seconds:.1f} | {tokens / 1e6:.3f} | {full_flops / 1e12:.3g} | "
+            f"{passes:.2f} | 100% | 100% |"
         )
     return "\n".join(lines)
 
 
 def report(folder: Path, metrics_of: Mapping[str, tuple[str, ...]], plots: bool = True) -> str:
-    """Write results.md and differences.csv from results.csv and the per-example files, and plots where matplotlib is there.
+    """Write results.md and differences.csv from results.csv and the per-example files, and plots where
+    matplotlib is there.
 
     Args:
         folder: the comparison's.
@@ -313,20 +327,24 @@ def report(folder: Path, metrics_of: Mapping[str, tuple[str, ...]], plots: bool 
     )
     seeds = len({row["seed"] for row in rows if row["seed"]})
     about = (
-        f"Means over {seeds} seeds and all test rows, with {LEVEL:.0%} intervals over both (two-level bootstrap). Bold: better than "
-        f"every other method at that rate; ↑ ↓: better or worse than {BASELINE}; all by paired intervals that leave out 0."
+        f"Means over {seeds} seeds and all test rows, with {LEVEL:.0%} intervals over both (two-level "
+        f"bootstrap). Bold: better than "
+        f"every other method at that rate; ↑ ↓: better or worse than {BASELINE}; all by paired intervals "
+        f"that leave out 0."
     )
     text = ["# Quality", "", about]
     if seeds < 3:
         text.append(
-            f"Of {seeds} seed{'s' * (seeds > 1)} the spread between runs is hardly known: the intervals are of the test rows."
+            f"Of {seeds} seed{'s' * (seeds > 1)} the spread between runs is hardly known: the intervals are "
+            f"of the test rows."
         )
     for (task, metric), cells in judged.items():
         text += ["", f"## {task}", "", quality_table(cells, differences, task, metric)]
         if metric in OF_SENTENCES:
             text += [
                 "",
-                f"{metric} here is the mean over test rows, each scored alone; the corpus {OF_SENTENCES[metric]} is in results.csv.",
+                f"{metric} here is the mean over test rows, each scored alone; the corpus "
+                f"{OF_SENTENCES[metric]} is in results.csv.",
             ]
     for metric in dict.fromkeys(metric for _, metric in judged):
         text += ["", tally(differences, metric)]
@@ -360,7 +378,8 @@ def report(folder: Path, metrics_of: Mapping[str, tuple[str, ...]], plots: bool 
 def _plot(
     folder: Path, rows: list[dict[str, str]], judged: Mapping[Key, Judged], task: str, metric: str
 ) -> list[str]:
-    """Metric against pruning rate and against total cost, as PNG; nothing where matplotlib is not installed."""
+    """Metric against pruning rate and against total cost, as PNG; nothing where matplotlib is not
+    installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -70,7 +70,8 @@ def _dated(template: str, date: datetime.date) -> str:
     fixed = DATE_CALL.sub(lambda call: repr(date.strftime(call[2])), template)
     if "strftime_now(" in fixed:
         raise ValueError(
-            "the model's chat template writes the date in a way that can't be held fixed, so that no two runs would "
+            "the model's chat template writes the date in a way that can't be held fixed, so that no two "
+            "runs would "
             "see the same text: give a template that doesn't with --chat-template FILE"
         )
     return fixed

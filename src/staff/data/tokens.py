@@ -222,12 +222,14 @@ def tokenise(
 
 
 def in_common(rows: Rows, pools: Mapping[Any, Pool]) -> tuple[Rows, dict[Any, Pool]]:
-    """The rows that no pool dropped, and the pools of these alone: a position is the same row in all of them."""
+    """The rows that no pool dropped, and the pools of these alone: a position is the same row in all of
+    them."""
     reasons = {place: reason for pool in pools.values() for place, reason in pool.dropped}
     if len(reasons) == len(rows):
         place = min(reasons)
         raise ValueError(
-            f"none of {len(rows)} rows can be used; the first one, row {rows.numbers[place]}, {reasons[place]}"
+            f"none of {len(rows)} rows can be used; the first one, row {rows.numbers[place]}, "
+            f"{reasons[place]}"
         )
     left = {}
     for name, pool in pools.items():
@@ -254,8 +256,8 @@ class Sample(NamedTuple):
 class Sampler:
     """Examples to samples, and the rule for all of them.
 
-    A sample's tokens are those of the template's own rendering, tokenised whole; a token is trained where it has a
-    character of a trained turn.
+    A sample's tokens are those of the template's own rendering, tokenised whole; a token is trained where it
+    has a character of a trained turn.
     """
 
     def __init__(self, tokenizer: Any, reading: Reading):
@@ -353,7 +355,8 @@ class Sampler:
         return first, (len(ids) if text.special and stop == len(text.text) else last + 1)
 
     def _token_at(self, text: Rendering, ids: list[int], at: int) -> int:
-        """The token at a character, of a tokenizer without offsets: the text before must be the same tokens alone."""
+        """The token at a character, of a tokenizer without offsets: the text before must be the same tokens
+        alone."""
         if at == len(text.text):
             return len(ids)
         before = self.tokenizer(text.text[:at], add_special_tokens=text.special, verbose=False)["input_ids"]
@@ -361,7 +364,8 @@ class Sampler:
             before = before[:-1]  # an end token that the tokenizer sets
         if ids[: len(before)] != before:
             raise BadRow(
-                "has an answer that can't be told apart: its tokenizer has no character offsets, and other tokens for "
+                "has an answer that can't be told apart: its tokenizer has no character offsets, and other "
+                "tokens for "
                 "the text before the answer alone. Use the model's fast tokenizer (tokenizer.json)"
             )
         return len(before)
@@ -387,7 +391,8 @@ class Sampler:
         return sample, mark + CUT
 
     def shortened(self, example: Example, sample: Sample, excess: Callable[[Sample], int]) -> Sample:
-        """The sample whose prompt lost the start of its text, earliest turn first, until nothing is in excess."""
+        """The sample whose prompt lost the start of its text, earliest turn first, until nothing is in
+        excess."""
         turns = list(example.turns)
         for place in self._loose(example):
             while (over := excess(sample)) > 0:
@@ -429,7 +434,8 @@ def prompts_of(
     reading: Reading = USUAL,
     numbers: Sequence[int] | np.ndarray | None = None,
 ) -> tuple[list[np.ndarray], int, int]:
-    """What stands before each last answer in at most `room` tokens; the token that answers end with; how many were cut."""
+    """What stands before each last answer in at most `room` tokens; the token that answers end with; how many
+    were cut."""
     sampler = Sampler(tokenizer, reading)
     made, cut, end = [], 0, 0
     for place, (example, sample) in enumerate(
@@ -459,7 +465,8 @@ def _before(sample: Sample) -> int:
 
 
 def batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
-    """Cut samples into batches of like length, longest first, none of more than batch_tokens tokens with padding.
+    """Cut samples into batches of like length, longest first, none of more than batch_tokens tokens with
+    padding.
 
     Args:
         lengths: (k,) tokens of each sample.

@@ -6,7 +6,8 @@ from torch import nn
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A module with one weight matrix: nn.Linear and what derives from it, GPT-2's Conv1D, quantised layers of either kind."""
+    """A module with one weight matrix: nn.Linear and what derives from it, GPT-2's Conv1D, quantised layers
+    of either kind."""
     if isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf")):
         return True
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
@@ -57,7 +58,8 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     fitting = [(depth, module) for depth, module in lists if len(module) == config.num_hidden_layers]
     if not fitting:
         raise ValueError(
-            f"found no list of {config.num_hidden_layers} blocks in {type(causal).__name__}: this architecture is not supported"
+            f"found no list of {config.num_hidden_layers} blocks in {type(causal).__name__}: this "
+            f"architecture is not supported"
         )
     return min(fitting, key=lambda pair: pair[0])[1]
 

@@ -1,4 +1,5 @@
-"""Causal attention our way: by plain products for short samples on a CPU, where in bfloat16 the library's kernel takes up to four
+"""Causal attention our way: by plain products for short samples on a CPU, where in bfloat16 the library's
+kernel takes up to four
 times as long; and for samples that stand behind one another, without padding."""
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ WINDOWS = (
 
 @contextlib.contextmanager
 def short_samples(lengths: Sequence[int] | None = None) -> Iterator[None]:
-    """Within the block, models on SDPA take `attend` where it computes the same and pays: short samples in bfloat16 on a CPU.
+    """Within the block, models on SDPA take `attend` where it computes the same and pays: short samples in
+    bfloat16 on a CPU.
 
     Args:
-        lengths: tokens of samples that stand behind one another in a batch of one: each attends to itself alone, and the
-            mask that the model was given does not count.
+        lengths: tokens of samples that stand behind one another in a batch of one: each attends to itself
+            alone, and the mask that the model was given does not count.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -89,7 +91,8 @@ def short_samples(lengths: Sequence[int] | None = None) -> Iterator[None]:
 
 
 def _groups(lengths: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """Samples of like length padded together, none to more than twice its own; for attention alone, where it costs little.
+    """Samples of like length padded together, none to more than twice its own; for attention alone, where it
+    costs little.
 
     Returns:
         (N,) the row of each token among those of all groups, and (samples, longest) of each group.
@@ -138,10 +141,12 @@ class _Collect(torch.autograd.Function):
 
 
 def packed(samples: Sequence[np.ndarray]) -> dict[str, Tensor]:
-    """Samples behind one another, as a model takes them within `short_samples` of their lengths; N tokens in all.
+    """Samples behind one another, as a model takes them within `short_samples` of their lengths; N tokens in
+    all.
 
     Returns:
-        input_ids and position_ids (1, N), and a mask that is only there so that the library makes none of N x N.
+        input_ids and position_ids (1, N), and a mask that is only there so that the library makes none of N x
+        N.
     """
     return {
         "input_ids": torch.as_tensor(np.concatenate(samples), dtype=torch.int64)[None],
@@ -152,10 +157,11 @@ def packed(samples: Sequence[np.ndarray]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def can_pack(model: torch.nn.Module, samples: Sequence[np.ndarray], longest: int) -> bool:
-    """Do samples of up to `longest` tokens come out of a model packed as they do alone? Seen on some of them, two or more.
+    """Do samples of up to `longest` tokens come out of a model packed as they do alone? Seen on some of them,
+    two or more.
 
-    False where tokens see each other by other ways than the library's attention, where that has a window within
-    `longest`, or where positions are not told.
+    False where tokens see each other by other ways than the library's attention, where that has a window
+    within `longest`, or where positions are not told.
     """
     decoder, config = anatomy.decoder(model), anatomy.text_config(model)
     windows = [getattr(config, name, None) for name in WINDOWS]
@@ -199,7 +205,8 @@ def can_pack(model: torch.nn.Module, samples: Sequence[np.ndarray], longest: int
 
 
 def _hidden(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor | None:
-    """(T, K) -inf where a query does not see a key, the same for all samples and heads; None where it is not."""
+    """(T, K) -inf where a query does not see a key, the same for all samples and heads; None where it is
+    not."""
     tokens, keys = query.shape[2], key.shape[2]
     if mask is None and causal and tokens == keys:
         return query.new_full((tokens, keys), -torch.inf).triu_(1)

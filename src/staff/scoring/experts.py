@@ -11,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 
 def is_known(module: nn.Module) -> bool:
-    """Experts as transformers lays them out: each matrix of all experts in one tensor, (E, O, I) or (E, I, O)."""
+    """Experts as transformers lays them out: each matrix of all experts in one tensor, (E, O, I) or (E, I,
+    O)."""
     return hasattr(module, "has_gate") and hasattr(module, "is_transposed") and hasattr(module, "down_proj")
 
 
@@ -29,8 +30,8 @@ def forward(
     """What the module's own forward computes, one expert after the other.
 
     Args:
-        tell: called with the matrix's name, the expert, the tokens sent to it (n,), ascending, what went in and what came
-            out, (n, I) and (n, O), bias included.
+        tell: called with the matrix's name, the expert, the tokens sent to it (n,), ascending, what went in
+            and what came out, (n, I) and (n, O), bias included.
         hidden: (N, H).
         routing: the experts of each token, (N, k), and their shares.
 
@@ -64,7 +65,8 @@ def forward(
 
 
 class Products(TorchFunctionMode):
-    """Within it, products by a weight of one shape are told of: a router has its weight to itself, in no linear layer.
+    """Within it, products by a weight of one shape are told of: a router has its weight to itself, in no
+    linear layer.
 
     Args:
         shape: (O, I).

@@ -1,8 +1,9 @@
 """Per-sample gradient norms from one pass over a batch (STAFF, Eq. 2). torch alone.
 
-The gradient of a linear weight W (O, I) on one sample is G = sum over tokens of g_t a_t^T, with a_t what goes into the
-layer and g_t the loss gradient at what comes out. Both are there after an ordinary backward pass, so the norm of G
-needs no gradient per sample to be stored. No other parameter needs a gradient: the graph begins at the first site.
+The gradient of a linear weight W (O, I) on one sample is G = sum over tokens of g_t a_t^T, with a_t what goes
+into the layer and g_t the loss gradient at what comes out. Both are there after an ordinary backward pass, so
+the norm of G needs no gradient per sample to be stored. No other parameter needs a gradient: the graph begins
+at the first site.
 
 Axes: B batch, T tokens, I in, O out, N response tokens of a batch, H hidden, V vocabulary.
 """
@@ -29,7 +30,8 @@ CHUNK_BYTES = (
 
 @cache
 def chunk_bytes_on(device: torch.device) -> int:
-    """Working memory of a step of a chunked product: on a GPU a 64th of its memory, 1 GiB at most, so that few steps fill it."""
+    """Working memory of a step of a chunked product: on a GPU a 64th of its memory, 1 GiB at most, so that
+    few steps fill it."""
     if device.type != "cuda":
         return CHUNK_BYTES
     return max(CHUNK_BYTES, min(2**30, torch.cuda.get_device_properties(device).total_memory // 64))
@@ -43,9 +45,10 @@ class Site:
         module: maps (B, T, I) to (B, T, O) by a weight; (O, I) or transposed, the norm is the same.
         rows: (R,) int64 outputs that count, None for all: a fused projection holds queries and keys too.
         name: where it is, for messages.
-        sketch: (R, I), None for none: the norm is of G sketch^T, the gradient of the matrix B of an adapter that adds
-            B sketch a to the layer's output.
-        expert: the name of a tensor of all experts' matrices and which of them; `module` is the layer of experts.
+        sketch: (R, I), None for none: the norm is of G sketch^T, the gradient of the matrix B of an adapter
+            that adds B sketch a to the layer's output.
+        expert: the name of a tensor of all experts' matrices and which of them; `module` is the layer of
+            experts.
     """
 
     module: nn.Module
@@ -61,7 +64,8 @@ class Site:
 
 
 class _Call(NamedTuple):
-    """What went into a site and what came out; of an expert `rows` (n,), the tokens sent to it, of how many."""
+    """What went into a site and what came out; of an expert `rows` (n,), the tokens sent to it, of how
+    many."""
 
     input: Tensor
     output: Tensor
@@ -85,14 +89,15 @@ class Head:
 
 
 class record_sites:
-    """Within the block, keep what goes into each site and what comes out of it; `squared_norms` ends the pass.
+    """Within the block, keep what goes into each site and what comes out of it; `squared_norms` ends the
+    pass.
 
         with record_sites(sites) as recorded:
             losses = ...           # one a sample, of a forward pass through the model
             squares = recorded.squared_norms(losses)
 
-    No parameter may require a gradient. The first site's output becomes the leaf of the graph, so everything below it
-    runs as under no_grad. A module that a forward pass calls more than once has its calls added up.
+    No parameter may require a gradient. The first site's output becomes the leaf of the graph, so everything
+    below it runs as under no_grad. A module that a forward pass calls more than once has its calls added up.
     """
 
     def __init__(self, sites: Sequence[Site], measure: Callable[[int, Tensor, Tensor], Tensor] | None = None):
@@ -120,10 +125,12 @@ class record_sites:
         for module in self._replaced:
             del module.forward
         for calls in self._calls:
-            calls.clear()  # a hook on an output holds all of them: without this they'd wait for the garbage collector
+            # a hook on an output holds all of them: without this they'd wait for the garbage collector
+            calls.clear()
 
     def also(self, place: int, layer_input: Tensor, output: Tensor) -> None:
-        """Count a call of a site that does not run here: (B, T, I) went in, and (B, T, O), a leaf of the graph, came out."""
+        """Count a call of a site that does not run here: (B, T, I) went in, and (B, T, O), a leaf of the
+        graph, came out."""
         self._calls[place].append(_Call(layer_input, output))
 
     def input_shapes(self) -> list[list[torch.Size]]:
@@ -137,14 +144,15 @@ class record_sites:
     def measured(self, losses: Tensor) -> list[Tensor]:
         """What `measure` makes of each site's gradients: by default the squared norm of each sample's.
 
-        A site's gradients are used and let go as they come, so that a scope of many layers keeps few of them at once.
+        A site's gradients are used and let go as they come, so that a scope of many layers keeps few of them
+        at once.
 
         Args:
             losses: (B,), one loss a sample. The samples must not see each other.
 
         Returns:
-            for each site measure(place, a, g), of what went into it, (B, T, I), and the gradient at what came out,
-            (B, T, O); (B,) in float32, or float64 where the model is.
+            for each site measure(place, a, g), of what went into it, (B, T, I), and the gradient at what came
+            out, (B, T, O); (B,) in float32, or float64 where the model is.
         """
         batch = len(losses)
         found: list[Tensor] = [losses.new_zeros(0) for _ in self._sites]
@@ -218,7 +226,8 @@ def _experts_forward(module: nn.Module, calls: dict[tuple[str, int], list[_Call]
 
 
 def _operands(site: Site, calls: list[_Call], grads: list[Tensor], batch: int) -> tuple[Tensor, Tensor]:
-    """All calls of a site as one (B, T, I) and one (B, T, O); a layer may see (B * T, I) or more axes between."""
+    """All calls of a site as one (B, T, I) and one (B, T, O); a layer may see (B * T, I) or more axes
+    between."""
     if site.expert and not calls:
         weight = getattr(site.module, site.expert[0])
         *_, inputs, outputs = weight.shape if site.module.is_transposed else weight.mT.shape
@@ -234,7 +243,8 @@ def _operands(site: Site, calls: list[_Call], grads: list[Tensor], batch: int) -
 
 
 def _by_sample(states: Tensor, call: _Call, batch: int) -> Tensor:
-    """(B, T, width) of a call's tokens; an expert's are those of each sample that were sent to it, then zeros."""
+    """(B, T, width) of a call's tokens; an expert's are those of each sample that were sent to it, then
+    zeros."""
     if call.rows is None:
         return states.reshape(batch, -1, states.shape[-1])
     sample = call.rows // (call.tokens // batch)
@@ -244,7 +254,8 @@ def _by_sample(states: Tensor, call: _Call, batch: int) -> Tensor:
 
 
 def gradient_matrix(place: int, layer_input: Tensor, grad_output: Tensor) -> Tensor:
-    """The gradients themselves, sum_t g_t a_t^T for each sample: (B, O, I) in float32 or wider. For a few samples."""
+    """The gradients themselves, sum_t g_t a_t^T for each sample: (B, O, I) in float32 or wider. For a few
+    samples."""
     wide = torch.promote_types(grad_output.dtype, torch.float32)
     return grad_output.to(wide).mT @ layer_input.to(wide)
 
@@ -274,7 +285,8 @@ def inner_products(directions: Sequence[Tensor]) -> Callable[[int, Tensor, Tenso
 def squared_norm_of_products(layer_input: Tensor, grad_output: Tensor) -> Tensor:
     """Squared Frobenius norm of sum_t g_t a_t^T for each sample, by the cheaper of two ways.
 
-    Instantiated: form the (O, I) matrix, 2 T O I operations. Gram: <A A^T, G G^T> over the (T, T) products of the
+    Instantiated: form the (O, I) matrix, 2 T O I operations. Gram: <A A^T, G G^T> over the (T, T) products of
+        the
     tokens, 2 T^2 (I + O). Same number; short samples and wide layers favour the second.
 
     Args:
@@ -323,16 +335,16 @@ def response_scores(
 ) -> TokenScores:
     """Cross-entropy, EL2N and entropy of response tokens, the gradient in closed form.
 
-    With p = softmax(W h), dloss/dh = W^T (p - onehot). Both are taken chunk by chunk, so that no (tokens x vocabulary)
-    matrix is ever whole, and the graph keeps (N, H) alone.
+    With p = softmax(W h), dloss/dh = W^T (p - onehot). Both are taken chunk by chunk, so that no (tokens x
+    vocabulary) matrix is ever whole, and the graph keeps (N, H) alone.
 
     Args:
         hidden: (N, H), the final hidden state at the token *before* each response token.
         head: the output embedding; its weight gets no gradient.
         labels: (N,) int64, the response tokens.
         chunk_bytes: float32 working memory for a chunk of logits; None: by the device.
-        grad_scale: the gradient that flows back is this many times the loss's own. A power of two above 1 keeps small
-            probabilities from vanishing in float16.
+        grad_scale: the gradient that flows back is this many times the loss's own. A power of two above 1
+            keeps small probabilities from vanishing in float16.
 
     Returns:
         TokenScores; `loss` alone is differentiable, with respect to `hidden`.
@@ -369,7 +381,8 @@ class _ResponseScores(torch.autograd.Function):
                     None if cap is None or grad is None else 1 - (logits / cap).square()
                 )  # of the soft cap
                 logits -= top
-                # e = exp(z - max z), the label's apart: p is e / total, and 1 - p(label) keeps its digits near 0
+                # e = exp(z - max z), the label's apart: p is e / total, and 1 - p(label) keeps its digits
+                # near 0
                 log_e_label = logits.gather(-1, label)
                 e_label = log_e_label.exp()
                 e = logits.exp().scatter_(-1, label, 0.0)
@@ -431,13 +444,14 @@ def efforts(
         sites: where the gradient is measured.
         batch: a `pool.Batch`: `sample_of`, `before` and `labels` (N,), `counts` (B,).
         loss: a key of `LOSSES`, what L is of the cross-entropies of a sample's response tokens.
-        grad_scale: for float16, a power of two that gradients are multiplied by on their way and divided by at the end;
-            the division by the tokens of a sample waits until then too. None: neither is needed.
+        grad_scale: for float16, a power of two that gradients are multiplied by on their way and divided by
+            at the end; the division by the tokens of a sample waits until then too. None: neither is needed.
         also: calls of sites that were made before; see `record_sites.also`.
 
     Returns:
-        "effort": ||dL/dphi||_2, "loss": L, "el2n", "entropy"; each (B,), L one of its own for each sample, so a score
-        does not depend on the batch. "site_norms": (B, sites), ||dL/dW||_2 of each site; effort^2 is the sum of their squares.
+        "effort": ||dL/dphi||_2, "loss": L, "el2n", "entropy"; each (B,), L one of its own for each sample, so
+        a score does not depend on the batch. "site_norms": (B, sites), ||dL/dW||_2 of each site; effort^2 is
+        the sum of their squares.
     """
     with torch.enable_grad(), record_sites(sites) as recorded:
         for call in also:

@@ -1,9 +1,11 @@
-"""What all samples begin with, computed once: its keys and values serve every sample, as in a chat server (exact for last-value).
+"""What all samples begin with, computed once: its keys and values serve every sample, as in a chat server
+(exact for last-value).
 
-Through causal blocks the tokens of a common start (system prompt, instruction, opening of the template) come out the same for every
-sample. Only in the last block do samples differ there: in the gradient at the start's values, since each sample's later tokens attend to
-them. So the values of that block are handed over as a leaf of the graph, one copy a sample, and their gradients count as those of any
-other token. Nothing else of the start has a gradient that the scope "last-value" looks at.
+Through causal blocks the tokens of a common start (system prompt, instruction, opening of the template) come
+out the same for every sample. Only in the last block do samples differ there: in the gradient at the start's
+values, since each sample's later tokens attend to them. So the values of that block are handed over as a leaf
+of the graph, one copy a sample, and their gradients count as those of any other token. Nothing else of the
+start has a gradient that the scope "last-value" looks at.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class Prefix:
         tokens: P.
         keys, values: of each block, (1, G, P, D).
         layer_input: (P, I), what goes into the value projection.
-        layer_output: (P, O), what comes out of it; of a fused projection the value rows alone, zero elsewhere.
+        layer_output: (P, O), what comes out of it; of a fused projection the value rows alone, zero
+            elsewhere.
         rows: as in the Site.
         place: of the block of the value projection.
     """
@@ -52,10 +55,12 @@ class Prefix:
     place: int
 
     def for_batch(self, size: int) -> tuple[Cache, Tensor, Tensor]:
-        """A cache of `size` samples that hold the start, and the call of the value projection that it stands for.
+        """A cache of `size` samples that hold the start, and the call of the value projection that it stands
+        for.
 
         Returns:
-            the cache, (size, P, I) inputs, and (size, P, O) outputs: a leaf that the cache's values are made of.
+            the cache, (size, P, I) inputs, and (size, P, O) outputs: a leaf that the cache's values are made
+            of.
         """
         leaf = self.layer_output.expand(size, -1, -1).clone().requires_grad_(True)
         values = list(self.values)
@@ -72,7 +77,8 @@ class Prefix:
 
 
 class _Start(DynamicLayer):
-    """A layer of a cache that never grows: what comes is put behind the start and handed back, and none of it is kept."""
+    """A layer of a cache that never grows: what comes is put behind the start and handed back, and none of it
+    is kept."""
 
     def __init__(self, keys: Tensor, values: Tensor):
         super().__init__()
@@ -85,7 +91,8 @@ class _Start(DynamicLayer):
 
 
 def length_of(pool: Pool) -> int:
-    """Tokens that all samples of a pool begin with, up to the token before the first response; 0 for fewer than two samples."""
+    """Tokens that all samples of a pool begin with, up to the token before the first response; 0 for fewer
+    than two samples."""
     if len(pool) < 2:
         return 0
     starts, lengths = pool.offsets[:-1], pool.lengths
@@ -100,7 +107,8 @@ def length_of(pool: Pool) -> int:
 
 @torch.no_grad()
 def find(model: torch.nn.Module, site: Site, pool: Pool) -> Prefix | None:
-    """The common start of a pool run through a model; None where there is none to speak of, or the model's cache is of another kind."""
+    """The common start of a pool run through a model; None where there is none to speak of, or the model's
+    cache is of another kind."""
     config = anatomy.text_config(model)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     takes_cache = "past_key_values" in inspect.signature(anatomy.decoder(model).forward).parameters

@@ -1,7 +1,7 @@
 """Which weights a score looks at, found by a model's structure and not by a list of names. torch alone.
 
-A scope is the phi of STAFF's Eq. 2; `SCOPES` says what there is and what each costs, in passes over the pool forward
-through the whole model.
+A scope is the phi of STAFF's Eq. 2; `SCOPES` says what there is and what each costs, in passes over the pool
+forward through the whole model.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from staff.scoring import experts
 from staff.scoring.gradnorm import Head, Site, record_sites
 
 SCOPES = {
-    "last-value": "the last block's value projection: forward, and back through the last block alone; the default",
+    "last-value": "the last block's value projection: forward, and back through the last block; the default",
     "last-block": "every linear weight of the last block: about the same price",
-    "linear": "every linear weight of the blocks, no embeddings, no head: back through every block, and the norms; 2 to 3 times the price",
-    "lora": "the trainable LoRA matrices of the whole model: forward, and back through every block; twice the price",
-    "released": "lora_B of a fresh LoRA on the last value projection, as the authors' script has it: the price of last-value",
+    "linear": "every linear weight of the blocks, no embeddings, no head; 2 to 3 times the price",
+    "lora": "the trainable LoRA matrices of the whole model: back through every block; twice the price",
+    "released": "lora_B of a fresh LoRA on the last value projection, as the authors' script has it",
 }
 RELEASED_RANK, RELEASED_ALPHA = 81, 16
 PROBE = (2, 16)  # samples and tokens of the batch that shows how layers see their input
@@ -57,11 +57,14 @@ def _weights(block: nn.Module, prefix: str) -> list[Site]:
 def value_projection(model: nn.Module) -> Site:
     """The value projection of the last block that has one; of a fused projection, its value rows.
 
-    Found by two probes. With one token, softmax is over a single key and so 1: queries and keys get no gradient.
-    With two tokens and a loss on the second, the first token's outputs matter only where attention carries them
-    over: its query, its output projection and its MLP get none. What is left in both is the value projection. A block
-    that shares an earlier block's values has none of its own, and the earlier one is found; so it is with blocks that
-    have no attention. Where values are made in two steps (multi-head latent attention) it is the second.
+    Found by two probes. With one token, softmax is over a single key and so 1: queries and keys get no
+    gradient. With two tokens and a loss on the second, the first token's outputs matter only where attention
+    carries them
+    over: its query, its output projection and its MLP get none. What is left in both is the value projection.
+        A block
+    that shares an earlier block's values has none of its own, and the earlier one is found; so it is with
+    blocks that have no attention. Where values are made in two steps (multi-head latent attention) it is the
+    second.
 
     Raises:
         ValueError: no block has one.
@@ -95,8 +98,8 @@ def _moves_last_token(
     """Which outputs of each module, at the first token, move what comes out of their block at the last token.
 
     Returns:
-        place in `modules` -> (O,) bool, in the order in which they ran. Modules that did not run, or saw their tokens
-        out of order (routed experts), are left out.
+        place in `modules` -> (O,) bool, in the order in which they ran. Modules that did not run, or saw
+        their tokens out of order (routed experts), are left out.
     """
     outputs: dict[int, Tensor] = {}
     from_block: list[Tensor] = []
@@ -223,7 +226,8 @@ def check(model: nn.Module, scope: str) -> None:
             cubes = [p for p in module.parameters(recurse=False) if p.ndim >= 3]
             if routed or fused or (cubes and not isinstance(module, (nn.Conv1d, nn.Conv2d))):
                 raise ValueError(
-                    f"scope {scope!r} needs plain linear weights, but {block_name}.{name} of {type(anatomy.inner(model)).__name__} sends tokens to "
+                    f"scope {scope!r} needs plain linear weights, but {block_name}.{name} of "
+                    f"{type(anatomy.inner(model)).__name__} sends tokens to "
                     "experts, whose weights see a part of them: use --scope last-value, lora or released"
                 )
 
@@ -235,7 +239,8 @@ def _counted_blocks(model: nn.Module, scope: str) -> dict[str, nn.Module]:
 
 
 def _that_run(model: nn.Module, candidates: list[Site], scope: str) -> list[Site]:
-    """Those weights that a forward pass meets, each with all tokens of the batch in order; all experts of a layer.
+    """Those weights that a forward pass meets, each with all tokens of the batch in order; all experts of a
+    layer.
 
     Raises:
         ValueError: a layer sees its tokens otherwise.
@@ -258,13 +263,15 @@ def _that_run(model: nn.Module, candidates: list[Site], scope: str) -> list[Site
 
 
 def _released(model: nn.Module, seed: int) -> Site:
-    """The weight that the authors' script takes the norm on: `lora_B` of a fresh LoRA on the last value projection.
+    """The weight that the authors' script takes the norm on: `lora_B` of a fresh LoRA on the last value
+    projection.
 
-    Reproduced from selection/effort_score.py: rank 81, alpha 16, no dropout, matrix A drawn as PEFT draws it (uniform
-    within 1 / sqrt(I)), B = 0, so that the model computes what it did without. The gradient of B is
-    (alpha / rank) G A^T, with G that of the value projection: no adapter has to be there. Left out: the script adds the
-    same gradient twice before it takes the norm, a factor of 2 that no ratio or region sees; and it finds the layer by a
-    number for each of five model names. A is ours to draw: the script has no seed.
+    Reproduced from selection/effort_score.py: rank 81, alpha 16, no dropout, matrix A drawn as PEFT draws it
+    (uniform within 1 / sqrt(I)), B = 0, so that the model computes what it did without. The gradient of B is
+    (alpha / rank) G A^T, with G that of the value projection: no adapter has to be there. Left out: the
+    script adds the same gradient twice before it takes the norm, a factor of 2 that no ratio or region sees;
+    and it finds the layer by a number for each of five model names. A is ours to draw: the script has no
+    seed.
     """
     site = value_projection(model)
     inputs = anatomy.weight_shape(site.module)[1]
@@ -274,10 +281,12 @@ def _released(model: nn.Module, seed: int) -> Site:
 
 
 def drop_tuned_queries_and_values(model: nn.Module) -> list[str]:
-    """Undo the tuning of the query and value projections, in place, as the authors' script does without saying so.
+    """Undo the tuning of the query and value projections, in place, as the authors' script does without
+    saying so.
 
-    It puts its fresh adapter under the name of the tuned one, on "q_proj" and "v_proj": there the tuned matrices are
-    lost, everywhere else they stay. In a model with a fused projection it is that one, queries, keys and values.
+    It puts its fresh adapter under the name of the tuned one, on "q_proj" and "v_proj": there the tuned
+    matrices are lost, everywhere else they stay. In a model with a fused projection it is that one, queries,
+    keys and values.
 
     Returns:
         the names of the layers; none where the model has no adapter.
