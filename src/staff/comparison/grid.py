@@ -24,8 +24,8 @@ from staff.methods import METHODS, Method
 from staff.types import Need
 
 SETTINGS = (
-    "tasks", "target", "draft", "drafts", "methods", "pruning_rates", "seeds", "select", "finetune", "evaluate",
-    "metrics", "full", "untouched", "output",
+    "tasks", "target", "draft", "drafts", "methods", "pruning_rates", "seeds",
+    "select", "finetune", "evaluate", "metrics", "full", "untouched", "output",
 )  # fmt: skip
 TASK = ("train", "test", "validation", "reading", "evaluate", "finetune", "select", "metrics")
 OWN = ("data", "model", "output", "seed")  # the grid sets them
