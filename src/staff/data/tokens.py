@@ -408,23 +408,22 @@ class Sampler:
         return sample
 
     def _loose(self, example: Example) -> dict[int, Turn]:
-        """The turns that may lose text: those that are neither trained nor the system's."""
-        turns = example.turns
-        return {i: turn for i, turn in enumerate(turns) if not turn.train and turn.role != "system"}
+        """The turns that may lose text, those of the system last: where nothing else is left to make room."""
+        turns = [(place, turn) for place, turn in enumerate(example.turns) if not turn.train]
+        return dict(sorted(turns, key=lambda pair: pair[1].role == "system"))
 
     def _alone(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
     def _without(self, text: str, tokens: int) -> str:
-        """A text without so many tokens at its start, of which its last word stays."""
+        """A text without so many tokens at its start, of which its last letter stays."""
         if getattr(self.tokenizer, "is_fast", False):
             encoding = self.tokenizer([text], add_special_tokens=False, verbose=False).encodings[0]
             starts = [start for start, _ in encoding.offsets]
             at = max(1, starts[min(tokens, len(starts) - 1)]) if starts else 0
         else:
             at = max(1, len(text) * tokens // max(1, len(self._alone([text])[0])))
-        shorter = text[min(at, len(text) - 1) :] if text else text
-        return shorter if shorter.strip() else text
+        return text[min(at, max(len(text.rstrip()) - 1, 0)) :]
 
 
 def prompts_of(
