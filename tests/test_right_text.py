@@ -1,4 +1,5 @@
-"""The rule: what is scored is the chat template's own rendering, tokenised whole, with the trained turns marked."""
+"""The rule: what is scored is the chat template's own rendering, tokenised whole, with the trained turns
+marked."""
 
 import json
 import os
@@ -25,7 +26,25 @@ FOLDER = Path(trl.__file__).parent / "chat_templates"
 TEMPLATES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.jinja"))}
 DAY = Reading(template_date="2025-12-31")
 SOAK = bool(os.environ.get("STAFF_SOAK"))
-WORDS = "the of a is in river lake hill name Elbe Paris first second third question answer system".split()
+WORDS = [
+    "the",
+    "of",
+    "a",
+    "is",
+    "in",
+    "river",
+    "lake",
+    "hill",
+    "name",
+    "Elbe",
+    "Paris",
+    "first",
+    "second",
+    "third",
+    "question",
+    "answer",
+    "system",
+]
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
 
 
@@ -121,7 +140,8 @@ def dated(template):
 
 
 def renderings(tokenizer, turns, tools):
-    """What transformers makes of the conversation, given as text or as parts, its system turn apart or merged."""
+    """What transformers makes of the conversation, given as text or as parts, its system turn apart or
+    merged."""
     first, second, *rest = turns
     merged = [second._replace(content=f"{first.content}\n\n{second.content}"), *rest]
     for some in (turns, merged) if first.role == "system" else (turns,):
@@ -153,19 +173,14 @@ def trained(tokenizer, pool, i=0):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_sample_is_the_templates_own_rendering_tokenised_whole_or_is_refused_by_name(kind):
     names = TEMPLATES if SOAK else list(TEMPLATES)[:: 3 if kind == "byte-level" else 9]
-    exact, refused = 0, 0
+    exact, refusals = 0, []
     for name in names:
         tokenizer = make(kind, TEMPLATES[name])
         for shape, (turns, tools) in SHAPES.items():
             try:
                 pool = tokenise([Example(turns, None, tools)], tokenizer, 1 << 30, reading=DAY)
             except ValueError as error:
-                assert re.match("row 0 (is refused by|has an answer that|has a call of)", str(error)), (
-                    name,
-                    error,
-                )
-                assert "tool" in str(error) or "call" in shape, (name, shape, error)
-                refused += 1
+                refusals.append((shape, str(error)))
                 continue
             ids = pool.ids(0).tolist()
             whole = [
@@ -180,7 +195,10 @@ def test_every_sample_is_the_templates_own_rendering_tokenised_whole_or_is_refus
                     assert t.content.rpartition("</think>")[2].strip() in text, (name, shape, said)
             exact += 1
     assert exact >= len(names) * sum("call" not in shape for shape in SHAPES)  # tools alone are refused
-    assert exact + refused == len(SHAPES) * len(names)
+    assert exact + len(refusals) == len(SHAPES) * len(names)
+    for shape, said in refusals:
+        assert re.match("row 0 (is refused by|has an answer that|has a call of)", said), (shape, said)
+        assert "tool" in said or "call" in shape, (shape, said)
 
 
 @pytest.mark.parametrize("shape", ["one turn", "all of several", "system", "a call and its answer"])
@@ -189,8 +207,8 @@ def test_trained_turns_are_those_that_trl_marks_in_its_training_templates(shape)
     compared = 0
     for name in TEMPLATES:
         training = TEMPLATES.get(f"{name}_training")
-        if (
-            training is None or name == "diffusion_gemma" and tools
+        if training is None or (
+            name == "diffusion_gemma" and tools
         ):  # whose second answer opens within the first
             continue
         ours, theirs = (
@@ -253,7 +271,7 @@ def test_a_long_sample_keeps_its_begin_token_its_system_turn_and_the_template():
     tight = tokenizer.decode(tokenise([row], tokenizer, 55).ids(0))
     assert tight.startswith("<s><|im_start|>system\n")
     assert tight.endswith("<|im_start|>assistant\nElbe.<|im_end|>")
-    with pytest.raises(ValueError, match="row 0 has 2.. tokens, more than --max-length 80"):
+    with pytest.raises(ValueError, match=r"row 0 has 2.. tokens, more than --max-length 80"):
         tokenise([row], tokenizer, 80, reading=Reading(on_long="error"))
     left = tokenise([row, Example((ASK, ANSWER), None)], tokenizer, 80, reading=Reading(on_long="drop"))
     assert (len(left), [place for place, _ in left.dropped]) == (1, [0])
@@ -351,7 +369,8 @@ def test_the_fields_of_a_turn_reach_the_template():
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
         "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content or '' }}"
-        "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ c.function.arguments | tojson }}</call>"
+        "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} "
+        "{{ c.function.arguments | tojson }}</call>"
         "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     tokenizer = make("byte-level", template)

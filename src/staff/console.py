@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import math
+import shlex
 from typing import Any
 
-from staff.config import SelectConfig
+from staff.config import Reading, SelectConfig
 from staff.runs.outputs import Run, remarks
 
 
@@ -66,6 +67,19 @@ class Bars:
 def visible(text: str) -> str:
     """A text with what a terminal would obey (escapes, carriage returns, turned writing) spelled out."""
     return "".join(c if c in "\n\t" or c.isprintable() or c == "\u00a0" else repr(c)[1:-1] for c in text)
+
+
+def reading_flags(config: SelectConfig) -> str:
+    """The flags with which a coreset is read, and so trained on, as it was scored.
+
+    Where a pool is found (--split and the like) does not go along: a coreset is a file.
+    """
+    reading, default, words = config.reading, Reading(), []
+    for name in ("columns", "train_on", "max_length", "chat_template", "template_date", "on_long"):
+        value = getattr(reading, name)
+        if value is not None and value != getattr(default, name):
+            words.append(f" --{name.replace('_', '-')} {shlex.quote(str(value))}")
+    return "".join(words)
 
 
 def summary(run: Run, config: SelectConfig) -> str:
@@ -128,11 +142,12 @@ def summary(run: Run, config: SelectConfig) -> str:
     lines += ["", _cost_table(cost), "", f"coreset is {run.path / 'coreset.jsonl'}; {files}"]
     if config.push_to_hub:
         lines.append(f"it is on the hub as the data set {config.push_to_hub}")
-    target = f" --model {config.target}" if config.target else " --model MODEL"
-    lines.append(
-        f"train on it: staff finetune --data {run.path / 'coreset.jsonl'}{target} --output "
-        f"{run.path / 'adapter'}"
-    )
+    data = shlex.quote(str(run.path / "coreset.jsonl"))
+    if config.reading.dataset_info and (run.path / "dataset_info.json").exists():  # its entry for the coreset
+        data = f"coreset --dataset-info {shlex.quote(str(run.path))}"
+    target = f"--model {shlex.quote(config.target or 'MODEL')}{reading_flags(config)}"
+    adapter = shlex.quote(str(run.path / "adapter"))
+    lines.append(f"train on it: staff finetune --data {data} {target} --output {adapter}")
     return "\n".join(lines)
 
 

@@ -86,6 +86,10 @@ def select(
             run.tell(Stage("read"), 1, 1)
             budgets = [_budget(config, coreset.pruning_rate, len(pool)) for coreset in coresets]
             groups = _groups(config, pool)
+            for name in config.method:
+                needs = methods[name].needs.values()
+                if pool.layout.text is not None and any(n.quantity == "unconditional_loss" for n in needs):
+                    raise ValueError(f"--method {name} weighs what prompts help, and plain texts have none")
             _check_models(config, sources)
             run.begin(settings, inputs, update)
             files.write_text(run.path / "config.yaml", to_yaml(config))
