@@ -172,13 +172,12 @@ def outcome(kind: str, scope: str) -> tuple[str, str]:
     """
     model = tiny_model(kind)
     try:
-        scorer = Scorer(model, scope, 1000)
+        scorer = Scorer(model, scope)
         errors = []
         for pool in (make_pool((5, 12, 3, 9)), pool_with_start()):
             plain = plain_efforts(model, pool, scorer.sites)
             for batch_tokens in (1, 1000):
-                scorer.batch_tokens = batch_tokens
-                scores = scorer.scores(pool, np.arange(len(pool)))["effort"]
+                scores = scorer.scores(pool, np.arange(len(pool)), batch_tokens)["effort"]
                 errors.append(np.abs(scores / plain - 1).max())
     except ValueError as error:
         return "refused", str(error)

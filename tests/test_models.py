@@ -207,21 +207,18 @@ def test_gradients_neither_vanish_nor_overflow_in_float16(residual, logits, scal
     expected = Scorer(model).scores(pool, range(3))["effort"]
     scorer = Scorer(model.to(torch.float16))
     np.testing.assert_allclose(scorer.scores(pool, range(3))["effort"], expected, rtol=5e-3)
-    assert not np.allclose(
-        scorer._scores(pool, np.arange(3), scale_that_fails)["effort"], expected, rtol=0.05
-    )
+    unscaled = [scorer._effort(pool, i, scale_that_fails, None).item() for i in range(3)]
+    assert not np.allclose(unscaled, expected, rtol=0.05)
 
 
 @pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
-def test_a_scope_that_experts_do_not_have_is_refused_from_the_configuration_alone(tmp_path, layout):
+def test_every_scope_of_a_model_with_experts_is_told_from_the_configuration_alone(tmp_path, layout):
     model = make_model(layout, torch.float32)
     model.config.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"no weights are read")
     source = models.resolve(str(tmp_path))
-    models.check(source, "last-value")
-    models.check(source, "released")
-    with pytest.raises(ValueError, match=r"scope 'linear' needs plain linear weights, but blocks"):
-        models.check(source, "linear")
+    for scope in ("last-value", "released", "last-block", "linear"):
+        models.check(source, scope)
 
 
 def test_an_adapter_on_experts_is_refused_from_the_configuration_alone(tmp_path):
