@@ -24,10 +24,9 @@ import staff
 from family import SETTINGS, config_of, finish, make_rows, results, start, write_pool
 from staff import cli, files, jobs
 from staff.config import FinetuneConfig
-from staff.data import tokens as tokenising
 from staff.models import finetune as training
 from staff.models import load as models
-from staff.runs import store
+from staff.runs import pieces, store
 from staff.scoring import scorer as score
 from staff.scoring import shards as memory
 from tiny import make_model, make_pool
@@ -167,7 +166,7 @@ def test_a_fine_tuning_of_ones_own_is_finished_after_a_kill_and_known_by_checksu
     assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == (
         tmp_path / "b" / "adapter_model.safetensors"
     ).read_bytes()
-    with pytest.raises(ValueError, match="epochs: 1 -> 2"):
+    with pytest.raises(ValueError, match=r"epochs: 1\.0 -> 2\.0"):
         jobs.finetune(config_of(FinetuneConfig, output=str(tmp_path / "b"), **{**settings, "epochs": 2}))
     monkeypatch.setattr(training, "finetune", lambda *_, **__: pytest.fail("trained again"))
     jobs.finetune(killed, update=True)
@@ -318,7 +317,8 @@ def test_files_that_were_cut_off_or_emptied_are_mended(copy, again):
         path.write_bytes(path.read_bytes()[: 30 * (place % 2)])
     again(copy)
     assert all(
-        json.loads(path.read_text())["max_length"] == 1024 for path in copy.glob("work/pool-*/key.json")
+        json.loads(path.read_text())["reading"]["max_length"] == 1024
+        for path in copy.glob("work/pool-*/key.json")
     )
     cost = json.loads((copy / "cost.json").read_text())
     assert cost["stages"]
@@ -636,12 +636,12 @@ def test_ctrl_c_inside_a_long_step_gives_the_terminal_back_within_two_seconds(
             models.load_model = long
         elif step == "tokenising":  # the tokenizer's own code, on all of a large text at once
 
-            def tokenise(examples, tokenizer, *_):
+            def tokenise(examples, tokenizer, *_, **__):
                 entered.set()
                 while True:
                     tokenizer(["word " * 10_000] * 200)
 
-            tokenising.tokenise = tokenise
+            pieces.tokenise = tokenise
         elif step == "scoring":
             score.Scorer._hidden = long
         else:

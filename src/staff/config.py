@@ -405,7 +405,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def check_named(config: Any, *names: str) -> None:
     """Raise ValueError for the settings among these that have nothing in them, all at once."""
-    missing = [f"the {name} with --{name}" for name in names if not getattr(config, name)]
+    kinds = {"data": "FILE", "model": "MODEL", "output": "PATH"}
+    missing = [f"the {name} with --{name} {kinds[name]}" for name in names if not getattr(config, name)]
     if missing:
         raise ValueError("name " + " and ".join(missing))
 

@@ -24,7 +24,7 @@ SCOPES = {
     "last-block": "every linear weight of the last block: about the same price",
     "linear": "every linear weight of the blocks, no embeddings, no head; 2 to 3 times the price",
     "lora": "the trainable LoRA matrices of the whole model: back through every block; twice the price",
-    "released": "lora_B of a fresh LoRA on the last value projection, as the authors' script has it",
+    "released": "lora_B of a fresh LoRA on that projection, as the authors have it: the price of last-value",
 }
 RELEASED_RANK, RELEASED_ALPHA = 81, 16
 PROBE = (2, 16)  # samples and tokens of the batch that shows how layers see their input
