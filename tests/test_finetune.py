@@ -252,3 +252,22 @@ def test_two_processes_train_one_model(tmp_path):
     assert one
     assert all(np.array_equal(one[name], other[name]) for name in one)
     assert any(np.abs(values).max() > 0 for name, values in one.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_the_bases_own_dropout_is_off(kind, tmp_path):
+    import transformers
+
+    dropouts = {"gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"), "llama": ("attention_dropout",)}[kind]
+    adapters = []
+    for rate in (0.0, 0.5):
+        made = make_model(kind, torch.float32)
+        config = made.config.__class__(**{**made.config.to_dict(), **dict.fromkeys(dropouts, rate)})
+        config._attn_implementation = "eager"
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        model.load_state_dict(made.state_dict())
+        pool = make_pool((6, 9, 5, 8))
+        output = tmp_path / str(rate)
+        training.finetune(model, pool, np.arange(4), output, epochs=2, batch_size=2, learning_rate=1e-2)
+        adapters.append((output / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]

@@ -173,6 +173,7 @@ def finetune(
         raise ValueError("there is nothing to fine-tune on: no samples")
     device = next(model.parameters()).device
     head = scopes.head_of(model)
+    _silence(model)
     model = add_lora(model, lora_rank, lora_alpha, seed)
     steps_an_epoch = -(-len(positions) // batch_size)
     steps = max_steps or max(1, round(epochs * steps_an_epoch))
@@ -237,6 +238,18 @@ def finetune(
     )
     shutil.rmtree(checkpoints, ignore_errors=True)
     return model.eval().requires_grad_(False)
+
+
+def _silence(model: torch.nn.Module) -> None:
+    """Turn off the model's own dropout and router noise, which training mode would switch on: kept as a
+    layer's p, or as a
+    number of a module that its forward hands on."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("dropout" in name or "pdrop" in name or "jitter" in name):
+                setattr(module, name, 0.0)
 
 
 def step_of(pool: Pool, places: Sequence[int], packs: bool) -> dict:
