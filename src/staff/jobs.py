@@ -17,7 +17,7 @@ from staff.pipeline import content_of, ingredients
 from staff.runs import account
 from staff.runs.outputs import fingerprint_rows, row_columns, warn
 from staff.runs.scorefile import write_scores
-from staff.runs.store import Inputs, RunFolder, open_run
+from staff.runs.store import Inputs, RunFolder, find_finished, open_run
 from staff.types import Need, Progress, Stage
 
 if TYPE_CHECKING:  # torch comes in with it
@@ -48,7 +48,7 @@ def finetune(config: FinetuneConfig, *, update: bool = False, on_progress: Progr
         inputs["tokenizer"] = model_files.tokenizer_fingerprint(source, config.reading.chat_template)
         made_of = {"settings": ingredients(config), "inputs": dict(inputs)}
         run.begin(made_of["settings"], inputs, update)
-        if run.finished(files.fingerprint(made_of)):
+        if find_finished(run.path, files.fingerprint(made_of)):
             return run.path
         _tune(config, run, pool, source, inputs, made_of)
     return Path(str(config.output))

@@ -19,7 +19,6 @@ from staff.config import EvaluateConfig, check_named, flat
 from staff.data import rows as formats
 from staff.files import (
     check_outputs,
-    failures_are_said,
     fingerprint,
     hash_file,
     read_checked,
@@ -93,7 +92,7 @@ def evaluate(config: EvaluateConfig, *, on_progress: Progress | None = None) -> 
     begun = unfinished / "work" / "begun.json"
     reading = with_date(config.reading, [source], begun if begun.exists() else summary_path(output))
     config = dataclasses.replace(config, reading=reading)
-    with failures_are_said(output), open_run(unfinished, "scores", on_progress) as run:
+    with open_run(unfinished, "scores", on_progress) as run:
         inputs = {
             "data": hashlib.sha256(json.dumps(examples, ensure_ascii=True).encode()).hexdigest()[:12],
             "model": fingerprint({path.name: run.hash_file(path) for path in source.files()}),

@@ -197,10 +197,6 @@ class RunFolder:
             self._pieces.add(path)
         return path
 
-    def finished(self, key: str | None, folder: Path | None = None) -> dict[str, Any] | None:
-        """The manifest of what was finished here with this key, its files as they were written; else None."""
-        return find_finished(folder or self.path, key)
-
     def finish(
         self, key: str, about: Mapping[str, Any], names: list[str], folder: Path | None = None
     ) -> dict[str, Any]:
