@@ -171,20 +171,14 @@ def test_rows_without_ids_and_methods_without_scores_leave_those_columns_empty_o
     assert table.schema.field("id").type == pa.string()
 
 
-def test_llama_factorys_entry_and_the_snippets_name_the_coreset(family, tmp_path):
+def test_what_a_run_leaves_for_other_trainers_are_the_rows_that_were_kept(family, tmp_path):
     run = staff.select(ROWS, output=tmp_path / "x", target=str(family / "target"), **HALF)
-    assert [e.turns for e in read("coreset", dataset_info=run.path).examples()] == [
-        e.turns for e in read(ROWS).examples() if e.id in kept_ids(run)
-    ]
-    settings = yaml.safe_load((run.path / "train" / "llama_factory.yaml").read_text())
-    assert (settings["dataset_dir"], settings["model_name_or_path"]) == (
-        str(run.path),
-        str(family / "target"),
-    )
-    assert yaml.safe_load((run.path / "train" / "axolotl.yaml").read_text())["datasets"][0]["path"] == str(
-        run.path / "coreset.jsonl"
-    )
-    compile((run.path / "train" / "trl.py").read_text(), "trl.py", "exec")
+    train = run.path / "train"
+    kept = [e.turns for e in read(ROWS).examples() if e.id in kept_ids(run)]
+    for data, info in (("coreset", train), (train / "coreset-messages.jsonl", None)):
+        assert [e.turns for e in read(data, dataset_info=info).examples()] == kept
+    settings = yaml.safe_load((train / "llama_factory.yaml").read_text())
+    assert (settings["dataset_dir"], settings["model_name_or_path"]) == (str(train), str(family / "target"))
     none = staff.select(ROWS, output=tmp_path / "none", method="random", budget=0)
     assert not (none.path / "train").exists()
     assert (none.path / "coreset.jsonl").read_bytes() == b""

@@ -1,15 +1,22 @@
-"""Snippets are run through the libraries' own loaders where they are installed, and agree with what STAFF
-itself reads."""
+"""What other trainers are handed: the text that was scored, in their own words; TRL's program is run."""
 
-import importlib.util
 import json
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 import yaml
 
-from staff.data.export import axolotl, factory_entry, llama_factory, push_to_hub, trl, write_factory_entry
+import staff
+from family import TEMPLATE, make_tokenizer
+from staff.config import Reading
+from staff.data.export import push_to_hub, write_coreset
 from staff.data.rows import read
+from staff.data.tokens import SHORTENED, tokenise
 
 DATA = Path(__file__).parent / "data" / "formats"
 FILES = sorted(
@@ -20,120 +27,227 @@ FILES = sorted(
 NAMED = {"column_named_response.json": "prompt=prompt,response=translation"}
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    if importlib.util.find_spec("datasets"):
-        import datasets
-
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def coreset_of(name, tmp_path, **options):
-    rows = read(DATA / name, columns=NAMED.get(name), **options)
-    rows.write_jsonl(tmp_path / "coreset.jsonl", range(len(rows) - 1))
-    return rows, tmp_path / "coreset.jsonl"
+def write(folder, rows, model="MODEL", reading=None, tokenizer=None, long=()):
+    """train/ of all rows but the last, as a run leaves it."""
+    folder.mkdir(exist_ok=True)
+    write_coreset(folder, rows, range_of(rows), model, reading or Reading(), tokenizer, long)
+    return folder / "train"
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_the_entry_of_a_coreset_reads_back_the_same_examples(name, tmp_path):
-    rows, coreset = coreset_of(name, tmp_path)
-    entry = factory_entry(rows, coreset, range(len(rows) - 1))
-    if name == "openai_messages_parts.jsonl":
-        assert entry is None, "LLaMA-Factory reads content parts by no entry"
-        return
-    write_factory_entry({"file_name": "other.json"}, tmp_path, "other")
-    assert write_factory_entry(entry, tmp_path) == tmp_path / "dataset_info.json"
-    assert set(json.loads((tmp_path / "dataset_info.json").read_text())) == {"other", "coreset"}
-    again = read("coreset", dataset_info=tmp_path)
-    assert [e.turns for e in again.examples()] == [e.turns for e in rows.examples(0, len(rows) - 1)]
-    assert [e.tools for e in again.examples()] == [e.tools for e in rows.examples(0, len(rows) - 1)]
+def range_of(rows):
+    import numpy as np
+
+    return np.arange(max(1, len(rows) - 1))
 
 
-def test_an_entry_gives_a_name_to_each_tag_and_only_columns_that_are_there():
-    assert factory_entry(read(DATA / "alpaca.json"), "x/c.jsonl") == {
-        "file_name": "c.jsonl",
-        "columns": {"prompt": "instruction", "query": "input", "response": "output"},
-    }
-    assert factory_entry(read(DATA / "messages.parquet"), "c.jsonl")["tags"]["assistant_tag"] == "assistant"
-    mixed = [
-        {"conversations": [{"from": u, "value": "x"}, {"from": "gpt", "value": "y"}]}
-        for u in ("human", "user")
-    ]
-    assert factory_entry(read(mixed), "c.jsonl") is None, "two names for one role"
-    assert factory_entry(read([{"text": "t"}]), "c.jsonl") == {
-        "file_name": "c.jsonl",
-        "columns": {"prompt": "text"},
-    }
+def messages_of(train):
+    return [json.loads(line) for line in (train / "coreset-messages.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("train_on", ["last", "all"])
-def test_the_trl_program_makes_the_examples_that_staff_makes(name, train_on, tmp_path):
-    pytest.importorskip("datasets", reason="the program loads the coreset with datasets")
-    rows, coreset = coreset_of(name, tmp_path, train_on=train_on)
-    dataset = trl_dataset(trl(rows, coreset, "MODEL"))
-    assert len(dataset) == len(rows) - 1
-    for row, example in zip(dataset, rows.examples(), strict=False):
-        turns = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
-        assert [(t["role"], t["content"]) for t in turns] == [(t.role, t.text) for t in example.turns]
+def test_the_messages_read_back_as_the_examples_that_were_scored(name, train_on, tmp_path):
+    rows = read(DATA / name, columns=NAMED.get(name), train_on=train_on)
+    train = write(tmp_path / "x", rows, reading=Reading(train_on=train_on))
+    entry = ("coreset", train) if (train / "dataset_info.json").exists() else None
+    for data, info in ((train / "coreset-messages.jsonl", None), *([entry] if entry else [])):
+        again = read(data, dataset_info=info, train_on=train_on)
+        for one, other in zip(again.examples(), rows.examples(), strict=False):
+            assert [(t.role, t.text, t.train) for t in one.turns] == [
+                (t.role, t.text, t.train) for t in other.turns
+            ]
+            assert one.tools == other.tools
+    assert entry or name in ("openai_messages.jsonl", "openai_messages_multiturn.jsonl") or "tool" in name
+
+
+CALLS = [{"type": "function", "function": {"name": "weather", "arguments": {"place": "Kiel", "days": 2}}}]
+OTHER = [{"type": "function", "function": {"name": "clock", "arguments": {"zone": ["CET", 1]}}}]
+TOOLS = [{"type": "function", "function": {"name": n, "parameters": p}} for n, p in (("weather", {"a": 1}),)]
+WITH_TOOLS = (
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    + TEMPLATE.replace(
+        "{{ m['content'] }}",
+        "{{ m['content'] }}{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}",
+    )
+)
+MARKED = TEMPLATE.replace(
+    "{{ m['content'] }}<|im_end|>",
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}<|im_end|>{% endif %}",
+)
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+PARTS = TEMPLATE.replace(
+    "{{ m['content'] }}",
+    "{% for p in m['content'] %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}",
+)
+PAIRS = [{"question": f"Name {i} rivers.", "answer": "Elbe, Oder."} for i in range(3)]
+SYSTEM = [
+    {
+        "instruction": "And?",
+        "input": f"{i}",
+        "output": "Oder.",
+        "system": "Be brief.",
+        "history": [["Name", "Elbe"]],
+    }
+    for i in range(3)
+]
+CHATS = [
+    {
+        "messages": [
+            {"role": r, "content": f"{r} {i}"} for r in ("system", "user", "assistant", "user", "assistant")
+        ]
+    }
+    for i in range(3)
+]
+TOOL_CALLS = [
+    {
+        "messages": [
+            {"role": "user", "content": "How is it?"},
+            {"role": "assistant", "content": None, "tool_calls": calls},
+            *([{"role": "tool", "content": "Rain."}, {"role": "assistant", "content": "Wet."}] if i else []),
+        ],
+        "tools": TOOLS if i < 2 else [],
+    }
+    for i, calls in enumerate([CALLS, OTHER, CALLS])
+]
+LONG = [{"prompt": "Name a river that is long. " * 6, "response": f"Elbe {i}."} for i in range(3)]
+CASES = {
+    "pairs": (PAIRS, TEMPLATE, {}),
+    "columns that were named": ([{"q": "Say", "a": "b"}] * 2, TEMPLATE, {"columns": "prompt=q,response=a"}),
+    "input, system and history": (SYSTEM, TEMPLATE, {}),
+    "messages": (CHATS, TEMPLATE, {}),
+    "tool calls": (TOOL_CALLS, WITH_TOOLS, {}),
+    "every answer": (CHATS, MARKED, {"train_on": "all"}),
+    "a template without a place for the system": (SYSTEM, NO_SYSTEM, {}),
+    "a template that wants parts": (PAIRS, PARTS, {}),
+    "a template that writes the day": (
+        PAIRS,
+        "{{ strftime_now('%d %b') }}" + TEMPLATE,
+        {"template_date": "2025-01-31"},
+    ),
+    "prompts that lose text": (LONG, TEMPLATE, {"max_length": 90}),
+    "no template": (SYSTEM, None, {}),
+    "no template asked for": (SYSTEM, TEMPLATE, {"chat_template": "none"}),
+    "plain texts": ([{"text": f"The Elbe {i}."} for i in range(3)], TEMPLATE, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=260, **shape)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_trls_program_trains_on_the_tokens_and_labels_that_were_scored(case, model, tmp_path, monkeypatch):
+    pytest.importorskip("trl", reason="TRL is not installed")
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    given, template, settings = CASES[case]
+    reading = Reading(**settings)
+    rows = read([*given, given[0]], **reading.keywords())
+    tokenizer = make_tokenizer(template)
+    tokenizer.save_pretrained(model)
+    pool = tokenise(rows.examples(), tokenizer, reading.max_length, reading=reading)
+    long = set(pool.marked(SHORTENED).tolist())
+    assert bool(long) == (case == "prompts that lose text")
+    train = write(tmp_path / "x", rows, str(model), reading, tokenizer, long)
+    sent = runpy.run_path(str(train / "with_trl.py"))["trainer"].train_dataset
+    assert len(sent) == len(rows) - 1
+    for i, row in enumerate(sent):
+        ids, mask = pool.ids(i).tolist(), pool.response(i).tolist()
+        assert row["input_ids"][: len(ids)] == ids
+        assert tokenizer.decode(row["input_ids"][len(ids) :]).strip() == ""
+        labels = [label != -100 for label in row["labels"][: len(ids)]]
+        assert labels[1:] == mask[1:], (case, tokenizer.decode(ids))
+
+
+def test_trls_program_runs_by_itself_on_what_a_run_leaves(family, tmp_path):
+    pytest.importorskip("trl", reason="TRL is not installed")
+    rows = [{"q1": f"Name river {i}.", "a1": "Elbe."} for i in range(6)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "target": str(family / "target"),
+        "columns": "prompt=q1,response=a1",
+        "budget": 4,
+        "num_regions": 2,
+    }
+    run = staff.select(str(data), output=tmp_path / "run", method="direct", max_length=100, **settings)
+    program = run.path / "train" / "with_trl.py"
+    done = subprocess.run([sys.executable, str(program)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    adapter = json.loads((tmp_path / "tuned" / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"]) == (8, 16)
+
+
+def test_what_a_trainer_has_no_words_for_is_not_handed_to_it(tmp_path):
+    chat = CHATS[0]["messages"]
+    partly = [{"messages": [*chat, *chat[1:3], {**chat[3]}, {**chat[4], "weight": 0}, *chat[1:3]]}] * 2
+    rows = read(partly, train_on="all")
+    train = write(tmp_path / "partly", rows, reading=Reading(train_on="all"))
+    assert [m.get("weight") for m in messages_of(train)[0]["messages"]].count(0) == 1
+    with pytest.raises(SystemExit, match="train on several answers and not on all of them"):
+        runpy.run_path(str(train / "with_trl.py"))
+    assert not (train / "llama_factory.yaml").exists()
+    assert (
+        yaml.safe_load((train / "axolotl.yaml").read_text())["datasets"][0]["message_field_training"]
+        == "weight"
+    )
+    for name, given, tokenizer in (
+        ("calls", TOOL_CALLS, make_tokenizer(WITH_TOOLS)),
+        ("dated", PAIRS, make_tokenizer("{{ strftime_now('%d') }}" + TEMPLATE)),
+        ("plain", PAIRS, make_tokenizer(None)),
+    ):
+        train = write(tmp_path / name, read(given), reading=Reading(), tokenizer=tokenizer)
+        assert not (train / "llama_factory.yaml").exists(), name
+        assert (train / "axolotl.yaml").exists(), name
+
+
+def test_every_trainer_is_told_what_the_selection_was_told(tmp_path):
+    template = TEMPLATE.replace("<|im_end|>", "<|stop|>")
+    tokenizer = make_tokenizer(template)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|stop|>"]})
+    rows = read(CHATS, train_on="all")
+    train = write(tmp_path / "x", rows, "a/model", Reading(train_on="all", max_length=77), tokenizer)
+    axolotl, factory = (
+        yaml.safe_load((train / f"{n}.yaml").read_text()) for n in ("axolotl", "llama_factory")
+    )
+    assert (axolotl["base_model"], factory["model_name_or_path"]) == ("a/model", "a/model")
+    assert axolotl["datasets"][0]["path"] == str(train / "coreset-messages.jsonl")
+    assert axolotl["chat_template_jinja"] == template == (train / "chat_template.jinja").read_text()
+    assert axolotl["eot_tokens"] == ["<|stop|>"]
+    assert (axolotl["sequence_len"], factory["cutoff_len"]) == (77, 77)
+    assert (axolotl["lora_r"], factory["lora_rank"], axolotl["lora_alpha"], factory["lora_alpha"]) == (
+        8,
+        8,
+        16,
+        16,
+    )
+    assert (axolotl["micro_batch_size"], factory["per_device_train_batch_size"]) == (8, 8)
+    assert (factory["dataset_dir"], factory["mask_history"]) == (str(train), False)
+    program = (train / "with_trl.py").read_text()
+    assert "max_length=77" in program
+    assert "assistant_only_loss=True" in program
+    write(tmp_path / "x", read(CHATS), "a/model", Reading(chat_template="none"))
+    assert "mask_history" not in {path.name for path in train.iterdir()}
+    assert not (train / "llama_factory.yaml").exists(), "that of the run before is gone"
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\x85", "\n"])
-def test_a_line_separator_in_a_columns_name_writes_no_key_into_a_trainers_file(separator):
-    name = f"q{separator}trust_remote_code: true #"
-    rows = read([{name: "p", "answer": "a"}], columns=f"prompt={name},response=answer")
-    for text in (llama_factory(rows, "c.jsonl", "MODEL"), axolotl(rows, "c.jsonl", "MODEL")):
-        assert "trust_remote_code" not in yaml.safe_load(text)
-    assert yaml.safe_load(axolotl(rows, "c.jsonl", "M"))["datasets"][0]["type"]["field_instruction"] == name
-    compile(trl(rows, "c.jsonl", "MODEL"), "snippet", "exec")
-
-
-def trl_dataset(program):
-    """Runs the program up to its trainer."""
-    loading = program[: program.index("trainer = ")].replace("from trl import SFTConfig, SFTTrainer\n", "")
-    names: dict = {}
-    exec(compile(loading, "snippet", "exec"), names)
-    return names["dataset"]
-
-
-def test_the_trl_program_runs_to_its_trainer_with_the_loss_on_the_response(tmp_path, monkeypatch):
-    pytest.importorskip("datasets")
-    pytest.importorskip("trl", reason="TRL is not installed")
-    transformers = pytest.importorskip("transformers")
-    import tokenizers
-
-    words = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel(
-            {"<unk>": 0, "<s>": 1, "</s>": 2, "user": 3, "assistant": 4, "system": 5}, unk_token="<unk>"
-        )
-    )
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    template = "{% for m in messages %}{{ m.role + ' ' + m.content + ' </s> ' }}{% endfor %}"
-    template += "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="</s>",
-        chat_template=template,
-    )
-    config = transformers.LlamaConfig(
-        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    rows, coreset = coreset_of("alpaca_system_history.json", tmp_path)
-    program = trl(rows, coreset, str(tmp_path / "model")).replace("trainer.train()", "")
-    program = program.replace(
-        'output_dir="tuned"', 'output_dir="tuned", use_cpu=True, bf16=False, report_to="none"'
-    )
-    monkeypatch.chdir(tmp_path)
-    names: dict = {}
-    exec(compile(program, "snippet", "exec"), names)
-    row = next(iter(names["trainer"].train_dataset))
-    mask = row.get("completion_mask") or [int(label != -100) for label in row["labels"]]
-    assert 0 < sum(mask) < len(mask), "the loss is on the completion alone"
+def test_a_line_separator_in_a_name_writes_no_key_into_a_trainers_file(separator, tmp_path):
+    name = f"m{separator}trust_remote_code: true #"
+    train = write(tmp_path / "x", read(PAIRS), name)
+    for file in ("axolotl.yaml", "llama_factory.yaml"):
+        settings = yaml.safe_load((train / file).read_text())
+        assert "trust_remote_code" not in settings
+        assert name in settings.values()
+    compile((train / "with_trl.py").read_text(), "with_trl.py", "exec")
 
 
 def test_a_coreset_is_pushed_with_the_hubs_own_calls(tmp_path, monkeypatch):
@@ -155,52 +269,3 @@ def test_a_coreset_is_pushed_with_the_hubs_own_calls(tmp_path, monkeypatch):
     monkeypatch.setattr(Api, "upload_file", lambda self, **options: 1 / 0)
     with pytest.raises(ValueError, match=r"can't be pushed to me/mine \(division by zero\); log in with"):
         push_to_hub(tmp_path / "coreset.jsonl", "me/mine")
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_the_other_snippets_are_valid_files(name, tmp_path):
-    rows, coreset = coreset_of(name, tmp_path)
-    settings = yaml.safe_load(axolotl(rows, coreset, "MODEL"))
-    (data,) = settings["datasets"]
-    assert data["path"] == str(coreset)
-    columns = set(next(rows.raw([0])))
-    named = {
-        v
-        for k, v in (data["type"] if isinstance(data["type"], dict) else data).items()
-        if k.startswith("field_")
-    }
-    assert named <= columns
-    told = llama_factory(rows, coreset, "MODEL", range(len(rows) - 1))
-    if name == "openai_messages_parts.jsonl":
-        assert "see the snippet for TRL" in told
-    else:
-        entry = json.loads(told.splitlines()[0].partition(": ")[2])["coreset"]
-        assert entry == factory_entry(rows, coreset, range(len(rows) - 1))
-        assert yaml.safe_load(told)["dataset_dir"] == str(tmp_path)
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("axolotl") is None, reason="Axolotl is not installed (it pins its own torch)"
-)
-def test_axolotls_own_schema_takes_the_snippet(tmp_path):
-    from axolotl.utils.config import validate_config
-    from axolotl.utils.dict import DictDefault
-
-    for name in FILES:
-        rows, coreset = coreset_of(name, tmp_path)
-        validate_config(DictDefault(yaml.safe_load(axolotl(rows, coreset, "MODEL"))))
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("llamafactory") is None,
-    reason="LLaMA-Factory is not installed (it pins its own transformers)",
-)
-def test_llama_factorys_own_parser_takes_the_entry(tmp_path):
-    from llamafactory.data.parser import get_dataset_list
-
-    for name in FILES:
-        rows, coreset = coreset_of(name, tmp_path)
-        if entry := factory_entry(rows, coreset):
-            write_factory_entry(entry, tmp_path)
-            (attributes,) = get_dataset_list(["coreset"], str(tmp_path))
-            assert attributes.dataset_name == "coreset.jsonl"

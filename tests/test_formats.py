@@ -18,7 +18,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from staff.data.export import factory_entry
 from staff.data.rows import Turn, read
 from staff.data.text import peek, read_json_list
 
@@ -433,7 +432,7 @@ def test_several_entries_are_read_together_if_they_are_laid_out_alike(tmp_path):
 
 def test_an_entry_of_plain_texts_reads_back_and_num_samples_draws_rows(tmp_path):
     jsonl(tmp_path / "texts.jsonl", [{"text": f"text {i}"} for i in range(9)])
-    entry = factory_entry(read(tmp_path / "texts.jsonl"), tmp_path / "texts.jsonl")
+    entry = {"file_name": "texts.jsonl", "columns": {"prompt": "text"}}
     info = {"all": entry, "some": {**entry, "num_samples": 4}}
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
     assert [e.turns[0].content for e in read("all", dataset_info=tmp_path).examples()] == [

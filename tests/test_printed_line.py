@@ -27,11 +27,22 @@ PAIRS = [{"q1": row["prompt"], "a1": row["response"]} for row in make_rows(6)]
     [
         (PAIRS, {"columns": "prompt=q1,response=a1"}),
         (CHATS, {"train_on": "all", "max_length": 48}),
+        (
+            PAIRS,
+            {
+                "dataset_info": {
+                    "mine": {"file_name": "pool.jsonl", "columns": {"prompt": "q1", "response": "a1"}}
+                }
+            },
+        ),
     ],
 )
 def test_the_printed_line_trains_on_the_tokens_that_were_scored(rows, flags, family, tmp_path, monkeypatch):
     data = tmp_path / "pool.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if "dataset_info" in flags:
+        (tmp_path / "dataset_info.json").write_text(json.dumps(flags["dataset_info"]))
+        flags, data = {"dataset_info": str(tmp_path)}, "mine"
     settings = {"target": str(family / "target"), "method": "loss", "draft": str(family / "draft"), **flags}
     run = staff.select(str(data), output=tmp_path / "x y", pruning_rate=0.25, **settings)
     (scored,) = (np.load(path) for path in (tmp_path / "x y").glob("work/pool-*/tokens.npz"))

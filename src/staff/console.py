@@ -142,12 +142,12 @@ def summary(run: Run, config: SelectConfig) -> str:
     lines += ["", _cost_table(cost), "", f"coreset is {run.path / 'coreset.jsonl'}; {files}"]
     if config.push_to_hub:
         lines.append(f"it is on the hub as the data set {config.push_to_hub}")
-    data = shlex.quote(str(run.path / "coreset.jsonl"))
-    if config.reading.dataset_info and (run.path / "dataset_info.json").exists():  # its entry for the coreset
-        data = f"coreset --dataset-info {shlex.quote(str(run.path))}"
+    data = run.path / "coreset.jsonl"
+    if config.reading.dataset_info:  # which names the columns in a way of its own
+        data = next((run.path / "train").glob("coreset-*.jsonl"), data)
     target = f"--model {shlex.quote(config.target or 'MODEL')}{reading_flags(config)}"
     adapter = shlex.quote(str(run.path / "adapter"))
-    lines.append(f"train on it: staff finetune --data {data} {target} --output {adapter}")
+    lines.append(f"train on it: staff finetune --data {shlex.quote(str(data))} {target} --output {adapter}")
     return "\n".join(lines)
 
 

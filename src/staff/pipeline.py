@@ -132,13 +132,14 @@ def select(
             if pieces:
                 pieces.free()
             inputs.check()
+            target = pieces.target() if pieces and selections else (None, ())
             for place, (selection, scores) in selections.items():
                 columns, cost, about = _results(
                     config, pool, methods[coresets[place].method], selection, scores, pieces, run
                 )
                 about |= {"inputs": dict(inputs), "settings": settings, "seed": config.seed}
                 finished[place] = outputs.write(
-                    run, coresets[place], keys[place], config, pool, selection, columns, cost, about
+                    run, coresets[place], keys[place], config, pool, selection, columns, cost, about, target
                 )
         runs = [done for done in finished if done]
         if len(runs) > 1 and not all((run.path / name).exists() for name in ("cells.csv", "likeness.csv")):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import json
 import logging
 import re
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,42 +60,25 @@ def template_of(tokenizer: Any, reading: Reading) -> Any:
         ) from None
 
 
-def writes_date(template: Any) -> bool:
-    """Does a chat template write today's date?"""
-    return "strftime_now" in (" ".join(template.values()) if isinstance(template, dict) else template or "")
-
-
-def _dated(template: str, date: datetime.date) -> str:
-    """A template that writes this date, whatever day it is."""
-    fixed = DATE_CALL.sub(lambda call: repr(date.strftime(call[2])), template)
+def dated(template: str, date: str | None) -> str:
+    """A template that writes this date (None: today) where it writes the day's, whatever day it is."""
+    day = datetime.date.fromisoformat(date) if date else datetime.date.today()
+    fixed = DATE_CALL.sub(lambda call: repr(day.strftime(call[2])), template)
     if "strftime_now(" in fixed:
         raise ValueError(
             "the model's chat template writes the date in a way that can't be held fixed, so that no two "
-            "runs would "
-            "see the same text: give a template that doesn't with --chat-template FILE"
+            "runs would see the same text: give a template that doesn't with --chat-template FILE"
         )
     return fixed
 
 
-def renderer(tokenizer: Any, reading: Reading) -> Callable[[Example], Rendering]:
-    """A function from an example to its text; it raises BadRow where the template refuses the row.
-
-    A trained turn's place: what the template's `{% generation %}` marks say. Else it begins where the whole
-    departs from
-    the rendering of what comes before it, the generation prompt included, and ends with the rendering of the
-    conversation up to it. Where those are no beginnings of the whole, it is what changes when its content
-    alone is changed.
-    Blanks behind the end token are no part of it.
-    """
+def chat_of(tokenizer: Any, reading: Reading) -> Chat | None:
+    """The chat template that holds, looked at; None where there is none."""
     template = template_of(tokenizer, reading)
-    if not template:
-        return lambda example: plain(example, tokenizer)
-    chat = Chat(tokenizer, template, reading.template_date)
-    if not chat.closing and not chat.ends:
+    chat = Chat(tokenizer, template, reading.template_date) if template else None
+    if chat and not chat.closing and not chat.ends:
         logger.warning("the chat template puts no end token behind an answer, so none is learnt")
-    return lambda example: (
-        plain(example, tokenizer) if example.turns[0].role == "text" else chat.render(example)
-    )
+    return chat
 
 
 def scaffold(tokenizer: Any) -> str | None:
@@ -119,6 +102,27 @@ def plain(example: Example, tokenizer: Any) -> Rendering:
     return Rendering(text[:-1], spans, special=not (begin and text.startswith(begin)))
 
 
+def plain_template(tokenizer: Any) -> str:
+    """A chat template that writes what `plain` does, for trainers that take nothing else.
+
+    Untrained answers have the weight 0; what the tokenizer sets round a text stands in the template itself.
+    """
+    begin, end = "(bos_token or '')", "''"
+    if tokenizer:
+        bare, whole = (tokenizer("a", add_special_tokens=some)["input_ids"] for some in (False, True))
+        at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+        ids = (whole[:at], [i for i in whole[at + len(bare) :] if i != tokenizer.eos_token_id])
+        begin, end = (json.dumps("".join(tokenizer.convert_ids_to_tokens(part))) for part in ids)
+    return (
+        f"{{{{ '' if messages[0].content.startswith({begin}) else {begin} }}}}"
+        "{% for m in messages %}{{ m.content }}"
+        "{% if m.role == 'assistant' and m.weight != 0 and not m.content.endswith(eos_token or '') %}"
+        "{{ eos_token }}{% endif %}"
+        "{{ '\\n' if add_generation_prompt or not loop.last else '' }}{% endfor %}"
+        f"{{{{ '' if add_generation_prompt else {end} }}}}"
+    )
+
+
 def text_of(content: Any) -> str:
     """The text of a turn's content, which may be parts."""
     if isinstance(content, str):
@@ -132,10 +136,8 @@ def control_tokens(tokenizer: Any) -> re.Pattern | None:
     """What finds a model's control tokens in text, such as <|im_end|>; None where it has none.
 
     Where a row's own text spells one, the tokenizer reads it as the control token, as it does in TRL and
-    (unless
-    `split_special_tokens` is set) in LLaMA-Factory. Scores must be of what will be trained on, so it is read
-    so here too,
-    but never silently: such rows are counted.
+    (unless `split_special_tokens` is set) in LLaMA-Factory. Scores must be of what will be trained on, so it
+    is read so here too, but never silently: such rows are counted.
     """
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     special = (token.content for token in added if token.special)
@@ -152,13 +154,18 @@ def spells(control: re.Pattern | None, example: Example) -> bool:
 
 
 class Chat:
-    """A chat template and what looking at a few renderings tells of it."""
+    """A chat template and what looking at a few renderings tells of it.
+
+    A trained turn's place: what the template's `{% generation %}` marks say. Else it begins where the whole
+    departs from the rendering of what comes before it, the generation prompt included, and ends with the
+    rendering of the conversation up to it. Where those are no beginnings of the whole, it is what changes
+    when its content alone is changed. Blanks behind the end token are no part of it.
+    """
 
     def __init__(self, tokenizer: Any, template: Any, date: str | None = None):
-        day = datetime.date.fromisoformat(date) if date else datetime.date.today()
-        self.tokenizer = tokenizer
         named = template if isinstance(template, dict) else {"default": template}
-        self.named = {name: _dated(text, day) if writes_date(text) else text for name, text in named.items()}
+        self.tokenizer = tokenizer
+        self.named = {name: dated(text, date) for name, text in named.items()}
         self.parts = False
         question, answer = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
         if not self._shows([question, answer]):
@@ -192,11 +199,8 @@ class Chat:
                 tokenize=False,
                 add_generation_prompt=prompt,
             )
-        except (
-            Exception
-        ) as error:  # a template is a program: jinja2's errors, and any that Python raises inside it
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise BadRow(f"is refused by the model's chat template: {said}") from None
+        except Exception as error:  # a template is a program: jinja2's, and any that Python raises inside it
+            raise _refusal(error) from None
 
     def _marked(self, messages: list[dict], tools: Any) -> tuple[str, list[tuple[int, int]]]:
         """The rendering, and the characters between `{% generation %}` marks."""
@@ -211,8 +215,7 @@ class Chat:
                 **self.tokenizer.special_tokens_map,
             )
         except Exception as error:
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise BadRow(f"is refused by the model's chat template: {said}") from None
+            raise _refusal(error) from None
         return texts[0], marks[0]  # type: ignore[return-value]
 
     def _try(self, messages: list[dict], prompt: bool = False) -> str | None:
@@ -249,18 +252,27 @@ class Chat:
         closing = "".join(between[: len(between) - shared]) if shared else ""
         return closing.rstrip() or "".join(between)[: _shared("".join(between), behind)].rstrip()
 
+    def turns(self, example: Example) -> list[Turn]:
+        """An example's turns; what the system says goes before the next turn where the template has no place
+        for it."""
+        first, *rest = example.turns
+        if not (self.merges_system and first.role == "system" and rest):
+            return [first, *rest]
+        both = f"{text_of(first.content)}\n\n{text_of(rest[0].content)}"
+        return [rest[0]._replace(content=both), *rest[1:]]
+
+    def messages(self, turns: list[Turn]) -> list[dict]:
+        """The turns as the template is given them."""
+        return [{"role": t.role, "content": self._content(t.content), **(t.fields or {})} for t in turns]
+
     def render(self, example: Example) -> Rendering:
         """The whole conversation's text and its trained turns.
 
         Raises:
             BadRow: the template refuses the row, or a trained turn can't be found in the rendering.
         """
-        turns = list(example.turns)
-        if self.merges_system and turns[0].role == "system" and len(turns) > 1:
-            both = f"{text_of(turns[0].content)}\n\n{text_of(turns[1].content)}"
-            turns[:2] = [turns[1]._replace(content=both)]
-        messages = [{"role": t.role, "content": self._content(t.content), **(t.fields or {})} for t in turns]
-        tools = example.tools or None
+        turns = self.turns(example)
+        messages, tools = self.messages(turns), example.tools or None
         trained = [place for place, turn in enumerate(turns) if turn.train]
         if GENERATION.search(self._template(tools)):
             text, marks = self._marked(messages, tools)
@@ -392,6 +404,11 @@ def _shared(one: str, other: str) -> int:
         else:
             high = middle - 1
     return low
+
+
+def _refusal(error: Exception) -> BadRow:
+    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return BadRow(f"is refused by the model's chat template: {said}")
 
 
 def _lost(what: str) -> str:

@@ -1,55 +1,67 @@
-"""The coreset on disk, and what TRL, LLaMA-Factory and Axolotl need to train on it."""
+"""The coreset on disk, and what TRL, LLaMA-Factory and Axolotl need to train on it as it was scored."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
-from itertools import islice
+from collections.abc import Collection, Iterator
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
 
-from staff.data.layouts import Layout
-from staff.data.locate import read_json
+from staff.config import FinetuneConfig, Reading
+from staff.data.chat import dated, plain_template, template_of, text_of
 from staff.data.rows import Rows
-from staff.files import remove, write_json, write_text
+from staff.data.tokens import Sampler
+from staff.data.turns import Example, build
+from staff.data.writers import dumps, write_lines
+from staff.files import remove, write_json, write_text, write_whole
 
-ROWS_LOOKED_AT = 1_000
-
-CALL = "function_call"
-# LLaMA-Factory knows one name for each: our role, its default
+TRAIN = (
+    *("coreset-messages.jsonl", "coreset-texts.jsonl", "chat_template.jinja", "dataset_info.json"),
+    *("with_trl.py", "llama_factory.yaml", "axolotl.yaml"),
+)
 FACTORY_TAGS = {
-    "user_tag": ("user", "human"),
-    "assistant_tag": ("assistant", "gpt"),
-    "observation_tag": ("tool", "observation"),
-    "function_tag": ("assistant", CALL),
-    "system_tag": ("system", "system"),
+    **{"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
+    **{"observation_tag": "tool", "function_tag": "function_call", "system_tag": "system"},
 }
+RECIPE = FinetuneConfig()  # of the line that a run prints
+# what a trainer may have no words for
+SEVERAL, MASKED, TOOLS = "several answers are trained on", "some answers are not", "tools"
+MORE, TURNS = "a turn is more than role and text", "turns do not alternate"
 
 
 def write_coreset(
-    folder: Path, rows: Rows, positions: np.ndarray, model: str, same: bool = False
+    folder: Path,
+    rows: Rows,
+    positions: np.ndarray,
+    model: str,
+    reading: Reading,
+    tokenizer: Any = None,
+    long: Collection[int] = (),
+    same: bool = False,
 ) -> list[str]:
     """Write the coreset, and what other trainers need to take it.
 
-    coreset.jsonl, with `same` also in the format the rows came in; skipped.jsonl where rows were left out; an
-    entry in dataset_info.json and train/llama_factory.yaml where LLaMA-Factory has words for such rows;
-    train/trl.py and train/axolotl.yaml.
+    coreset.jsonl, with `same` also in the format the rows came in; skipped.jsonl where rows were left out;
+    the files of `write_train` in train/.
 
     Args:
         folder: where.
         rows: the pool.
         positions: (m,) of the coreset in the pool, ascending.
-        model: a model that transformers loads, for the snippets.
+        model, reading, tokenizer, long: as `write_train` takes them.
         same: also in the format the rows came in.
 
     Returns:
         the files that hold rows, as paths in the folder.
     """
-    coreset = folder / "coreset.jsonl"
-    for old in [folder / "skipped.jsonl", *folder.glob("coreset.*")]:  # of a run with other settings
+    coreset, train = folder / "coreset.jsonl", folder / "train"
+    # of a run with other settings
+    for old in [folder / "skipped.jsonl", *folder.glob("coreset.*"), *(train / name for name in TRAIN)]:
         old.unlink(missing_ok=True)
     remove(folder / "coreset")
     rows.write_jsonl(coreset, positions)
@@ -61,72 +73,240 @@ def write_coreset(
     if rows.skipped:
         rows.write_skipped(folder / "skipped.jsonl")
     if len(positions):
-        _write_snippets(folder, coreset, rows, positions, model)
+        write_train(train, rows, positions, model, reading, tokenizer, long)
     return [path.relative_to(folder).as_posix() for path in files]
 
 
-def _write_snippets(folder: Path, coreset: Path, rows: Rows, positions: np.ndarray, model: str) -> None:
-    snippets = {"trl.py": trl(rows, coreset, model), "axolotl.yaml": axolotl(rows, coreset, model, positions)}
-    if entry := factory_entry(rows, coreset, positions):
-        write_factory_entry(entry, folder)
-        snippets["llama_factory.yaml"] = llama_factory(rows, coreset, model, positions)
-    for name, text in snippets.items():
-        write_text(folder / "train" / name, text)
+def write_train(
+    folder: Path,
+    rows: Rows,
+    positions: np.ndarray,
+    model: str,
+    reading: Reading,
+    tokenizer: Any = None,
+    long: Collection[int] = (),
+) -> None:
+    """Write the coreset as it was scored, and for each trainer a file that trains on it as `staff finetune`.
 
-
-def factory_entry(
-    rows: Rows, coreset: str | os.PathLike, positions: Iterable[int] | None = None
-) -> dict | None:
-    """What LLaMA-Factory's dataset_info.json must say about a coreset written by `Rows.write_jsonl`.
+    coreset-messages.jsonl has `messages` as the chat template was given them, `tools` as JSON text, and the
+    weight 0 on answers that are not trained on; plain texts go to coreset-texts.jsonl. chat_template.jinja is
+    the template that held, its date fixed. Over these go with_trl.py, axolotl.yaml and, where LLaMA-Factory
+    has words for such rows, llama_factory.yaml with dataset_info.json.
 
     Args:
-        rows: where the coreset came from.
-        coreset: its path; the entry names the file alone, since it lies beside dataset_info.json.
-        positions: the coreset, to look at its columns and roles; None: the first rows.
-
-    Returns:
-        The entry; None where LLaMA-Factory has no words for the rows (text parts, OpenAI's tool calls,
-        prompts that are lists of messages).
+        rows, positions: the pool, and the coreset in it.
+        model: a model that transformers loads.
+        reading: how the rows were read and scored.
+        tokenizer: the model's, where it is known.
+        long: positions of samples whose prompts lost text: it is left away here too.
     """
-    layout, entry = rows.layout, {"file_name": Path(coreset).name}
-    some = list(islice(rows.raw(range(len(rows)) if positions is None else positions), ROWS_LOOKED_AT))
-    if layout.text is not None:
-        return {**entry, "columns": {"prompt": layout.text}}  # its pre-training stage
-    present = {c for row in some for c in row}
-    fields = ["prompt", "query", "response", "messages", "system", "history"] + ["tools"] * bool(
-        layout.messages
+    sampler = Sampler(tokenizer, reading) if tokenizer else None
+    examples, found = _as_scored(rows, positions, reading, sampler, long), set[str]()
+    is_text = rows.layout.text is not None
+    if is_text:
+        data, template = folder / "coreset-texts.jsonl", None
+        made: Iterator[dict] = ({"text": text_of(example.turns[0].content)} for example in examples)
+    else:
+        data, template = folder / "coreset-messages.jsonl", template_of(tokenizer, reading)
+        made = (_messages(example, sampler, found) for example in examples)
+    data, own = data.absolute(), template
+    folder.mkdir(exist_ok=True)
+    write_whole(data, lambda aside: write_lines(aside, map(dumps, made)))
+    if isinstance(template, str):
+        template = dated(template, reading.template_date)
+    elif not template and not is_text and (tokenizer or reading.chat_template == "none"):
+        template = plain_template(tokenizer)
+    if isinstance(template, str):
+        write_text(folder / "chat_template.jinja", template)
+    else:
+        template = None  # the model's own: one of several names, or not known
+    write_text(folder / "with_trl.py", _trl(data, model, reading, template, found))
+    write_text(folder / "axolotl.yaml", _yaml(_axolotl(data, model, reading, template, sampler)))
+    is_own = reading.chat_template in (None, "model") and template in (None, own)
+    if is_own and not found & {MORE, TURNS} and not found >= {SEVERAL, MASKED}:
+        columns = {"prompt": "text"} if is_text else {"messages": "messages"}
+        columns |= {"tools": "tools"} if TOOLS in found else {}
+        entry: dict[str, Any] = {"file_name": data.name, "columns": columns}
+        if not is_text:  # not "openai", which adds words of its own to what the system says
+            entry |= {"formatting": "sharegpt", "tags": FACTORY_TAGS}
+        write_json(folder / "dataset_info.json", {"coreset": entry})
+        write_text(folder / "llama_factory.yaml", _yaml(_llama_factory(data, model, reading, is_text, found)))
+
+
+def _as_scored(
+    rows: Rows, positions: np.ndarray, reading: Reading, sampler: Sampler | None, long: Collection[int]
+) -> Iterator[Example]:
+    for place, row in zip(positions.tolist(), rows.raw(positions), strict=True):
+        example = build(rows.layout, row, rows.train_on)
+        if sampler and place in long:
+            (sample,) = sampler.samples([sampler.rendered(example)])
+            assert not isinstance(sample, ValueError)
+            example = sampler.fitted(example, sample, reading.max_length)[0]
+        yield example
+
+
+def _messages(example: Example, sampler: Sampler | None, found: set[str]) -> dict:
+    """A row of coreset-messages.jsonl; notes what it has."""
+    chat = sampler.chat if sampler else None
+    turns = chat.turns(example) if chat else list(example.turns)
+    if chat:
+        messages = chat.messages(turns)
+    elif sampler:  # as `plain` writes them
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    else:
+        messages = [{"role": t.role, "content": text_of(t.content), **(t.fields or {})} for t in turns]
+    if any(len(message) > 2 or not isinstance(message["content"], str) for message in messages):
+        found.add(MORE)
+    for turn, message in zip(turns, messages, strict=True):
+        if turn.role == "assistant" and not turn.train:
+            message["weight"] = 0
+            found.add(MASKED)
+    if sum(turn.train for turn in turns) > 1:
+        found.add(SEVERAL)
+    roles = [turn.role for turn in turns[turns[0].role == "system" :]]
+    if len(roles) % 2 or any((role == "assistant") != i % 2 for i, role in enumerate(roles)):
+        found.add(TURNS)
+    if not example.tools or not (chat or not sampler):
+        return {"messages": messages}
+    found.add(TOOLS)
+    return {"messages": messages, "tools": json.dumps(example.tools, ensure_ascii=False)}
+
+
+def _yaml(settings: dict) -> str:
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    # the library's own reader folds some line separators in a text that is not escaped
+    return text if yaml.safe_load(text) == settings else yaml.safe_dump(settings, sort_keys=False)
+
+
+def _llama_factory(data: Path, model: str, reading: Reading, is_text: bool, found: set[str]) -> dict:
+    """A LLaMA-Factory training file (`llamafactory-cli train FILE`); it works the model's chat template out
+    where no `template` is named."""
+    training = RECIPE.training
+    return {
+        "model_name_or_path": model,
+        "stage": "pt" if is_text else "sft",
+        "do_train": True,
+        "finetuning_type": "lora",
+        "lora_rank": training.lora_rank,
+        "lora_alpha": training.lora_alpha,
+        "lora_target": "all",
+        "dataset": "coreset",
+        "dataset_dir": str(data.parent),
+        **({} if is_text else {"mask_history": SEVERAL not in found}),
+        "cutoff_len": reading.max_length,
+        "num_train_epochs": RECIPE.epochs,
+        "per_device_train_batch_size": training.batch_size,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_ratio": training.warmup,
+        "seed": RECIPE.seed,
+        "output_dir": "tuned",
+    }
+
+
+def _axolotl(data: Path, model: str, reading: Reading, template: str | None, sampler: Sampler | None) -> dict:
+    """An Axolotl configuration (`axolotl train FILE`)."""
+    training, chat = RECIPE.training, sampler.chat if sampler else None
+    rows: dict[str, Any] = {"path": str(data), "ds_type": "json"}
+    settings: dict[str, Any] = {"base_model": model, "datasets": [rows]}
+    if data.name == "coreset-texts.jsonl":
+        rows |= {"type": "completion", "field": "text"}
+    else:
+        rows |= {
+            "type": "chat_template",
+            "field_messages": "messages",
+            "message_property_mappings": {"role": "role", "content": "content"},
+            "message_field_training": "weight",
+            "roles_to_train": ["assistant"],
+            "train_on_eos": "turn",
+        }
+        settings["chat_template"] = "tokenizer_default" if template is None else "jinja"
+        if template is not None:
+            settings["chat_template_jinja"] = template
+        if chat and chat.closing in chat.tokenizer.get_vocab() and chat.closing != chat.tokenizer.eos_token:
+            settings["eot_tokens"] = [chat.closing]
+    return settings | {
+        "adapter": "lora",
+        "lora_r": training.lora_rank,
+        "lora_alpha": training.lora_alpha,
+        "lora_dropout": 0.0,
+        "lora_target_linear": True,
+        "sequence_len": reading.max_length,
+        "excess_length_strategy": "truncate",
+        "micro_batch_size": training.batch_size,
+        "gradient_accumulation_steps": 1,
+        "num_epochs": RECIPE.epochs,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler": "cosine",
+        "warmup_ratio": training.warmup,
+        "optimizer": "adamw_torch",
+        "weight_decay": 0.0,
+        "val_set_size": 0,
+        "seed": RECIPE.seed,
+        "output_dir": "tuned",
+    }
+
+
+def _trl(data: Path, model: str, reading: Reading, template: str | None, found: set[str]) -> str:
+    """A program that trains with TRL's SFTTrainer."""
+    training, tools = RECIPE.training, ', "tools": Value("string")' * (TOOLS in found)
+    if found >= {SEVERAL, MASKED}:
+        said = "some rows train on several answers and not on all of them, for which TRL has no words"
+        return f"raise SystemExit({said!r})\n"
+    features, split = "", ""
+    if data.name == "coreset-messages.jsonl":
+        features = f', features=Features({{"messages": List(Json()){tools}}})'
+        if SEVERAL not in found:
+            split = _TRL_SPLIT.format(tools=tools)
+    return _TRL.format(
+        data=str(data),
+        model=model,
+        features=features,
+        split=split,
+        template="" if template is None else _TRL_TEMPLATE.format(str(data.with_name("chat_template.jinja"))),
+        max_length=reading.max_length,
+        epochs=RECIPE.epochs,
+        seed=RECIPE.seed,
+        every_answer=SEVERAL in found,
+        **{f.name: getattr(training, f.name) for f in fields(training)},
     )
-    columns = {f: getattr(layout, f) for f in fields if getattr(layout, f) in present}
-    if layout.messages is None:
-        is_chat = any(isinstance(row[c], list) for row in some for c in layout.required())
-        return None if is_chat else {**entry, "columns": columns}
-    turns = [turn for row in some for turn in row[layout.messages]]
-    role_tag, content_tag = layout.tags(turns[0])
-    if not all(isinstance(t.get(content_tag), str) and t.get("tool_calls") is None for t in turns):
-        return None
-    if "tools" in columns and any(not isinstance(row.get(layout.tools), str | None) for row in some):
-        return None
-    tags = {"role_tag": role_tag, "content_tag": content_tag}
-    used = {t.get(role_tag) for t in turns}
-    for tag, (role, default) in FACTORY_TAGS.items():
-        is_call = tag == "function_tag"
-        ours = [n for n, r in layout.roles.items() if r == role and n in used and (n == CALL) == is_call]
-        if len(ours) > 1:
-            return None
-        tags[tag] = ours[0] if ours else default
-    return {**entry, "formatting": "sharegpt", "columns": columns, "tags": tags}
 
 
-def write_factory_entry(entry: dict, folder: str | os.PathLike, name: str = "coreset") -> Path:
-    """Put an entry into a folder's dataset_info.json, beside those that are there.
+_TRL = '''"""Fine-tunes a model with TRL on the coreset as it was scored; the recipe is that of `staff finetune`."""
 
-    Raises:
-        ValueError: what is there is no dataset_info.json.
-    """
-    path = Path(folder) / "dataset_info.json"
-    entries = read_json(path) if path.exists() else {}
-    write_json(path, {**entries, name: entry})
-    return path
+from datasets import Features, Json, List, Value, load_dataset
+from peft import LoraConfig
+from torch import cuda
+from transformers import AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+tokenizer = AutoTokenizer.from_pretrained({model!r})
+{template}rows = load_dataset("json", data_files={data!r}, split="train"{features})
+{split}settings = SFTConfig(
+    output_dir="tuned",
+    max_length={max_length},
+    assistant_only_loss={every_answer},
+    num_train_epochs={epochs},
+    per_device_train_batch_size={batch_size},
+    learning_rate={learning_rate},
+    lr_scheduler_type="cosine",
+    warmup_steps={warmup},  # a share of all steps
+    bf16=cuda.is_available() and cuda.is_bf16_supported(),
+    seed={seed},
+)
+lora = LoraConfig(r={lora_rank}, lora_alpha={lora_alpha}, target_modules="all-linear", task_type="CAUSAL_LM")
+trainer = SFTTrainer({model!r}, settings, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
+if __name__ == "__main__":
+    trainer.train()
+    trainer.save_model()
+'''
+_TRL_TEMPLATE = 'tokenizer.chat_template = open({!r}, encoding="utf-8").read()\n'
+_TRL_SPLIT = """rows = rows.map(
+    lambda row: {{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}},
+    remove_columns="messages",
+    features=Features({{"prompt": List(Json()), "completion": List(Json()){tools}}}),
+)
+"""
 
 
 def push_to_hub(coreset: str | os.PathLike, repository: str, private: bool = True) -> str:
@@ -158,163 +338,3 @@ def push_to_hub(coreset: str | os.PathLike, repository: str, private: bool = Tru
             "log in with `hf auth login` and check the name"
         ) from None
     return str(url)
-
-
-def llama_factory(
-    rows: Rows,
-    coreset: str | os.PathLike,
-    model: str,
-    positions: Iterable[int] | None = None,
-    name: str = "coreset",
-) -> str:
-    """A LLaMA-Factory training file (`llamafactory-cli train FILE`), the coreset's entry in a comment."""
-    entry = factory_entry(rows, coreset, positions)
-    if entry is None:
-        return "# LLaMA-Factory can't read rows laid out like these; see the snippet for TRL\n"
-    settings = {
-        "model_name_or_path": model,
-        "stage": "pt" if rows.layout.text is not None else "sft",
-        "do_train": True,
-        "finetuning_type": "lora",
-        "dataset": name,
-        "dataset_dir": str(Path(coreset).parent),
-        "output_dir": "tuned",
-        "mask_history": rows.train_on == "last",
-    }
-    if rows.layout.text is not None:
-        del settings["mask_history"]
-    else:
-        settings["template"] = "TEMPLATE"
-    told = json.dumps({name: entry})  # in ASCII: a line separator in a column's name would end the comment
-    return f"# dataset_info.json beside the coreset: {told}\n{_yaml(settings)}"
-
-
-def _yaml(settings: dict) -> str:
-    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    # the library's own reader folds some line separators in a text that is not escaped
-    return text if yaml.safe_load(text) == settings else yaml.safe_dump(settings, sort_keys=False)
-
-
-def axolotl(
-    rows: Rows, coreset: str | os.PathLike, model: str, positions: Iterable[int] | None = None
-) -> str:
-    """An Axolotl configuration (`axolotl train FILE`) for the coreset."""
-    layout = rows.layout
-    data: dict = {"path": str(coreset), "ds_type": "json"}
-    row = next(iter(rows.raw(islice(positions, 1) if positions is not None else [0])))
-    if layout.text is not None:
-        data |= {"type": "completion", "field": layout.text}
-    elif layout.messages is None:
-        instruction = {
-            "field_instruction": layout.prompt,
-            "field_output": layout.response,
-            "format": "{instruction}\n",
-        }
-        if layout.query in row:
-            instruction |= {
-                "field_input": layout.query,
-                "format": "{instruction}\n{input}\n",
-                "no_input_format": "{instruction}\n",
-            }
-        if layout.system in row:
-            instruction["field_system"] = layout.system
-        data["type"] = instruction
-    else:
-        role_tag, content_tag = layout.tags(row[layout.messages][0])
-        data |= {
-            "type": "chat_template",
-            "field_messages": layout.messages,
-            "message_property_mappings": {"role": role_tag, "content": content_tag},
-            "roles": {
-                ours: [n for n, r in layout.roles.items() if r == ours]
-                for ours in ("user", "assistant", "system", "tool")
-            },
-            "roles_to_train": ["assistant"],
-        }
-    settings = {
-        "base_model": model,
-        "datasets": [data],
-        "adapter": "lora",
-        "lora_r": 16,
-        "lora_alpha": 32,
-        "lora_target_linear": True,
-        "sequence_len": 1024,
-        "micro_batch_size": 1,
-        "num_epochs": 3,
-        "learning_rate": 1e-4,
-        "output_dir": "tuned",
-    }
-    return _yaml(settings)
-
-
-def trl(rows: Rows, coreset: str | os.PathLike, model: str) -> str:
-    """A program that tunes a model on the coreset with TRL's SFTTrainer, the loss where STAFF takes it."""
-    layout = rows.layout
-    all_turns = rows.train_on == "all" and layout.messages is not None
-    if layout.text is not None:
-        body = f'    return {{"text": row[{layout.text!r}]}}'
-    elif layout.messages is not None:
-        body = _TRL_CHAT.format(messages=layout.messages, roles=dict(layout.roles))
-        if layout.system is not None:
-            body += f'    if row.get({layout.system!r}) and messages[0]["role"] != "system":\n'
-            body += f'        messages.insert(0, {{"role": "system", "content": row[{layout.system!r}]}})\n'
-        body += (
-            '    return {"messages": messages}'
-            if all_turns
-            else '    return {"prompt": messages[:-1], "completion": messages[-1:]}'
-        )
-    else:
-        body = _trl_pair(layout)
-    return _TRL.format(
-        body=body,
-        coreset=str(coreset),
-        model=model,
-        options=", assistant_only_loss=True" if all_turns else "",
-    )
-
-
-_TRL = """from datasets import load_dataset
-from trl import SFTConfig, SFTTrainer
-
-
-def to_trl(row):
-{body}
-
-
-dataset = load_dataset("json", data_files={coreset!r}, split="train")
-dataset = dataset.map(to_trl, remove_columns=dataset.column_names)
-trainer = SFTTrainer(model={model!r}, args=SFTConfig(output_dir="tuned"{options}), train_dataset=dataset)
-trainer.train()
-"""
-
-_TRL_CHAT = """    roles = {roles!r}
-    messages = []
-    for turn in row[{messages!r}]:
-        content = turn.get("content") or turn.get("value") or ""
-        if isinstance(content, list):
-            content = "".join(part.get("text") or part.get("value") or "" for part in content)
-        known = ("role", "from", "content", "value", "weight", "loss_weight")
-        fields = {{k: v for k, v in turn.items() if v is not None and k not in known}}
-        messages.append({{"role": roles[turn.get("role") or turn.get("from")], "content": content, **fields}})
-"""
-
-
-def _trl_pair(layout: Layout) -> str:
-    lines = [f"    prompt, response = row[{layout.prompt!r}], row[{layout.response!r}]", "    before = []"]
-    if layout.query is not None:
-        lines.append(f'    prompt = "\\n".join(text for text in (prompt, row.get({layout.query!r})) if text)')
-    if layout.system is not None:
-        lines += [
-            f"    if row.get({layout.system!r}):",
-            f'        before.append({{"role": "system", "content": row[{layout.system!r}]}})',
-        ]
-    if layout.history is not None:
-        lines.append(f"    for user, assistant in row.get({layout.history!r}) or []:")
-        lines.append('        before.append({"role": "user", "content": user})')
-        lines.append('        before.append({"role": "assistant", "content": assistant})')
-    lines.append("    if isinstance(prompt, str):")
-    lines.append('        prompt = [{"role": "user", "content": prompt}]')
-    lines.append("    if isinstance(response, str):")
-    lines.append('        response = [{"role": "assistant", "content": response}]')
-    lines.append('    return {"prompt": before + prompt, "completion": response}')
-    return "\n".join(lines)

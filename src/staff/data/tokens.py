@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from staff.config import Reading
-from staff.data.chat import USUAL, Rendering, control_tokens, renderer, spells, text_of
+from staff.data.chat import USUAL, Rendering, chat_of, control_tokens, plain, spells, text_of
 from staff.data.layouts import BadRow
 from staff.data.rows import Rows
 from staff.data.turns import Example, Turn
@@ -194,7 +194,7 @@ def tokenise(
             try:
                 if isinstance(sample, BadRow):
                     raise sample
-                sample, mark = sampler.fitted(example, sample, max_length)
+                _, sample, mark = sampler.fitted(example, sample, max_length)
             except BadRow as error:
                 number = place if numbers is None else int(numbers[place])
                 if not (
@@ -262,13 +262,15 @@ class Sampler:
 
     def __init__(self, tokenizer: Any, reading: Reading):
         self.tokenizer, self.reading = tokenizer, reading
-        self.render = renderer(tokenizer, reading)
+        self.chat = chat_of(tokenizer, reading)
         self.control = control_tokens(tokenizer)
         self.added = set(getattr(tokenizer, "added_tokens_decoder", {}))
 
     def rendered(self, example: Example) -> Rendering | BadRow:
+        if self.chat is None or example.turns[0].role == "text":
+            return plain(example, self.tokenizer)
         try:
-            return self.render(example)
+            return self.chat.render(example)
         except BadRow as error:
             return error
 
@@ -370,42 +372,43 @@ class Sampler:
             )
         return len(before)
 
-    def fitted(self, example: Example, sample: Sample, max_length: int) -> tuple[Sample, int]:
-        """A sample of at most max_length tokens, and what was done to it."""
+    def fitted(self, example: Example, sample: Sample, max_length: int) -> tuple[Example, Sample, int]:
+        """An example and its sample of at most max_length tokens, and what was done to it."""
         mark = SPELLED * spells(self.control, example) + STRIPPED * sample.stripped
         if len(sample.ids) <= max_length:
-            return sample, mark
+            return example, sample, mark
         if self.reading.on_long != "cut-prompt":
             raise LongRow(f"has {len(sample.ids)} tokens, more than --max-length {max_length}")
         texts = [text_of(turn.content) for turn in self._loose(example).values()]
         own = len(sample.ids) - sum(map(len, self._alone(texts)))
         if own < max_length:
-            sample = self.shortened(example, sample, lambda s: len(s.ids) - max_length)
+            example, sample = self.shortened(example, sample, lambda s: len(s.ids) - max_length)
         else:  # the response alone fills it: the prompt gets half
-            sample = self.shortened(example, sample, lambda s: s.trained.index(1) - max_length // 2)
+            example, sample = self.shortened(example, sample, lambda s: s.trained.index(1) - max_length // 2)
         if len(sample.ids) <= max_length:
-            return sample, mark + SHORTENED
+            return example, sample, mark + SHORTENED
         sample = Sample(sample.ids[:max_length], sample.trained[:max_length])
         if 1 not in sample.trained[1:]:
             raise LongRow(f"has no room for its answer in --max-length {max_length}")
-        return sample, mark + CUT
+        return example, sample, mark + CUT
 
-    def shortened(self, example: Example, sample: Sample, excess: Callable[[Sample], int]) -> Sample:
-        """The sample whose prompt lost the start of its text, earliest turn first, until nothing is in
-        excess."""
-        turns = list(example.turns)
+    def shortened(
+        self, example: Example, sample: Sample, excess: Callable[[Sample], int]
+    ) -> tuple[Example, Sample]:
+        """The prompt without the start of its text, earliest turn first, until nothing is in excess."""
         for place in self._loose(example):
             while (over := excess(sample)) > 0:
-                text = text_of(turns[place].content)
-                shorter = self._without(text, over)
-                if shorter == text:
+                turn = example.turns[place]
+                shorter = self._without(text_of(turn.content), over)
+                if shorter == text_of(turn.content):
                     break
-                turns[place] = turns[place]._replace(content=shorter)
-                changed = self.samples([self.rendered(example._replace(turns=tuple(turns)))])[0]
+                turns = (*example.turns[:place], turn._replace(content=shorter), *example.turns[place + 1 :])
+                example = example._replace(turns=turns)
+                changed = self.samples([self.rendered(example)])[0]
                 if isinstance(changed, BadRow):
                     raise changed
                 sample = changed
-        return sample
+        return example, sample
 
     def _loose(self, example: Example) -> dict[int, Turn]:
         """The turns that may lose text, those of the system last: where nothing else is left to make room."""
@@ -446,7 +449,7 @@ def prompts_of(
             whole = sample
             if _before(sample) > room:
                 cut += 1
-                sample = sampler.shortened(example, sample, lambda s: _before(s) - room)
+                _, sample = sampler.shortened(example, sample, lambda s: _before(s) - room)
             if _before(sample) > room:
                 raise BadRow(
                     f"has a prompt of {_before(sample)} tokens where {room} have room, even without its text"

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -117,6 +117,7 @@ def write(
     columns: Mapping[str, Any],
     cost: Mapping[str, Any],
     about: Mapping[str, Any],
+    target: tuple[Any, Collection[int]] = (None, ()),
 ) -> Run:
     """Write the results; the manifest comes last and says that all are there.
 
@@ -124,12 +125,15 @@ def write(
         key: what the coreset is made of, as a fingerprint.
         columns: of scores.parquet, n values each.
         about: what else the manifest says.
+        target: its tokenizer, where it is known, and the positions of samples whose prompts lost text.
     """
     folder = coreset.folder
     folder.mkdir(exist_ok=True)
     indices = pool.numbers[selection.indices]
     model = config.target if config.target and not config.target.endswith(".gguf") else "MODEL"
-    names = export.write_coreset(folder, pool, selection.indices, model, same=config.format == "same")
+    names = export.write_coreset(
+        folder, pool, selection.indices, model, config.reading, *target, same=config.format == "same"
+    )
     files.write_whole(folder / "indices.npy", partial(_save_array, indices))
     if selection.regions:
         header = ["region", *(f.name for f in dataclasses.fields(Region))]
