@@ -6,7 +6,7 @@ BIN := .venv/bin
 DEMO_MODEL := examples/SmolLM2-135M-Instruct.gguf
 
 PART := ends input layouts
-SOAK_ends := tests/test_ends.py
+SOAK_ends := tests/test_ends.py tests/test_kills.py
 SOAK_input := tests/test_bad_input.py
 SOAK_layouts := tests/test_gradnorm.py tests/test_finetune.py tests/test_prefix.py tests/test_draft.py
 

@@ -986,7 +986,7 @@ def mutated(draw):
 
 
 @settings(
-    max_examples=10_000 if os.environ.get("STAFF_SOAK") == "1" else 500,
+    max_examples=20_000 if os.environ.get("STAFF_SOAK") == "1" else 500,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     derandomize=os.environ.get("STAFF_SOAK") != "1",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import staff
-from family import SETTINGS, config_of, finish, make_rows, results, start, write_pool
+from family import SETTINGS, config_of, make_rows, write_pool
 from staff import jobs
 from staff.config import FinetuneConfig
 from staff.runs import pieces
@@ -193,25 +193,6 @@ def test_an_empty_response_stops_the_run_or_is_left_out_and_listed(family, tmp_p
     assert 7 not in run.indices
     assert run.indices.max() > 7  # numbers stay those of the input
     assert json.loads((tmp_path / "y" / "skipped.jsonl").read_text())["row"] == 7
-
-
-def test_a_run_killed_in_every_stage_ends_with_the_same_bytes(family, tmp_path):
-    data = write_pool(tmp_path / "pool.jsonl")
-    assert finish(*start(data, tmp_path / "whole", family)) is None
-    for place, (stage, after) in enumerate(
-        [("tokenise", 1), ("fine-tune the draft", 9), ("score on the draft", 20), ("verify on the target", 1)]
-    ):
-        output = tmp_path / f"killed-{place}"
-        process, receive = start(data, output, family, 0.05)
-        while True:
-            name, done = receive.recv()
-            if name == stage and done >= after:
-                break
-        process.kill()
-        process.join()
-        assert not (output / "coreset.jsonl").exists()
-        assert finish(*start(data, output, family)) is None
-        assert results(output) == results(tmp_path / "whole"), stage
 
 
 def test_a_model_can_be_fine_tuned_on_the_coreset_and_loaded_again(finished, family, tmp_path):

@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import platform
 import re
 import shutil
 import struct
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 # in an .npz, the names of its arrays: each array has a checksum, but a lost one would not be missed
 NAMES = "__names__"
 SEAL = "finished.json"  # in a folder of files, says that all are there and what their checksums are
+HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+ASIDE = re.compile(r"\..+\.([0-9a-f]{6})-(\d+)\.staff")  # what `write_whole` writes beside a file
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # what zipfile and numpy raise over flipped bytes
 DAMAGE = (
@@ -48,7 +51,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Make a file or folder whole or not at all: written beside its place, flushed to disk, renamed over
     it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.{HOST}-{os.getpid()}.staff")
     try:
         write(aside)
         if aside.is_file():
@@ -57,6 +60,31 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(aside, path)
     finally:
         remove(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
+
+
+def clear_asides(places: Iterable[Path], alone: bool) -> None:
+    """Remove what killed processes were writing.
+
+    Args:
+        alone: nobody else writes there; without it, what living processes or other machines write stays.
+    """
+    for left in places:
+        named = ASIDE.fullmatch(left.name)
+        if (
+            not named
+            or left.is_symlink()
+            or not (alone or (named[1] == HOST and not _is_alive(int(named[2]))))
+        ):
+            continue
+        remove(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return error.errno != errno.ESRCH
+    return True
 
 
 def write_text(path: Path, text: str) -> None:
@@ -236,7 +264,12 @@ def hash_file(path: Path, remembered: dict[str, list] | None = None) -> str:
 
 
 def remove(path: Path) -> None:
-    """Delete a folder of unfinished work."""
+    """Delete a folder of unfinished work; its mark goes last, so that what a kill leaves is known as ours."""
+    for part in path.iterdir() if path.is_dir() else ():
+        if part.is_dir() and not part.is_symlink():
+            shutil.rmtree(part, ignore_errors=True)
+        elif part.name != MARK:
+            part.unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
 
 

@@ -48,10 +48,11 @@ def finetune(config: FinetuneConfig, *, update: bool = False, on_progress: Progr
         inputs["tokenizer"] = model_files.tokenizer_fingerprint(source, config.reading.chat_template)
         made_of = {"settings": ingredients(config), "inputs": dict(inputs)}
         run.begin(made_of["settings"], inputs, update)
-        if find_finished(run.path, files.fingerprint(made_of)):
-            return run.path
-        _tune(config, run, pool, source, inputs, made_of)
-    return Path(str(config.output))
+        if not find_finished(run.path, files.fingerprint(made_of)):
+            _tune(config, run, pool, source, inputs, made_of)
+        for piece in (*run.work.glob("model-*"), *run.work.glob("adapter-*")):
+            files.remove(piece)
+        return run.path
 
 
 def _tune(
@@ -116,8 +117,6 @@ def _tune(
     }
     about = {**made_of, "seed": config.seed, "cost": cost, **load.facts(device, dtype)}
     run.finish(files.fingerprint(made_of), about, [path.name for path in parts])
-    for piece in (*run.work.glob("model-*"), *run.work.glob("adapter-*")):
-        files.remove(piece)
 
 
 def _name_base(path: Path, model: str) -> None:

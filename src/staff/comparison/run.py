@@ -30,6 +30,7 @@ from staff.config import SelectConfig
 from staff.data import rows as formats
 from staff.files import (
     check_mark,
+    clear_asides,
     differences,
     failures_are_said,
     fingerprint,
@@ -107,6 +108,7 @@ def compare(comparison: Comparison, *, update: bool = False, on_progress: Progre
     check_mark(comparison.output, KIND)
     with failures_are_said(comparison.output):
         mark(comparison.output, KIND)
+        clear_asides(comparison.output.rglob(".*"), alone=False)
         _begin(comparison, update)
         with hold(comparison.output / "locks" / "target", wait=True):
             grid = _open(comparison)

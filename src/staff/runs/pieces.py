@@ -106,8 +106,8 @@ class Pieces:
                 pool = tokenise(examples, tokenizer, how.max_length, tell, how, self.rows.numbers)
                 arrays = pool.to_arrays()
                 self.inputs.check("data", base)
-                files.write_arrays(path, arrays)
                 self._spend(Stage("tokenise"), time.monotonic() - began)
+                files.write_arrays(path, arrays)
             self._pools[self._pool_id(name)] = Pool.from_arrays(arrays)
         return self._pools[self._pool_id(name)]
 
@@ -175,6 +175,7 @@ class Pieces:
                 on_progress=self.run.clock(stage),
                 **dataclasses.asdict(config.training),
             )
+        files.remove(folder / "checkpoints")  # a kill right behind the seal leaves some
         self._whole.add(folder)
         return folder
 

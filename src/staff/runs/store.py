@@ -10,10 +10,11 @@ again has a checksum: what is damaged is named in a warning and made again.
 from __future__ import annotations
 
 import contextlib
+import functools
+import glob
 import json
 import logging
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -29,7 +30,6 @@ from staff.types import Progress, Stage
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("numpy", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
-ASIDE = re.compile(r"\.(.+)\.\d+(\.partial)?")  # what `files.write_whole` writes beside a file
 
 
 @contextlib.contextmanager
@@ -94,9 +94,8 @@ class RunFolder:
         self._on_progress, self._stages = on_progress, set[str]()
         self._hashes_path = self.work / "hashes.json"
         self._hashes: dict[str, list[Any]] = (files.read_checked(self._hashes_path) or {}).get("hashes", {})
-        for left in (*path.glob(".*"), *self.work.rglob(".*")):
-            if ASIDE.fullmatch(left.name) and left.is_file() and not left.is_symlink():
-                left.unlink(missing_ok=True)  # what a killed process was writing
+        beside = path.parent.glob(f".{glob.escape(path.stem)}.*") if kind == "scores" else ()
+        files.clear_asides([*path.rglob(".*"), *beside], alone=True)
         self._pieces: set[Path] = set()  # whose key.json was looked at
         self.note(
             " ".join([f"staff {version_of('staff-coreset')}", *(f"{p} {version_of(p)}" for p in PACKAGES)])
@@ -370,6 +369,7 @@ def commit() -> str | None:
         return None
 
 
+@functools.cache
 def version_of(package: str) -> str | None:
     """The installed version of a package, None where it is not there."""
     try:
