@@ -8,7 +8,7 @@ import pytest
 from rich.text import Text
 
 from staff.data.rows import read
-from staff.inspection import SPELLED, inspect, load_tokenizer, render
+from staff.inspection import SPELLED, inspect, render, tokenizer_of
 
 
 def plain(rows, **options):
@@ -231,7 +231,7 @@ def test_of_a_hub_model_the_tokenizers_files_alone_are_fetched(family, monkeypat
         "snapshot_download",
         lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(family / "target"),
     )
-    assert load_tokenizer("some/model").eos_token == "<|im_end|>"
+    assert tokenizer_of("some/model").eos_token == "<|im_end|>"
     ((name, patterns),) = asked
     assert name == "some/model"
     assert "tokenizer*" in patterns
@@ -242,7 +242,7 @@ def test_an_adapter_without_a_tokenizer_takes_its_bases(family, tmp_path):
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({"base_model_name_or_path": str(family / "target")})
     )
-    assert load_tokenizer(str(tmp_path)).eos_token == "<|im_end|>"
+    assert tokenizer_of(str(tmp_path)).eos_token == "<|im_end|>"
 
 
 @pytest.mark.parametrize(

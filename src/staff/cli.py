@@ -136,7 +136,7 @@ def inspect(arguments: Sequence[str]) -> None:
 
     config, given = _parse(configs.InspectConfig, arguments, "staff inspect", "json")
     configs.check_named(config, "data")
-    tokenizer = inspection.load_tokenizer(config.model, config.trust_remote_code) if config.model else None
+    tokenizer = inspection.tokenizer_of(config.model, config.trust_remote_code) if config.model else None
     rows = formats.read(list(config.data), **{**config.reading.keywords(), "on_bad_row": "skip"})
     report = inspection.inspect(rows, tokenizer, config.reading.max_length, config.reading)
     if given.json:

@@ -8,6 +8,7 @@ import shlex
 from typing import Any
 
 from staff.config import Reading, SelectConfig
+from staff.data.layouts import visible as visible
 from staff.runs.outputs import Run, remarks
 
 
@@ -62,11 +63,6 @@ class Bars:
         if tenth > before:
             self._tasks[stage] = tenth
             self._console.print(f"{stage}: {done} of {total}", highlight=False, markup=False)
-
-
-def visible(text: str) -> str:
-    """A text with what a terminal would obey (escapes, carriage returns, turned writing) spelled out."""
-    return "".join(c if c in "\n\t" or c.isprintable() or c == "\u00a0" else repr(c)[1:-1] for c in text)
 
 
 def reading_flags(config: SelectConfig) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import array
-import copy
+import contextlib
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,15 +48,19 @@ class MemoryRows:
 
     Attributes:
         kind: "rows in memory", "JSON" or "CSV", with "(gzip)" where they were packed.
+        suffix: the extension of what `write` writes.
+        keep: holds a temporary file that standard input was written to.
+        as_lines: rows -> the lines of a file in their own format.
         names: what messages call where they come from.
         firsts: row number of each name's first row.
         rows: (line, row) of each.
-        keep: holds a temporary file that standard input was written to.
     """
 
-    def __init__(self, kind: str = "rows in memory", keep: object = None):
-        self.kind, self.keep = kind, keep
-        self.delimiter, self.quoted = ",", True  # of CSV
+    columns = ()
+
+    def __init__(self, kind: str = "rows in memory", suffix: str = ".jsonl", keep: object = None):
+        self.kind, self.suffix, self.keep = kind, suffix, keep
+        self.as_lines: Callable[[Iterable[Mapping]], Iterable[bytes]] = partial(map, dumps)
         self.names: list[str] = []
         self.firsts: list[int] = []
         self.rows: list[tuple[int, Any]] = []
@@ -65,13 +70,17 @@ class MemoryRows:
         self.firsts.append(len(self.rows))
         self.rows.extend(rows)
 
-    def scan(self, columns: Sequence[str] | None = None) -> Iterator[tuple[int, Any]]:
-        return ((line, without_arrays(row)) for line, row in self.rows)
+    def scan(self, *_: object) -> Iterator[tuple[int, Any]]:
+        return iter(self.rows)
 
-    def fetch(self, numbers: np.ndarray, columns: Sequence[str] | None = None) -> Iterator[Mapping]:
-        return (without_arrays(self.rows[i][1]) for i in numbers.tolist())
+    def fetch(self, numbers: np.ndarray, *_: object) -> Iterator[Mapping]:
+        return (self.rows[i][1] for i in numbers.tolist())
+
+    def write(self, path: Path, numbers: np.ndarray) -> None:
+        write_lines(path, self.as_lines(self.fetch(numbers)), self.suffix.endswith(".gz"))
 
 
+@dataclass(eq=False, repr=False)
 class Rows:
     """The usable rows of the input. Opening it looked at every row once.
 
@@ -79,39 +88,39 @@ class Rows:
     block of the file, or the longest row if that is more. JSON lists, CSV and rows in memory stay there.
 
     Attributes:
+        source: where they come from: `LineRows`, `TableRows` or `MemoryRows`.
+        layout: which column holds what.
+        train_on: "last" or "all": which assistant turns the loss is on.
         numbers: (n,) int64 row numbers in the input, from 0, counted over all files; skipped rows leave gaps.
         skipped: (row number, reason) of the rows left out.
-        format: what was found, for people: "JSONL, prompt/response".
         paths: the files, in order; empty for data in memory.
-        layout: which column holds what.
         notes: what a user should know about how the data was read, a sentence each.
-        suffix: the extension of what `write_same` writes; empty where that is a folder of `save_to_disk`.
     """
 
-    def __init__(
-        self, source: Any, layout: Layout, train_on: str, numbers: np.ndarray, skipped: list[tuple[int, str]]
-    ):
-        self.source, self.layout, self.train_on, self.numbers, self.skipped = (
-            source,
-            layout,
-            train_on,
-            numbers,
-            skipped,
-        )
-        self.format = f"{source.kind}, {layout.name}"
-        self.paths: tuple[Path, ...] = ()
-        self.notes: tuple[str, ...] = ()
-        self.suffix = ".parquet" if source.kind == "Dataset" else ".jsonl"
+    source: Any
+    layout: Layout
+    train_on: str
+    numbers: np.ndarray
+    skipped: list[tuple[int, str]]
+    paths: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def format(self) -> str:
+        """What was found, for people: "JSONL, prompt/response"."""
+        return f"{self.source.kind}, {self.layout.name}"
+
+    @property
+    def suffix(self) -> str:
+        """The extension of what `write_same` writes; empty where that is a folder of `save_to_disk`."""
+        return self.source.suffix
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def examples(self, start: int = 0, stop: int | None = None) -> Iterator[Example]:
         """The examples at positions start to stop, in order."""
-        columns = None
-        if is_table(self.source):
-            columns = [c for c in self.layout.columns() if c in self.source.schema.names]
-        for row in self.source.fetch(self.numbers[start:stop], columns):
+        for row in self.source.fetch(self.numbers[start:stop], self.layout.columns()):
             yield build(self.layout, row, self.train_on)
 
     def example(self, i: int) -> Example:
@@ -125,11 +134,9 @@ class Rows:
 
     def without(self, reasons: Mapping[int, str]) -> Rows:
         """The rows without those at some positions, which count as skipped, each for its reason."""
-        left = copy.copy(self)
-        left.numbers = np.delete(self.numbers, list(reasons))
         skipped = ((int(self.numbers[i]), reason) for i, reason in reasons.items())
-        left.skipped = sorted([*self.skipped, *skipped])
-        return left
+        left = np.delete(self.numbers, list(reasons))
+        return replace(self, numbers=left, skipped=sorted([*self.skipped, *skipped]))
 
     def _numbers(self, positions: Iterable[int]) -> np.ndarray:
         return self.numbers[np.fromiter(positions, np.int64)]
@@ -144,10 +151,9 @@ class Rows:
             path: the file, replaced in one step once it is complete.
             positions: which, in this order.
         """
-        if isinstance(self.source, LineRows):
-            self._write(path, lambda aside: write_lines(aside, self.source.lines(self._numbers(positions))))
-        else:
-            self._write(path, lambda aside: write_lines(aside, map(dumps, self.raw(positions))))
+        exact = isinstance(self.source, LineRows)
+        lines = self.source.lines(self._numbers(positions)) if exact else map(dumps, self.raw(positions))
+        self._write(path, lambda aside: write_lines(aside, lines))
 
     def write_skipped(self, path: str | os.PathLike) -> None:
         """Write the rows left out as JSON Lines: row number and reason."""
@@ -160,40 +166,13 @@ class Rows:
         What was packed with gzip is packed again. A hub data set or a Dataset becomes Parquet, a folder of
         `save_to_disk` another one; rows in memory become JSON Lines.
         """
-        source, path, gzipped = self.source, Path(path), self.suffix.endswith(".gz")
-        if is_table(source):
-            numbers = self._numbers(positions)
-            write = (
-                partial(_save, source.data, numbers)
-                if source.saved
-                else partial(source.write, numbers=numbers)
-            )
-            self._write(path, write)
-            return
-        if isinstance(source, LineRows):
-            lines = source.lines(self._numbers(positions))
-        elif source.kind.startswith("JSON"):
-            lines = json_lines(self.raw(positions))
-        elif source.kind.startswith("CSV"):
-            header = list(next(self.raw([0])))
-            lines = csv_lines(self.raw(positions), header, source.delimiter, source.quoted)
-        else:
-            lines = map(dumps, self.raw(positions))
-        self._write(path, lambda aside: write_lines(aside, lines, gzipped))
+        self._write(path, partial(self.source.write, numbers=self._numbers(positions)))
 
     def _write(self, path: str | os.PathLike, write: Callable[[Path], object]) -> None:
         path = Path(path)
         if path.exists() and any(p.exists() and path.samefile(p) for p in self.paths):
             raise ValueError(f"{path} is the input itself; write to another file")
         write_whole(path, write)
-
-
-def _save(data: Any, numbers: np.ndarray, folder: Path) -> None:
-    data.select(numbers).save_to_disk(folder)
-
-
-def is_table(source: object) -> bool:
-    return hasattr(source, "schema")
 
 
 # ---- reading ----
@@ -232,35 +211,29 @@ def read(
         raise ValueError(f"train_on is {train_on!r}; it can be 'last' or 'all'")
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f"on_bad_row is {on_bad_row!r}; it can be 'error' or 'skip'")
-    layout = from_columns(columns) if columns is not None else None
-    if not (
-        isinstance(data, Input) or _is_path(data) or (_is_list(data) and data and all(map(_is_path, data)))
-    ):
-        source = _in_memory(data, split)
-        return _checked(source, layout, train_on, on_bad_row == "skip")
-    located = data if isinstance(data, Input) else locate(data, split, config, revision, dataset_info)
-    if layout is not None and located.layout is not None:
+    layout, skip = from_columns(columns) if columns is not None else None, on_bad_row == "skip"
+    paths = data if isinstance(data, list | tuple) and data else [data]
+    if not isinstance(data, Input):
+        if not all(isinstance(path, str | os.PathLike) for path in paths):
+            return _checked(_in_memory(data, split), layout, train_on, skip)
+        data = locate(data, split, config, revision, dataset_info)
+    if layout is not None and data.layout is not None:
         raise ValueError("--columns and --dataset-info both say which column holds what; give one of them")
-    layout = located.layout or layout
-    known = REQUIRED if layout is None else layout.columns()
-    source, suffix, notes = _load(located) if located.hub or located.saved else _open(located, known)
-    rows = _checked(source, layout, train_on, on_bad_row == "skip")
-    rows.paths, rows.suffix, rows.notes = located.paths, suffix, tuple(notes)
-    if located.samples is not None:
-        rows.notes += (
-            f"num_samples is {located.samples}: rows are drawn at random, each once, of {len(rows)}",
-        )
-        some = np.random.default_rng(0).permutation(len(rows))[: located.samples]
+    layout, notes = data.layout or layout, list[str]()
+    if data.hub or data.saved:
+        from staff.data.tables import TableRows
+
+        name = f"hub data set {data.hub}" if data.hub else "Dataset"
+        source: Any = TableRows(name, (), (str(data.saved or name),), load(data), data.saved is not None)
+    else:
+        source, notes = _open(data, REQUIRED if layout is None else layout.columns())
+    rows = replace(_checked(source, layout, train_on, skip), paths=data.paths)
+    if data.samples is not None:
+        notes.append(f"num_samples is {data.samples}: rows are drawn at random, each once, of {len(rows)}")
+        some = np.random.default_rng(0).permutation(len(rows))[: data.samples]
         rows.numbers = rows.numbers[np.sort(some)]
+    rows.notes = tuple(notes)
     return rows
-
-
-def _is_path(data: Any) -> bool:
-    return isinstance(data, str | os.PathLike)
-
-
-def _is_list(data: Any) -> bool:
-    return isinstance(data, list | tuple)
 
 
 def _in_memory(data: Any, split: str | None) -> Any:
@@ -280,33 +253,23 @@ def _in_memory(data: Any, split: str | None) -> Any:
         if twice is not None:
             raise ValueError(f"{MEMORY} has two columns named {twice!r}; rename one")
         data = data.to_dict("records")
-    elif not _is_list(data):
-        raise ValueError(
-            f"data is {shown(data)}; it can be a path, several, a list of dicts, a datasets.Dataset or "
-            "a pandas DataFrame"
-        )
+    elif not isinstance(data, list | tuple):
+        kinds = "a path, several, a list of dicts, a datasets.Dataset or a pandas DataFrame"
+        raise ValueError(f"data is {shown(data)}; it can be {kinds}")
     elif not data:
         raise ValueError(f"{MEMORY} is an empty list; it should hold at least one row")
     source = MemoryRows()
     example = "a row looks like {'prompt': '...', 'response': '...'}"
-    bad = (
-        row if isinstance(row, Mapping) else BadRow(f"is {shown(row)}, not a dict; {example}") for row in data
+    rows = (
+        without_arrays(row) if isinstance(row, Mapping) else BadRow(f"is {shown(row)}, not a dict; {example}")
+        for row in data
     )
-    source.add(MEMORY, ((0, row) for row in bad))
+    source.add(MEMORY, ((0, row) for row in rows))
     return source
 
 
-def _load(located: Input) -> tuple[Any, str, list[str]]:
-    from staff.data.tables import TableRows
-
-    name = f"hub data set {located.hub}" if located.hub else str(located.saved)
-    source = TableRows("Dataset", (), (name,), load(located), saved=located.saved is not None)
-    source.kind = name if located.hub else "Dataset"
-    return source, "" if located.saved else ".parquet", []
-
-
-def _open(located: Input, known: Sequence[str]) -> tuple[Any, str, list[str]]:
-    """The rows of files, the extension that the same format is written with, and what to note."""
+def _open(located: Input, known: Sequence[str]) -> tuple[Any, list[str]]:
+    """The rows of files, and what to note about them."""
     files = [peek(path, name) for path, name in zip(located.paths, located.names, strict=True)]
     kinds = [kind_of(file, known) for file in files]
     kind = kinds[0]
@@ -321,52 +284,47 @@ def _open(located: Input, known: Sequence[str]) -> tuple[Any, str, list[str]]:
         if packed is not None:
             cure = f"unpack it with gunzip ({kind} compresses its own columns)"
             raise ValueError(f"{packed} is {kind} inside gzip; {cure}")
-        return TableRows(kind, located.paths, located.names), f".{kind.lower()}", []
+        return TableRows(kind, located.paths, located.names), []
     notes = [
         f"{file.name} is {kind} by its content, whatever its name says"
         for file in files
         if kind not in USUAL.get(suffix_of(file.path), (kind,))
     ]
-    end = ".gz" if packed is not None else ""
     if kind == "JSONL":
-        return LineRows(files, located.keep), f".jsonl{end}", notes
-    source = MemoryRows(f"{kind} (gzip)" if end else kind, located.keep)
-    if kind == "JSON":
-        for file in files:
-            source.add(file.name, read_json_list(file))
-        return source, f".json{end}", notes
+        return LineRows(files, located.keep), notes
+    source = MemoryRows(f"{kind} (gzip)" if packed else kind, ".json", located.keep)
+    source.as_lines = json_lines
     for file in files:
-        source.delimiter = find_delimiter(file, known)
-        source.quoted, rows = read_csv(file, source.delimiter)
+        if kind == "JSON":
+            source.add(file.name, read_json_list(file))
+            continue
+        delimiter = find_delimiter(file, known)
+        header, quoted, rows = read_csv(file, delimiter)
+        if not source.names:
+            source.suffix = ".tsv" if delimiter == "\t" else ".csv"
+            source.as_lines = partial(csv_lines, header=header, delimiter=delimiter, quoted=quoted)
         source.add(file.name, rows)
-        if not source.quoted:
-            notes.append(
-                f"{file.name} is tab-separated: quotation marks in it are read as text, not round fields"
-            )
-    suffix = ".tsv" if source.delimiter == "\t" else ".csv"
-    return source, f"{suffix}{end}", notes
+        if not quoted:
+            how = "quotation marks in it are read as text, not round fields"
+            notes.append(f"{file.name} is tab-separated: {how}")
+    source.suffix += ".gz" if packed else ""
+    return source, notes
 
 
 def _checked(source: Any, layout: Layout | None, train_on: str, skip: bool) -> Rows:
     """The rows that can be used; the one look at every row, whatever the format."""
-    numbers, skipped, count = array.array("q"), [], 0
-    guessed_in, watched = "", frozenset[str]()
-    seen: set[str] = set()
-    columns: list[str] | None = None
-    if is_table(source):  # what is read of it is settled before the first row
-        if layout is None and (first := next(source.fetch(np.zeros(1, np.int64)), None)) is not None:
-            guessed_in = _where(source, 0)
-            try:
-                layout = find(first)
-            except BadRow as error:
-                raise ValueError(f"{guessed_in} {error}") from None
+    numbers, skipped = array.array("q"), []
+    unseen = set(layout.named).difference(source.columns) if layout is not None else set()
+    guessed_in, watched = "", frozenset[str]()  # where the layout was found, and what it would leave out
+    if layout is None and source.columns:  # what is read of a table is settled before the first row
+        with contextlib.suppress(BadRow, StopIteration):
+            layout, guessed_in = find(next(source.fetch(np.zeros(1, np.int64)))), _where(source, 0)
             watched = PROMPT_COLUMNS.difference(layout.columns())
-        if layout is not None and all(c in source.schema.names for c in layout.required()):
-            columns = [c for c in source.schema.names if c in watched.union(layout.columns())]
-        seen.update(source.schema.names)
     row: Any
-    for number, (line, row) in enumerate(source.scan(columns)):
-        count += 1
+    for number, (line, row) in enumerate(source.scan(layout, watched)):
+        if row is None:  # a table's own look found nothing wrong
+            numbers.append(number)
+            continue
         try:
             if row.__class__ is BadRow:
                 raise row
@@ -377,9 +335,8 @@ def _checked(source: Any, layout: Layout | None, train_on: str, skip: bool) -> R
         except BadRow as error:
             reason = str(error)
             if guessed_in and row is not error and not all(c in row for c in layout.required()):  # type: ignore[union-attr]
-                reason += (
-                    f" (the format, {layout.name}, was found at {guessed_in}; rows of two formats don't mix)"  # type: ignore[union-attr]
-                )
+                found = f"the format, {layout.name}, was found at {guessed_in}"  # type: ignore[union-attr]
+                reason += f" ({found}; rows of two formats don't mix)"
             if not skip:
                 cure = "or leave such rows out with --on-bad-row skip"
                 raise ValueError(f"{_where(source, number, line)} {reason}, {cure}") from None
@@ -388,21 +345,18 @@ def _checked(source: Any, layout: Layout | None, train_on: str, skip: bool) -> R
         numbers.append(number)
         if not watched.isdisjoint(row) and (reason := left_out(layout, row)):
             raise ValueError(f"{_where(source, number, line)} {reason}")
-        if layout.named:
-            seen.update(c for c in layout.named if c in row)
-    if count == 0:
-        raise ValueError(f"{', '.join(source.names)} has no rows; it should hold at least one")
+        if unseen:
+            unseen.difference_update(row)
+    names = ", ".join(source.names)
+    if not numbers and not skipped:
+        raise ValueError(f"{names} has no rows; it should hold at least one")
     if not numbers:
-        first, reason = skipped[0]
-        names = ", ".join(source.names)
-        raise ValueError(
-            f"{names}: none of the {count} rows can be used; the first one, row {first}, {reason}"
-        )
+        what = f"none of the {len(skipped)} rows can be used; the first one, row {skipped[0][0]}"
+        raise ValueError(f"{names}: {what}, {skipped[0][1]}")
     assert layout is not None
     for column in layout.named:
-        if column not in seen:
-            hint = near(column, source.schema.names if is_table(source) else row)
-            cure = f"{hint}; correct the name"
+        if column in unseen:
+            cure = f"{near(column, source.columns or row)}; correct the name"
             raise ValueError(
                 f"{source.names[0]}: no row has the column {column!r} that --columns names{cure}"
             )

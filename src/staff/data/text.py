@@ -22,6 +22,7 @@ import numpy as np
 
 from staff.data.layouts import BadRow, shown
 from staff.data.locate import suffix_of
+from staff.data.writers import write_lines
 
 BLOCK = 1 << 20  # bytes read at a time
 LONGEST_ROW = 1 << 28  # bytes; past it a file is taken for something else
@@ -69,10 +70,7 @@ class TextFile:
     @contextlib.contextmanager
     def open(self) -> Iterator[IO[bytes]]:
         """The file's (unpacked) bytes. Errors of the system and of gzip come out as ValueError."""
-        if stamp(self.path) != self.stamp:
-            raise ValueError(
-                f"{self.name} changed while it was in use; start again, on a copy that nothing writes to"
-            )
+        check_unchanged(self.path, self.name, self.stamp)
         with _readable(self.name), open(self.path, "rb", buffering=BLOCK) as packed:
             if not self.gzipped:
                 yield packed
@@ -115,6 +113,13 @@ def stamp(path: Path) -> tuple[int, int]:
     """Size and time of change."""
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns
+
+
+def check_unchanged(path: Path, name: str, seen: tuple[int, int]) -> None:
+    """Raise ValueError where a file is not what it was at the first look."""
+    if stamp(path) != seen:
+        cure = "start again, on a copy that nothing writes to"
+        raise ValueError(f"{name} changed while it was in use; {cure}")
 
 
 # ---- what is it? ----
@@ -179,8 +184,7 @@ def kind_of(file: TextFile, known: Sequence[str]) -> str:
         )
     if text.startswith(b"[") and (not is_csv or text[1:].lstrip().startswith(b"{")):
         return "JSONL" if whole and rest.strip() else "JSON"
-    is_value = whole and not is_csv and first.strip()[:1] in b'{"0123456789tfn-'
-    if is_jsonl or suffix == ".json" or is_value:
+    if is_jsonl or suffix == ".json" or (whole and not is_csv):
         return "JSONL"
     if is_csv or any(c in known for c in _header(text, find_delimiter(file, known))):
         return "CSV"
@@ -192,12 +196,11 @@ def kind_of(file: TextFile, known: Sequence[str]) -> str:
 
 
 def _is_json(text: bytes) -> bool:
-    try:
-        json.loads(text)
-    except RecursionError:
-        return True
-    except ValueError:
-        return False
+    with contextlib.suppress(RecursionError):
+        try:
+            json.loads(text)
+        except ValueError:
+            return False
     return True
 
 
@@ -220,10 +223,9 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict:
     return row
 
 
-_decode = json.JSONDecoder(
-    object_pairs_hook=_pairs
-).raw_decode  # a key given twice would silently lose a value
+_decode = json.JSONDecoder(object_pairs_hook=_pairs).raw_decode  # json alone keeps the last of equal keys
 _space = re.compile(r"[ \t\r\n]*").match
+_mark = re.compile(r"[ \t\r\n]*([],]?)[ \t\r\n]*").match
 
 
 def _line(text: str, last: bool) -> Mapping | BadRow:
@@ -233,8 +235,10 @@ def _line(text: str, last: bool) -> Mapping | BadRow:
         value, end = _decode(text)
         if end != len(text):
             raise json.JSONDecodeError("Extra data", text, _space(text, end).end())  # type: ignore[union-attr]
+    except BadRow as error:
+        return error
     except (ValueError, RecursionError) as error:
-        return error if isinstance(error, BadRow) else BadRow(_json_reason(error, last))
+        return BadRow(_json_reason(error, last))
     return _object(value)
 
 
@@ -287,14 +291,17 @@ class LineRows:
         keep: holds a temporary file that standard input was written to.
     """
 
+    columns = ()
+
     def __init__(self, files: Sequence[TextFile], keep: object = None):
         self.files, self.keep = tuple(files), keep
         self.names = tuple(file.name for file in files)
-        self.kind = "JSONL (gzip)" if any(file.gzipped for file in files) else "JSONL"
+        gzipped = any(file.gzipped for file in files)
+        self.kind, self.suffix = ("JSONL (gzip)", ".jsonl.gz") if gzipped else ("JSONL", ".jsonl")
         self.firsts: list[int] = []
         self._starts = array.array("q")
 
-    def scan(self, columns: Sequence[str] | None = None) -> Iterator[tuple[int, Mapping | BadRow]]:
+    def scan(self, *_: object) -> Iterator[tuple[int, Mapping | BadRow]]:
         """Line and value of every row, bad ones too; blank lines are no rows."""
         self.firsts, self._starts = [], array.array("q")
         for file in self.files:
@@ -335,9 +342,13 @@ class LineRows:
                 at += len(line)
                 yield line
 
-    def fetch(self, numbers: np.ndarray, columns: Sequence[str] | None = None) -> Iterator[Mapping]:
+    def fetch(self, numbers: np.ndarray, *_: object) -> Iterator[Mapping]:
         """Rows as dicts, in the order asked for."""
         return (json.loads(line.decode()) for line in self.lines(numbers))
+
+    def write(self, path: Path, numbers: np.ndarray) -> None:
+        """Write rows with the bytes they came with."""
+        write_lines(path, self.lines(numbers), self.suffix.endswith(".gz"))
 
 
 def read_json_list(file: TextFile) -> Iterator[tuple[int, Mapping | BadRow]]:
@@ -352,46 +363,47 @@ def read_json_list(file: TextFile) -> Iterator[tuple[int, Mapping | BadRow]]:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{name}: line {line} {_not_utf8(data[error.start], error.start)}") from None
-    at = text.index("[") + 1
-    line, row, mark = 1 + text.count("\n", 0, at), -1, ","
+    at, row, mark = text.index("[") + 1, 0, ","
+    at = _space(text, at).end()  # type: ignore[union-attr]
+    line = 1 + text.count("\n", 0, at)
     while mark == ",":
-        start = _space(text, at).end()  # type: ignore[union-attr]
-        line, row = line + text.count("\n", at, start), row + 1
-        if text[start : start + 1] == "]":
-            if row:
-                raise ValueError(
-                    f"{name}: line {line}: a comma before the closing bracket is no JSON; take it away"
-                )
-            at = start + 1
-            break
-        if start == len(text):
+        start, here = at, f"row {row} (line {line})"
+        if at == len(text):
             cure = "the list is not closed, the file seems cut off; fetch or write it again"
-            raise ValueError(f"{name}: row {row} (line {line}) is missing: {cure}")
-        try:
-            try:
-                value, at = _decode(text, start)
-                value = _object(value)
-            except BadRow as error:
-                value, at = error, json.JSONDecoder().raw_decode(text, start)[1]
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, json.JSONDecodeError):
-                error = json.JSONDecodeError(error.msg, text[start:], error.pos - start)
-            raise ValueError(f"{name}: row {row} (line {line}) {_json_reason(error, last=True)}") from None
-        yield line, value
+            raise ValueError(f"{name}: {here} is missing: {cure}")
+        if text[at] == "]" and row:
+            cure = "a comma before the closing bracket is no JSON; take it away"
+            raise ValueError(f"{name}: line {line}: {cure}")
+        if text[at] != "]":
+            value, at = _item(text, at, f"{name}: {here}")
+            yield line, value
+        end = _mark(text, at)
+        mark, at = end[1], end.end()  # type: ignore[index,union-attr]
         line += text.count("\n", start, at)
-        end = _space(text, at).end()  # type: ignore[union-attr]
-        line, mark, at = line + text.count("\n", at, end), text[end : end + 1], end + 1
-        if mark not in (",", "]") or not mark:
-            found = f"{shown(text[end : end + 24])}; correct it there"
-            if not mark:
+        if not mark:
+            found = f"{shown(text[at : at + 24])}; correct it there"
+            if at == len(text):
                 found = "the end of the file; the file seems cut off: fetch or write it again"
             what = "there must be a comma or a closing bracket"
             raise ValueError(f"{name}: after row {row} (line {line}) {what}, found {found}")
-    if rest := text[at:].strip():
-        line += text.count("\n", at, text.index(rest, at))
-        raise ValueError(
-            f"{name}: line {line}: {shown(rest[:24])} after the closing bracket; one file holds one list"
-        )
+        row += 1
+    if at < len(text):
+        cure = f"{shown(text[at : at + 24])} after the closing bracket; one file holds one list"
+        raise ValueError(f"{name}: line {line}: {cure}")
+
+
+def _item(text: str, at: int, where: str) -> tuple[Mapping | BadRow, int]:
+    """A row of a JSON list that begins at a place, and the place behind it."""
+    try:
+        try:
+            value, end = _decode(text, at)
+        except BadRow as error:  # it is JSON all the same
+            return error, json.JSONDecoder().raw_decode(text, at)[1]
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError):
+            error = json.JSONDecodeError(error.msg, text[at:], error.pos - at)
+        raise ValueError(f"{where} {_json_reason(error, last=True)}") from None
+    return _object(value), end
 
 
 # ---- CSV ----
@@ -434,8 +446,8 @@ def _is_quoted(text: str, delimiter: str) -> bool:
     return True
 
 
-def read_csv(file: TextFile, delimiter: str) -> tuple[bool, list[tuple[int, Mapping | BadRow]]]:
-    """Whether quotation marks are round fields, and line and value of every record under the header.
+def read_csv(file: TextFile, delimiter: str) -> tuple[list[str], bool, list[tuple[int, Mapping | BadRow]]]:
+    """The header, whether quotation marks are round fields, line and value of every record under the header.
 
     Raises:
         ValueError: no header, a name that is there twice, or quotation marks that don't match, since where
@@ -443,20 +455,21 @@ def read_csv(file: TextFile, delimiter: str) -> tuple[bool, list[tuple[int, Mapp
     """
     text, name = file.read().decode(errors="surrogateescape"), file.name
     quoted = delimiter != "\t" or _is_quoted(text, delimiter)
+    how = "put fields that hold {} or line breaks in quotation marks"
+    if not quoted:
+        how = "tab-separated text knows no quoting: where fields hold {} or line breaks, write CSV"
     records = _records(text, delimiter, quoted)
     header: list[str] = []
     rows: list[tuple[int, Mapping | BadRow]] = []
     while True:
         line = records.line_num + 1
         try:
-            record = next(records, None)
+            record = next(records)
+        except StopIteration:
+            break
         except csv.Error as error:
             where = f"row {len(rows)} (line {line})" if header else f"line {line}: the header"
             raise ValueError(f"{name}: {where} {_csv_reason(error)}") from None
-        if record is None:
-            break
-        if not record:
-            continue
         bad = _undecodable(delimiter.join(record))
         if not header:
             header = record
@@ -464,26 +477,20 @@ def read_csv(file: TextFile, delimiter: str) -> tuple[bool, list[tuple[int, Mapp
                 raise ValueError(f"{name}: line {line}: the header {bad}")
             twice = next((h for h in header if header.count(h) > 1), None)
             if twice is not None:
-                raise ValueError(
-                    f"{name}: line {line}: the header has the column {twice!r} twice; rename one"
-                )
-        elif bad is None and len(record) != len(header):
-            what = "put fields that hold {} or line breaks in quotation marks"
-            if not quoted:
-                what = "tab-separated text knows no quoting: where fields hold {} or line breaks, write CSV"
+                cure = f"the header has the column {twice!r} twice; rename one"
+                raise ValueError(f"{name}: line {line}: {cure}")
+        elif bad is None and record and len(record) != len(header):
             columns = ", ".join(shown(h, 20) for h in header[:8])
             counts = f"has {len(record)} fields, the header {len(header)} ({columns})"
-            rows.append((line, BadRow(f"{counts}; {what.format(shown(delimiter))}")))
-        else:
+            rows.append((line, BadRow(f"{counts}; {how.format(shown(delimiter))}")))
+        elif record:
             rows.append((line, bad or dict(zip(header, record, strict=True))))
     if not header:
         raise ValueError(f"{name} has no header line; the first line names the columns")
-    return quoted, rows
+    return header, quoted, rows
 
 
 def _undecodable(text: str) -> BadRow | None:
-    if text.isascii():
-        return None
     try:
         text.encode()
     except UnicodeEncodeError as error:

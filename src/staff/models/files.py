@@ -141,13 +141,34 @@ def resolve(name: str, flag: str = "--target") -> Source:
         if not path.is_file():
             raise ValueError(f"{flag} {name}: there is no such file")
         return Source(name, path.parent, path.name)
+    return _in_folder(name, folder_of(name, flag), flag)
+
+
+def folder_of(
+    name: str, flag: str, patterns: tuple[str, ...] = (*WEIGHTS, *DESCRIBES, *ADAPTER, "*.py")
+) -> Path:
+    """A model's folder; of a hub id the files that fit the patterns are fetched, or in the hub's cache.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    path = Path(name).expanduser()
     if path.is_dir():
-        return _in_folder(name, path, flag)
+        return path
     if path.exists() or not HUB_ID.fullmatch(name) or name.startswith((".", "/", "~")):
         raise ValueError(
             f"{flag} {name}: there is no such folder or .gguf file, and it is not a hub id (owner/model)"
         )
-    return _in_folder(name, fetch(name, flag), flag)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except Exception as error:  # the hub's client raises its own, requests' and httpx's errors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{flag} {name}: no such folder here, and the hub did not give it ({type(error).__name__}: "
+            f"{reason[:200]})"
+        ) from None
 
 
 def _in_folder(name: str, folder: Path, flag: str) -> Source:
@@ -195,20 +216,6 @@ def _with_base(name: str, folder: Path, flag: str) -> Source:
             f"first"
         )
     return Source(name, found.folder, found.gguf, folder)
-
-
-def fetch(name: str, flag: str, patterns: tuple[str, ...] = (*WEIGHTS, *DESCRIBES, *ADAPTER, "*.py")) -> Path:
-    """The folder of a hub id's files that fit the patterns, fetched or in the hub's cache."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except Exception as error:  # the hub's client raises its own, requests' and httpx's errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"{flag} {name}: no such folder here, and the hub did not give it ({type(error).__name__}: "
-            f"{reason[:200]})"
-        ) from None
 
 
 def check_quantised(source: Source, load_in: str | None = None) -> str | None:
