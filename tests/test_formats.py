@@ -304,6 +304,7 @@ def test_a_container_gives_the_same_rows_and_writes_them_back(name, tmp_path):
     expected = [{k: str(v) if is_csv else v for k, v in row.items()} for row in given]
     assert list(rows.raw(range(len(rows)))) == expected
     assert list(rows.raw([5, 0, 3])) == [expected[5], expected[0], expected[3]]
+    assert list(rows.raw([1, 1, 2, 2])) == [expected[1]] * 2 + [expected[2]] * 2
     assert [e.id for e in rows.examples(2, 4)] == ["r2", "r3"]
     rows.write_jsonl(tmp_path / "out.jsonl", [1, 2, 6])
     assert list(map(json.loads, (tmp_path / "out.jsonl").read_text(encoding="utf-8-sig").splitlines())) == [
