@@ -83,6 +83,7 @@ def test_the_target_saw_the_drawn_positions_and_nothing_else(family, tmp_path, m
         return original(self, pool, positions, *args, **kwargs)
 
     monkeypatch.setattr(score.Scorer, "scores", watch)
+    monkeypatch.setattr("staff.scoring.selfcheck.check", lambda *_: {"seconds": 0})
     run = choose(family, make_rows(60), tmp_path / "x")
     assert sorted(seen[4]) == run.selection.verified.tolist()  # the target has 4 blocks
     assert sorted(seen[2]) == list(range(60))  # the draft 2

@@ -27,6 +27,7 @@ SCOPES = {
     "released": "lora_B of a fresh LoRA on that projection, as the authors have it: the price of last-value",
 }
 RELEASED_RANK, RELEASED_ALPHA = 81, 16
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 PROBE = (2, 16)  # samples and tokens of the batch that shows how layers see their input
 
 
@@ -196,7 +197,7 @@ def counted(sites: list[Site]) -> list[tuple[str, Tensor, Callable[[Tensor], Ten
     weights: list[tuple[str, Tensor, Callable[[Tensor], Tensor]]] = []
     for site in sites:
         module: Any = getattr(site.module, "base_layer", site.module)
-        weight: Tensor = getattr(module, site.expert[0] if site.expert else "weight")
+        weight: Any = getattr(module, site.expert[0] if site.expert else "weight", None)
         weights.append((site.name, weight, partial(part, site=site)))
     return weights
 
@@ -318,7 +319,8 @@ def head_of(model: nn.Module) -> Head:
         getattr(config, "lm_head_multiplier", None) or 1.0
     )
     scale /= getattr(config, "logits_scaling", None) or 1.0
-    head = Head(causal.get_output_embeddings(), scale, getattr(config, "final_logit_softcapping", None))
+    caps = (getattr(config, name, None) for name in CAPS)
+    head = Head(causal.get_output_embeddings(), scale, next((cap for cap in caps if cap), None))
     name = type(causal).__name__
     with torch.no_grad():
         ids = torch.arange(3, 7, device=next(model.parameters()).device)[None]
@@ -331,10 +333,10 @@ def head_of(model: nn.Module) -> Head:
             ours = torch.tanh(ours / head.cap) * head.cap
     if not logits.isfinite().all():
         raise ValueError(f"{name} overflows in {hidden.dtype}: try --dtype float32 (or bfloat16)")
-    if not torch.allclose(ours, logits, atol=0.02 * logits.abs().max().item(), rtol=0):
+    rounding = max(torch.finfo(dtype).eps for dtype in (hidden.dtype, torch.float32)) ** (2 / 3)
+    if not torch.allclose(ours, logits, atol=rounding * logits.abs().max().item(), rtol=0):
         raise ValueError(f"{name} makes its logits in a way that is not known here: it can't be scored")
-    rounding = torch.finfo(hidden.dtype).eps ** (2 / 3) * hidden.abs().max().item()
-    if not torch.allclose(before[:-1], hidden[:-1], atol=rounding, rtol=0):
+    if not torch.allclose(before[:-1], hidden[:-1], atol=rounding * hidden.abs().max().item(), rtol=0):
         raise ValueError(
             f"{name} lets a token see those after it: no causal language model, so it can't be scored "
             "(a BERT-like decoder needs is_decoder in its configuration)"
