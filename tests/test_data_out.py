@@ -188,24 +188,6 @@ def kept_ids(run):
     return {ROWS[i]["id"] for i in run.indices}
 
 
-def test_a_coreset_goes_to_the_hub_for_those_who_ask_and_again_from_a_finished_run(tmp_path, monkeypatch):
-    pushed = []
-    monkeypatch.setattr(
-        "staff.data.export.push_to_hub", lambda coreset, name: pushed.append((coreset.read_bytes(), name))
-    )
-    run = staff.select(ROWS, output=tmp_path / "x", **HALF)
-    assert not pushed
-    staff.select(ROWS, output=tmp_path / "x", push_to_hub="me/mine", **HALF)
-    assert pushed == [((run.path / "coreset.jsonl").read_bytes(), "me/mine")]
-    assert "it is on the hub as the data set me/mine" in summary(
-        run, SelectConfig(pruning_rate=(0.5,), push_to_hub="me/mine")
-    )
-    staff.select_grid(
-        ROWS, output=tmp_path / "y", push_to_hub="me/mine", methods=["random"], pruning_rates=[0.5, 0.75]
-    )
-    assert [name for _, name in pushed[1:]] == ["me/mine-random-0.5", "me/mine-random-0.75"]
-
-
 def test_data_in_memory_gives_what_the_same_rows_in_a_file_give(tmp_path):
     datasets, pandas = pytest.importorskip("datasets"), pytest.importorskip("pandas")
     (tmp_path / "pool.jsonl").write_bytes(lines(ROWS))

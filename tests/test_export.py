@@ -14,7 +14,7 @@ import yaml
 import staff
 from family import TEMPLATE, make_tokenizer
 from staff.config import Reading
-from staff.data.export import push_to_hub, write_coreset
+from staff.data.export import write_coreset
 from staff.data.rows import read
 from staff.data.tokens import SHORTENED, tokenise
 
@@ -248,24 +248,3 @@ def test_a_line_separator_in_a_name_writes_no_key_into_a_trainers_file(separator
         assert "trust_remote_code" not in settings
         assert name in settings.values()
     compile((train / "with_trl.py").read_text(), "with_trl.py", "exec")
-
-
-def test_a_coreset_is_pushed_with_the_hubs_own_calls(tmp_path, monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
-    calls = []
-
-    class Api:
-        def create_repo(self, name, **options):
-            calls.append((name, options))
-            return f"https://hub/datasets/{name}"
-
-        def upload_file(self, **options):
-            calls.append(options)
-
-    monkeypatch.setattr(hub, "HfApi", Api)
-    assert push_to_hub(tmp_path / "coreset.jsonl", "me/mine") == "https://hub/datasets/me/mine"
-    assert calls[0] == ("me/mine", {"repo_type": "dataset", "private": True, "exist_ok": True})
-    assert calls[1]["path_in_repo"] == "train.jsonl"
-    monkeypatch.setattr(Api, "upload_file", lambda self, **options: 1 / 0)
-    with pytest.raises(ValueError, match=r"can't be pushed to me/mine \(division by zero\); log in with"):
-        push_to_hub(tmp_path / "coreset.jsonl", "me/mine")

@@ -46,6 +46,8 @@ class Settings(TypedDict, total=False):
     budget: int | None
     format: str
     push_to_hub: str | None
+    public: bool
+    license: str
     option: tuple[str, ...]
     group_by: str | None
     preset: str

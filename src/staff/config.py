@@ -232,7 +232,11 @@ class SelectConfig(_Checked):
     format: Literal["jsonl", "same"] = "jsonl"
     """The coreset is JSON Lines; same: beside it also in the format the data came in."""
     push_to_hub: str | None = None
-    """OWNER/NAME: upload the coreset to the Hugging Face hub, as a private data set."""
+    """OWNER/NAME: upload the coreset to the Hugging Face hub, as a private data set with a card."""
+    public: bool = False
+    """The coreset may be public there: without it, a data set that is public is refused."""
+    license: str = "unknown"
+    """What the card says of the rows' licence, as the hub names it: apache-2.0, cc-by-4.0 and so on."""
     method: tuple[str, ...] = ("staff",)
     """How samples are chosen; `staff methods` lists them. Several make a coreset each."""
     option: tuple[str, ...] = ()

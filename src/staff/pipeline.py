@@ -14,7 +14,7 @@ import numpy as np
 
 from staff import files
 from staff.config import SelectConfig, flat, to_yaml, yaml_value
-from staff.data import rows
+from staff.data import hub, rows
 from staff.data.layouts import near
 from staff.data.locate import locate
 from staff.methods import METHODS, Method
@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # torch comes in with them
 
 # named by content, or of no consequence to the results
 NO_INGREDIENTS = {"data", "output", "scores", "validation", "push_to_hub", "checkpoint_seconds", "device"}
-NO_INGREDIENTS |= {"trust_remote_code"}
+NO_INGREDIENTS |= {"trust_remote_code", "public", "license"}
 
 
 def select(
@@ -185,6 +185,7 @@ def check_settings(config: SelectConfig, data: Any, methods: Mapping[str, Method
         path = getattr(config, flag)
         if path and not Path(path).is_file():
             raise ValueError(f"--{flag} {path}: there is no such file")
+    hub.check(outputs.hub_names(config), config.public)
 
 
 def ingredients(config: Any) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -307,34 +306,3 @@ _TRL_SPLIT = """rows = rows.map(
     features=Features({{"prompt": List(Json()), "completion": List(Json()){tools}}}),
 )
 """
-
-
-def push_to_hub(coreset: str | os.PathLike, repository: str, private: bool = True) -> str:
-    """Upload a coreset to the Hugging Face hub as a data set of its own, with the user's own login.
-
-    Args:
-        coreset: the file; it becomes train.jsonl.
-        repository: owner/name, made if it is not there.
-        private: make it visible to its owner alone.
-
-    Returns:
-        The data set's address.
-
-    Raises:
-        ValueError: no login, no network, or a name that is taken.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        hub = HfApi()
-        url = hub.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
-        hub.upload_file(
-            path_or_fileobj=str(coreset), path_in_repo="train.jsonl", repo_id=repository, repo_type="dataset"
-        )
-    except Exception as error:  # the network and the hub raise whatever they like
-        said = " ".join(str(error).split())
-        raise ValueError(
-            f"{coreset} can't be pushed to {repository} ({said[:300]}); "
-            "log in with `hf auth login` and check the name"
-        ) from None
-    return str(url)

@@ -18,7 +18,7 @@ import numpy as np
 
 from staff import files
 from staff.config import SelectConfig, from_mapping, read_yaml
-from staff.data import export, rows
+from staff.data import export, hub, rows
 from staff.methods.overlap import Overlap, nestedness, overlaps
 from staff.runs.scorefile import write_scores
 from staff.runs.store import RunFolder, find_finished
@@ -100,11 +100,15 @@ class Coreset:
 
 def coresets_of(config: SelectConfig, run: RunFolder) -> list[Coreset]:
     """A coreset for each method and pruning rate, methods outside."""
-    rates = config.pruning_rate or (None,)
-    if len(rates) * len(config.method) == 1:
-        return [Coreset(config.method[0], rates[0], run.path, run.work / "selection.npz")]
-    named = [(m, rate, m if rate is None else f"{m}-{rate:g}") for m in config.method for rate in rates]
+    named = _named(config)
+    if len(named) == 1:
+        return [Coreset(*named[0][:2], run.path, run.work / "selection.npz")]
     return [Coreset(m, rate, run.path / name, run.work / f"selection-{name}.npz") for m, rate, name in named]
+
+
+def _named(config: SelectConfig) -> list[tuple[str, float | None, str]]:
+    rates = config.pruning_rate or (None,)
+    return [(m, rate, m if rate is None else f"{m}-{rate:g}") for m in config.method for rate in rates]
 
 
 def write(
@@ -179,10 +183,23 @@ def fingerprint_rows(pool: rows.Rows) -> str:
 def publish(config: SelectConfig, runs: list[Run]) -> list[Run]:
     """The same runs, their coresets on the hub where that was asked for: OWNER/NAME, of several
     OWNER/NAME-FOLDER."""
-    for run in runs if config.push_to_hub else ():
-        name = config.push_to_hub if len(runs) == 1 else f"{config.push_to_hub}-{run.path.name}"
-        export.push_to_hub(run.path / "coreset.jsonl", str(name))
+    made_of = {
+        "data": config.data or ("rows in memory",),
+        "target": (config.target,),
+        "draft": (config.draft or "",),
+    }
+    told = {name: names for name, names in made_of.items() if all(names)}
+    for run, name in zip(runs, hub_names(config), strict=False):
+        card = hub.card_of(run.manifest, told, config.license)
+        hub.push(run.path / "coreset.jsonl", name, card, config.public)
     return runs
+
+
+def hub_names(config: SelectConfig) -> list[str]:
+    """The data sets that the coresets go to, if they do."""
+    names = [name for _, _, name in _named(config)]
+    several = [f"{config.push_to_hub}-{name}" for name in names]
+    return (several if len(names) > 1 else [config.push_to_hub]) if config.push_to_hub else []
 
 
 def remarks(facts: Mapping[str, Any], max_length: int) -> list[str]:
