@@ -48,7 +48,7 @@ def test_a_run_keeps_m_rows_of_the_users_own_bytes_in_order(finished):
 
 def test_the_regions_file_and_the_cost_file_say_what_happened(finished):
     header, *lines = (finished.path / "regions.csv").read_text().splitlines()
-    assert header == "region,lower,upper,size,verified,ratio,budget,selected"
+    assert header == "region,lower,upper,size,verified,ratio,budget,selected,ratio_low,ratio_high"
     cells = [line.split(",") for line in lines]
     assert sum(int(row[3]) for row in cells) == 54  # the hardest tenth was set aside
     assert sum(int(row[4]) for row in cells) == len(finished.selection.verified) > 0
@@ -68,7 +68,9 @@ def test_the_regions_file_and_the_cost_file_say_what_happened(finished):
     )
     manifest = json.loads((finished.path / "manifest.json").read_text())
     assert (manifest["n"], manifest["m"], manifest["seed"]) == (60, 18, 42)
-    assert -1 <= manifest["fidelity"] <= 1
+    assert manifest["fidelity"] == json.loads(json.dumps(finished.fidelity.as_dict()))
+    assert (finished.fidelity.verdict, finished.fidelity.spearman) == ("unknown", None)
+    assert finished.fidelity.reason.startswith("too few to say: ")
 
 
 def test_the_target_saw_the_drawn_positions_and_nothing_else(family, tmp_path, monkeypatch):

@@ -1,18 +1,14 @@
 """STAFF's selection: a case by hand, the authors' own answers, and who asks the target what."""
 
-import importlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from staff.methods import METHODS
+from staff.methods import METHODS, verification
 from staff.methods.staff import staff
 
-staff_module = importlib.import_module(
-    "staff.methods.staff"
-)  # the package's attribute of that name is the function
 GOLDEN = sorted(Path(__file__).parent.glob("golden/*keep*.json"))
 
 
@@ -41,7 +37,7 @@ def test_staff_chooses_what_the_released_script_chooses(path, monkeypatch):
     case = json.loads(path.read_text())
     drawn = {position: positions for positions in case["verified_smallest_first"] for position in positions}
     monkeypatch.setattr(
-        staff_module,
+        verification,
         "_draw",
         lambda positions, *_: np.array(next(drawn[p] for p in positions.tolist() if p in drawn)),
     )
@@ -141,7 +137,8 @@ def test_what_the_target_finds_harder_gets_the_larger_share():
 
 def test_the_target_is_asked_once_for_the_drawn_positions_and_nothing_else():
     draft, target = pool()
-    selection = staff(len(draft), scores=draft, budget=100, rng=rng(), verify=target)
+    paper = {"num_regions": 50, "verification_budget": 10}
+    selection = staff(len(draft), scores=draft, budget=100, rng=rng(), verify=target, **paper)
     assert len(target.asked) == 1
     assert target.asked[0].tolist() == selection.verified.tolist() == sorted(set(selection.verified.tolist()))
     larger = [region for region in selection.regions if region.size > 10]

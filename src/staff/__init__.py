@@ -55,8 +55,10 @@ class Settings(TypedDict, total=False):
     draft_share: float
     target_epochs: float
     draft_blocks: str
-    num_regions: int
-    verification_budget: int
+    num_regions: int | None
+    verification_budget: int | None
+    verification: str
+    verification_error: float
     hard_cutoff: float
     allocation: str
     pick: str

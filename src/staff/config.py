@@ -251,10 +251,17 @@ class SelectConfig(_Checked):
     """Epochs of fine-tuning the target for the methods that score a fine-tuned one: grand, el2n, ccs, d2."""
     draft_blocks: Literal["first", "even", "last", "ends"] = "first"
     """Which blocks a self:N draft keeps: the first, spread evenly, the last, or half from either end."""
-    num_regions: Count = 50
-    """K, intervals of equal width that the scores are cut into."""
-    verification_budget: Count = 10
-    """b_v, samples of each region that the target scores."""
+    num_regions: Count | None = None
+    """K, intervals of equal width that the scores are cut into; left out, it follows the pool: 20 for 2,000
+    samples, 50 from 12,500 on."""
+    verification_budget: Count | None = None
+    """b_v, samples of each region that the target scores; left out, 10 or fewer, a tenth of the pool in
+    all."""
+    verification: Literal["fixed", "adaptive"] = "fixed"
+    """Score b_v samples of every region on the target; or at most as many, where it is least certain what it
+    says."""
+    verification_error: Share = 0.03
+    """Where adaptive verification stops: the errors of the V_i together, as a share of their sum."""
     hard_cutoff: Annotated[float, Range(0, 1, open_high=True)] = 0.1
     """Fraction of the pool with the highest scores that is set aside first."""
     allocation: Literal["released", "paper"] = "released"
@@ -337,10 +344,10 @@ class PlanConfig(_Checked):
     """T, epochs of fine-tuning the draft before it scores."""
     draft_share: Share = 1.0
     """f, share of the pool that the draft is fine-tuned on."""
-    num_regions: Count = 50
-    """K, intervals that the scores are cut into."""
-    verification_budget: Count = 10
-    """b_v, samples of each region that the target scores."""
+    num_regions: Count | None = None
+    """K, intervals that the scores are cut into; left out, it follows the pool."""
+    verification_budget: Count | None = None
+    """b_v, samples of each region that the target scores; left out, it follows the pool."""
     seed: Seed = 42
     """Seed of the samples that are timed."""
     reading: Reading = Reading()
@@ -400,6 +407,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "draft_share": 1.0,
         "num_regions": 50,
         "verification_budget": 10,
+        "verification": "fixed",
+        "scope": "last-value",
         "hard_cutoff": 0.1,
         "allocation": "released",
         "pick": "top",

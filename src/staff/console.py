@@ -9,6 +9,7 @@ from typing import Any
 
 from staff.config import Reading, SelectConfig
 from staff.data.layouts import visible as visible
+from staff.methods.fidelity import Fidelity, within
 from staff.runs.outputs import Run, remarks
 
 
@@ -115,18 +116,11 @@ def summary(run: Run, config: SelectConfig) -> str:
             )
     elif manifest["method"] == "staff":
         lines.append(
-            f"           warning: none verified, for none has more than {config.verification_budget} "
-            f"samples. Use fewer --num-regions"
+            "           warning: none verified, for none holds more than its draw takes. "
+            "Use fewer --num-regions"
         )
-    if manifest.get("fidelity") is not None:
-        lines.append(
-            f"fidelity   draft and target rank the verified samples with Spearman {manifest['fidelity']:.2f}"
-        )
-        if manifest["fidelity"] < 0.3:
-            lines.append(
-                "           warning: the draft hardly knows what the target finds hard; try another draft, "
-                "or --method direct"
-            )
+    if run.fidelity:
+        lines += _fidelity_lines(run.fidelity)
     if selection.filled or selection.filled_from_cut:
         lines.append(
             f"fill       {selection.filled} samples drawn at random, since the budgets left them over"
@@ -173,6 +167,36 @@ def grid_table(runs: list[Run], config: SelectConfig) -> str:
         f"coresets are in {folder}, one folder each (cells.csv, likeness.csv)",
     ]
     return "\n".join(lines)
+
+
+CURES = {
+    "poor": "don't trust this draft: --method direct scores the target itself, --method random costs "
+    "nothing; or another --draft (`staff drafts` compares some), or --scope last-block",
+    "unknown": "more --verification-budget or fewer --num-regions say more; --method random costs nothing",
+}
+
+
+def _fidelity_lines(fidelity: Fidelity) -> list[str]:
+    """How faithful the draft is: the verdict first, then the numbers it was told from."""
+    lines = [f"fidelity   {fidelity.verdict}: {fidelity.reason}"]
+    if fidelity.verdict in CURES:
+        lines.append(f"           {'warning: ' * (fidelity.verdict == 'poor')}{CURES[fidelity.verdict]}")
+    if fidelity.spearman is None:
+        return lines
+    lines.append(
+        f"           draft and target rank alike with {fidelity.shown()}, told from {fidelity.samples} "
+        f"samples that stand for {fidelity.pool_share:.0%} of the pool"
+    )
+    beside = {"with length taken out": fidelity.without_length, "length alone": fidelity.length}
+    beside |= {"the draft's loss alone": fidelity.loss, "Kendall": fidelity.kendall}
+    said = [f"{name} {within(estimate)}" for name, estimate in beside.items() if estimate]
+    lines.append(f"           {'; '.join(said)}")
+    if fidelity.adjusted_rand:
+        lines.append(
+            f"           their regions agree with an adjusted Rand index of {within(fidelity.adjusted_rand)}"
+            f"; the plain one is {fidelity.rand:.2f}, by chance {fidelity.rand_by_chance:.2f}"
+        )
+    return lines
 
 
 def _cost_table(cost: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from staff.data import hub, rows
 from staff.data.layouts import near
 from staff.data.locate import locate
 from staff.methods import METHODS, Method
-from staff.methods.fidelity import spearman
+from staff.methods.fidelity import fidelity
 from staff.methods.groups import select_by_group
 from staff.models.files import with_date
 from staff.runs import account, outputs
@@ -344,7 +344,7 @@ def _results(
         about |= {**outputs.facts_of(pool, tokens), **pieces.facts, "tokens": int(tokens.lengths.sum())}
         if len(selection.verified) and method.verify and scores is not None:
             on_target = pieces.ledger(method.verify.model)(selection.verified)
-            about["fidelity"] = spearman(np.asarray(scores)[selection.verified], on_target)
+            about["fidelity"] = _fidelity(selection, scores, on_target, response, values.get("loss"))
             values["target_effort"] = np.full(len(pool), np.nan, np.float32)
             values["target_effort"][selection.verified] = on_target
         if any(
@@ -369,3 +369,22 @@ def _results(
         account.cost_of_run(account.spent(run.work), target_pass, terms),
         about,
     )
+
+
+def _fidelity(
+    selection: Selection,
+    scores: np.ndarray,
+    on_target: np.ndarray,
+    length: np.ndarray,
+    loss: np.ndarray | None,
+) -> dict[str, Any]:
+    """What the verified samples of the regions say of the draft."""
+    assert selection.region_of is not None
+    regions = selection.region_of[selection.verified]
+    places = np.flatnonzero(regions >= 0)  # where the whole pool was verified: those cut stand for nothing
+    positions = selection.verified[places]
+    sizes = np.array([region.size for region in selection.regions])
+    draft, n = np.asarray(scores)[positions], len(selection.region_of)
+    losses = None if loss is None else loss[positions]
+    told = fidelity(regions[places], sizes, n, draft, on_target[places], length[positions], losses)
+    return told.as_dict()

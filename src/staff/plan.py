@@ -13,6 +13,7 @@ import numpy as np
 
 from staff.config import PlanConfig, SelectConfig
 from staff.methods import METHODS, Method
+from staff.methods.verification import default_regions, default_verified
 from staff.types import Stage
 
 if TYPE_CHECKING:
@@ -47,9 +48,13 @@ def break_even(epochs: float, share: float, verified_share: float) -> float:
     return max(0.0, 1 - verified_share) / (2 * epochs * share + 1)
 
 
-def most_verified(n: int, num_regions: int, verification_budget: int, hard_cutoff: float) -> int:
+def most_verified(
+    n: int, num_regions: int | None, verification_budget: int | None, hard_cutoff: float
+) -> int:
     """How many samples the target scores at most: a region is verified where it holds more than its draw
-    takes."""
+    takes. K and b_v left out follow the pool, as in the run."""
+    num_regions = num_regions or default_regions(n)
+    verification_budget = verification_budget or default_verified(n, num_regions)
     uncut = n - int(hard_cutoff * n + 1e-9)
     return verification_budget * min(num_regions, uncut // (verification_budget + 1))
 

@@ -115,6 +115,7 @@ class Region:
         ratio: V_i; nan where the region was not verified.
         budget: m_i, the selection budget granted, in samples.
         selected: samples of it in the coreset, those that filled up a budget left over included.
+        ratio_low, ratio_high: V_i's interval of 95 %; nan where nothing is known of it.
     """
 
     lower: float
@@ -124,6 +125,8 @@ class Region:
     ratio: float
     budget: int
     selected: int
+    ratio_low: float = np.nan
+    ratio_high: float = np.nan
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
 
+from staff.methods import verification as verifying
 from staff.methods.strata import (
     allocate,
     check_scores,
@@ -19,6 +21,7 @@ from staff.types import Region, Selection
 
 PICKS = ("top", "random")
 NORMALISATIONS = (None, "minmax")
+VERIFICATIONS = ("fixed", "adaptive")
 
 
 def staff(
@@ -28,8 +31,10 @@ def staff(
     rng: np.random.Generator,
     scores: np.ndarray,
     verify: Callable[[np.ndarray], np.ndarray] | None = None,
-    num_regions: int = 50,
-    verification_budget: int = 10,
+    num_regions: int | None = None,
+    verification_budget: int | None = None,
+    verification: str = "fixed",
+    verification_error: float = 0.03,
     allocation: str = "released",
     pick: str = "top",
     hard_cutoff: float = 0.1,
@@ -55,10 +60,15 @@ def staff(
         budget: m, in samples, 0 <= m <= n.
         rng: the source of all randomness.
         scores: (n,) speculative scores >= 0, higher is harder.
-        verify: positions (k,) sorted -> target scores (k,); called once. None: V_i = 1 everywhere.
-        num_regions: K.
+        verify: positions (k,) sorted -> target scores (k,); called once, or once a round. None: V_i = 1
+            everywhere.
+        num_regions: K; None: as many as the pool bears, `verification.default_regions`. The paper has 50.
         verification_budget: b_v, samples of a region that the target scores; regions of b_v or fewer are not
-            verified.
+            verified. None: `verification.default_verified`. The paper has 10.
+        verification: "fixed", b_v of every region, or "adaptive": at most K * b_v, where V_i is least certain
+            (`verification.adaptive`).
+        verification_error: where adaptive verification stops: the summed standard errors of the V_i as a
+            share of their sum.
         allocation: "released" or "paper", the budget rule.
         pick: "top", highest score first as released, or "random", inside a region.
         hard_cutoff: fraction of the pool set aside as hardest, in [0, 1).
@@ -81,6 +91,12 @@ def staff(
         raise ValueError(f"pick must be one of {', '.join(PICKS)}; found {pick!r}")
     if normalise not in NORMALISATIONS:
         raise ValueError(f"normalise must be one of {NORMALISATIONS}; found {normalise!r}")
+    if verification not in VERIFICATIONS:
+        raise ValueError(f"verification must be one of {', '.join(VERIFICATIONS)}; found {verification!r}")
+    if num_regions is None:
+        num_regions = verifying.default_regions(n)
+    if verification_budget is None:
+        verification_budget = verifying.default_verified(n, num_regions)
     if verification_budget < 1:
         raise ValueError(f"verification_budget must be 1 or more; found {verification_budget}")
     draws, picks, fill = rng.spawn(3)
@@ -90,8 +106,19 @@ def staff(
     members = [kept[places] for places in members_of(region_of_kept, num_regions)]
     sizes = np.array([len(positions) for positions in members])
 
-    verified, ratios = _verify_regions(scores, members, verify, verification_budget, normalise, draws)
-    budgets = allocate(ratios, sizes, budget, allocation)
+    if verify is not None and normalise == "minmax":
+        target = _minmax(verifying.ask(verify, np.arange(n)))
+        ratios = verifying.fixed(_minmax(scores), members, verification_budget, target.__getitem__, draws)
+        ratios = dataclasses.replace(ratios, verified=np.arange(n))
+    elif verify is None:
+        ratios = verifying.unverified(len(members))
+    elif verification == "fixed":
+        ratios = verifying.fixed(scores, members, verification_budget, verify, draws)
+    else:
+        most = num_regions * verification_budget
+        ratios = verifying.adaptive(scores, members, verification_error, most, verify, draws)
+    verified = ratios.verified
+    budgets = allocate(ratios.values, sizes, budget, allocation)
 
     is_taken = np.zeros(n, bool)
     for positions, region_budget in zip(members, budgets, strict=True):
@@ -112,67 +139,15 @@ def staff(
             upper=float(edges[i + 1]),
             size=int(sizes[i]),
             verified=int(drawn[i]),
-            ratio=float(ratios[i]),
+            ratio=float(ratios.values[i]),
+            ratio_low=float(ratios.low[i]),
+            ratio_high=float(ratios.high[i]),
             budget=int(budgets[i]),
             selected=int(selected[i]),
         )
         for i in range(num_regions)
     )
     return Selection(np.flatnonzero(is_taken), regions, region_of, verified, len(filled), len(from_cut))
-
-
-def _verify_regions(
-    scores: np.ndarray,
-    members: list[np.ndarray],
-    verify: Callable[[np.ndarray], np.ndarray] | None,
-    verification_budget: int,
-    normalise: str | None,
-    draws: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draw b_v samples of every region that has more, score them all in one call, return (verified,
-    ratios)."""
-    if verify is None:
-        return np.empty(0, np.int64), np.ones(len(members))
-    drawn = {
-        i: _draw(positions, verification_budget, draws)
-        for i, positions in enumerate(members)
-        if len(positions) > verification_budget
-    }
-    ratios = np.full(len(members), np.nan)
-    if not drawn:
-        return np.empty(0, np.int64), ratios
-    verified = np.sort(np.concatenate(list(drawn.values())))
-    asked = np.arange(len(scores)) if normalise == "minmax" else verified
-    answer = np.asarray(verify(asked))
-    if answer.shape != asked.shape:
-        raise ValueError(
-            f"verify was asked for {len(asked)} positions and must give one score for each; found shape "
-            f"{answer.shape}"
-        )
-    target_scores = np.full(len(scores), np.nan)
-    target_scores[asked] = answer
-    if not np.isfinite(target_scores[asked]).all() or (target_scores[asked] < 0).any():
-        bad = asked[~(target_scores[asked] >= 0) | np.isinf(target_scores[asked])]
-        raise ValueError(
-            f"the target gave no usable score to {len(bad)} of {len(asked)} samples (positions "
-            f"{bad[:5].tolist()})"
-        )
-    if normalise == "minmax":
-        scores, target_scores = _minmax(scores), _minmax(target_scores)
-    for i, positions in drawn.items():
-        above, below = target_scores[positions].sum(), scores[positions].sum()
-        if below == 0 and above > 0:
-            raise ValueError(
-                f"region {i} has draft scores of 0 where the target's are not (positions "
-                f"{positions[:5].tolist()}): "
-                "V_i would be infinite; a draft that has learnt these samples by heart was tuned too long"
-            )
-        ratios[i] = above / below if below > 0 else 1.0
-    return asked, ratios
-
-
-def _draw(positions: np.ndarray, verification_budget: int, draws: np.random.Generator) -> np.ndarray:
-    return draws.choice(positions, verification_budget, replace=False)
 
 
 def _pick(

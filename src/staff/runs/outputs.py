@@ -19,6 +19,7 @@ import numpy as np
 from staff import files
 from staff.config import SelectConfig, from_mapping, read_yaml
 from staff.data import export, hub, rows
+from staff.methods.fidelity import Fidelity
 from staff.methods.overlap import Overlap, nestedness, overlaps
 from staff.runs.scorefile import write_scores
 from staff.runs.store import RunFolder, find_finished
@@ -71,11 +72,18 @@ class Run:
         """The rows that were kept, as they came."""
         return [dict(row) for row in self.rows.raw(self.selection.indices)]
 
+    @property
+    def fidelity(self) -> Fidelity | None:
+        """How faithful the draft is, told from the verified samples; None where none were."""
+        known: dict[str, Any] = self.manifest.get("fidelity") or {}
+        numbers: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
+        return Fidelity(**numbers) if numbers else None
+
     def __repr__(self) -> str:
         n, m, method = (self.manifest[name] for name in ("n", "m", "method"))
         lines = [f"Run: {m} of {n} samples kept by {method}, in {self.path}"]
-        if self.manifest.get("fidelity") is not None:
-            lines.append(f"  draft and target: Spearman {self.manifest['fidelity']:.2f}")
+        if self.fidelity:
+            lines.append(f"  draft: {self.fidelity.verdict}, {self.fidelity.shown()}")
         if "passes" in self.cost:
             lines.append(
                 f"  cost: {self.cost['passes']:.2f} passes of the target, {self.cost['seconds']:.0f} s"
@@ -277,7 +285,7 @@ def find_run(coreset: Coreset, key: str | None, read: Callable[[], rows.Rows]) -
     cost = json.loads((path / "cost.json").read_text(encoding="utf-8"))
     regions: tuple[Region, ...] = ()
     if "region_of" in arrays:
-        kinds = (float, float, int, int, float, int, int)
+        kinds = (float, float, int, int, float, int, int, float, float)
         with open(path / "regions.csv", encoding="utf-8", newline="") as file:
             _, *lines = csv.reader(file)
         regions = tuple(Region(*(kind(v) for kind, v in zip(kinds, line[1:], strict=True))) for line in lines)
