@@ -117,6 +117,7 @@ CASES = {
     "input, system and history": (SYSTEM, TEMPLATE, {}),
     "messages": (CHATS, TEMPLATE, {}),
     "tool calls": (TOOL_CALLS, WITH_TOOLS, {}),
+    "marks before the answer": (PAIRS, MARKED.replace("{% generation %}", "{% generation %}\n"), {}),
     "every answer": (CHATS, MARKED, {"train_on": "all"}),
     "a template without a place for the system": (SYSTEM, NO_SYSTEM, {}),
     "a template that wants parts": (PAIRS, PARTS, {}),

@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from staff.config import FinetuneConfig, Reading
-from staff.data.chat import dated, plain_template, template_of, text_of
+from staff.data.chat import GENERATION, dated, plain_template, template_of, text_of
 from staff.data.rows import Rows
 from staff.data.tokens import Sampler
 from staff.data.turns import Example, build
@@ -249,13 +249,15 @@ def _axolotl(data: Path, model: str, reading: Reading, template: str | None, sam
 def _trl(data: Path, model: str, reading: Reading, template: str | None, found: set[str]) -> str:
     """A program that trains with TRL's SFTTrainer."""
     training, tools = RECIPE.training, ', "tools": Value("string")' * (TOOLS in found)
+    marked = template is not None and MASKED not in found and GENERATION.search(template)
+    every_answer = bool(SEVERAL in found or marked)  # by the marks of the template
     if found >= {SEVERAL, MASKED}:
         said = "some rows train on several answers and not on all of them, for which TRL has no words"
         return f"raise SystemExit({said!r})\n"
     features, split = "", ""
     if data.name == "coreset-messages.jsonl":
         features = f', features=Features({{"messages": List(Json()){tools}}})'
-        if SEVERAL not in found:
+        if not every_answer:
             split = _TRL_SPLIT.format(tools=tools)
     return _TRL.format(
         data=str(data),
@@ -266,12 +268,12 @@ def _trl(data: Path, model: str, reading: Reading, template: str | None, found: 
         max_length=reading.max_length,
         epochs=RECIPE.epochs,
         seed=RECIPE.seed,
-        every_answer=SEVERAL in found,
+        every_answer=every_answer,
         **{f.name: getattr(training, f.name) for f in fields(training)},
     )
 
 
-_TRL = '''"""Fine-tunes a model with TRL on the coreset as it was scored; the recipe is that of `staff finetune`."""
+_TRL = '''"""Fine-tunes a model with TRL on the coreset as it was scored; recipe: `staff finetune`."""
 
 from datasets import Features, Json, List, Value, load_dataset
 from peft import LoraConfig
