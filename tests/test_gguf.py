@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("gguf")
 import gguf
 import numpy as np
+import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
@@ -172,3 +173,15 @@ def test_a_gguf_target_goes_through_a_comparison_and_gives_the_figures_of_its_fo
     monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("a model was loaded again"))
     rows_of(folder / "target.gguf", tmp_path / "a")
     assert (tmp_path / "a" / "results.csv").read_text() == before
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.99])
+def test_a_file_that_was_cut_off_is_one_message(family, tmp_path, share):
+    write_gguf(family / "draft", tmp_path / "m.gguf")
+    whole = (tmp_path / "m.gguf").read_bytes()
+    (tmp_path / "m.gguf").write_bytes(whole[: int(share * len(whole))])
+    source = models.resolve(str(tmp_path / "m.gguf"))
+    with pytest.raises(
+        ValueError, match=r"m.gguf can't be loaded: .*; if the file was cut off, download it again"
+    ):
+        models.load_model(source, torch.float32, torch.device("cpu"))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from family import make_tokenizer
@@ -132,6 +133,96 @@ def test_a_folder_that_is_a_model_and_no_adapter_says_what_it_lacks(tmp_path):
 
 
 @pytest.fixture
+def base(tmp_path):
+    """A folder of a model, tied, in ten shards."""
+    make_model("llama-tied", torch.float32).save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    return tmp_path / "base"
+
+
+def load_base(base, dtype=torch.float32):
+    return models.load_model(models.resolve(str(base)), dtype, CPU)
+
+
+def test_ties_are_not_missing_and_lost_shards_are_named(base):
+    model = load_base(base)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    shards = sorted(base.glob("*.safetensors"))
+    shards[2].unlink()
+    with pytest.raises(
+        ValueError, match=rf"names 1 of {len(shards)} shards that are not there \({shards[2].name}\)"
+    ):
+        models.resolve(str(base))
+
+
+def test_a_model_without_a_head_or_with_weights_left_out_is_named(base, tmp_path):
+    change(base / "config.json", tie_word_embeddings=False)
+    with pytest.raises(
+        ValueError, match=r"its files lack weights that LlamaForCausalLM has \(lm_head.weight\): they"
+    ):
+        load_base(base)
+    make_model("gpt2", torch.float32).save_pretrained(tmp_path / "cut")
+    weights = load_file(tmp_path / "cut" / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if ".1.attn" not in name}
+    save_file(kept, tmp_path / "cut" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"lack weights that GPT2LMHeadModel has \(.*h.1.attn.c_attn.bias and 3 more\)"
+    ):
+        load_base(tmp_path / "cut")
+
+
+def test_weights_of_other_shapes_are_named(base):
+    change(base / "config.json", vocab_size=120)
+    with pytest.raises(
+        ValueError, match=r"embed_tokens.weight is \(97, 32\) in the files and \(120, 32\) by config"
+    ):
+        load_base(base)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
+def test_weights_that_are_no_numbers_are_named(tmp_path, value):
+    model = make_model("llama", torch.float32)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = value
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"layers.1.mlp.up_proj.weight holds nan or infinity in float16: try --dtype"
+    ):
+        load_base(tmp_path, torch.float16)
+    if np.isfinite(value):
+        load_base(tmp_path, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        (
+            "model.safetensors",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "pointer of Git LFS",
+        ),
+        (
+            "tokenizer.json",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "pointer of Git LFS",
+        ),
+        ("model.safetensors", 0.5, r"is cut off, at \d+ bytes of \d+: download it again"),
+        ("model.safetensors", 0.001, r"is cut off or damaged \(\d+ bytes\): download it again"),
+        ("model.safetensors", b"", r"is cut off or damaged \(0 bytes\)"),
+        ("x.gguf", b"<html>not found", "is no .gguf file"),
+        ("x.gguf", b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"),
+    ],
+)
+def test_files_that_are_not_whole_are_named_with_a_cure(tmp_path, name, content, said):
+    make_model("llama", torch.float32).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / name
+    path.write_bytes(
+        path.read_bytes()[: int(content * path.stat().st_size)] if type(content) is float else content
+    )
+    with pytest.raises(ValueError, match=rf"--target .*: .*{name} {said}|{name} is a {said}"):
+        models.resolve(str(path if path.suffix == ".gguf" else tmp_path))
+
+
+@pytest.fixture
 def no_libraries(monkeypatch):
     monkeypatch.setattr("staff.models.files.find_spec", lambda name: None)
 
@@ -215,7 +306,7 @@ def test_gradients_neither_vanish_nor_overflow_in_float16(residual, logits, scal
 def test_every_scope_of_a_model_with_experts_is_told_from_the_configuration_alone(tmp_path, layout):
     model = make_model(layout, torch.float32)
     model.config.save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"no weights are read")
+    save_file({}, tmp_path / "model.safetensors")
     source = models.resolve(str(tmp_path))
     for scope in ("last-value", "released", "last-block", "linear"):
         models.check(source, scope)
@@ -223,7 +314,7 @@ def test_every_scope_of_a_model_with_experts_is_told_from_the_configuration_alon
 
 def test_an_adapter_on_experts_is_refused_from_the_configuration_alone(tmp_path):
     make_model("mixtral", torch.float32).config.save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").touch()
+    save_file({}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="scope 'lora' can't be had, its adapter changes experts"):
         models.check(models.resolve(str(tmp_path)), "lora")
 

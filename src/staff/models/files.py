@@ -134,14 +134,47 @@ def resolve(name: str, flag: str = "--target") -> Source:
     or below the working directory, or a hub id.
 
     Raises:
-        ValueError: there is no such model; says what was tried.
+        ValueError: there is no such model, or a file of it is not whole; says what was tried.
     """
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ValueError(f"{flag} {name}: there is no such file")
-        return Source(name, path.parent, path.name)
-    return _in_folder(name, folder_of(name, flag), flag)
+        source = Source(name, path.parent, path.name)
+    else:
+        source = _in_folder(name, folder_of(name, flag), flag)
+    for path in source.files():
+        wrong = _what_is_wrong_with(path)
+        if wrong:
+            raise ValueError(f"{flag} {name}: {path} {wrong}")
+    return source
+
+
+def _what_is_wrong_with(path: Path) -> str | None:
+    """Of a model's file, by its head alone: a stand-in, cut off, or without the shards that it names."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(40)
+        if head.startswith(b"version https://git-lfs"):
+            return "is a pointer of Git LFS and not the file itself: fetch it, with git lfs pull"
+        if path.suffix == ".gguf" and head[:4] != b"GGUF":
+            return "is no .gguf file: download it again"
+        if path.suffix == ".safetensors":
+            file.seek(8)
+            try:
+                tensors = json.loads(file.read(min(int.from_bytes(head[:8], "little"), size)))
+                ends = [about["data_offsets"][1] for name, about in tensors.items() if name != "__metadata__"]
+            except (ValueError, TypeError, KeyError, AttributeError):
+                return f"is cut off or damaged ({size} bytes): download it again"
+            wanted = 8 + int.from_bytes(head[:8], "little") + max(ends, default=0)
+            if size < wanted:
+                return f"is cut off, at {size} bytes of {wanted}: download it again"
+    if path.name.endswith(".safetensors.index.json"):
+        shards = sorted(set(json.loads(path.read_text(encoding="utf-8")).get("weight_map", {}).values()))
+        lost = [name for name in shards if not (path.parent / name).is_file()]
+        if lost:
+            return f"names {len(lost)} of {len(shards)} shards that are not there ({lost[0]}): download them"
+    return None
 
 
 def folder_of(

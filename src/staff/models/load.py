@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -166,11 +167,13 @@ def _quietly(load: Callable, source: Source):
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     os.environ.setdefault("TQDM_DISABLE", "1")  # gguf's bar has no other switch
+    errors = (OSError, ValueError, LookupError, ImportError, RuntimeError, AttributeError, TypeError)
     try:
         return load()
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError) as error:
+    except (*errors, struct.error) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"{source.name} can't be loaded: {reason}") from error
+        cure = "; if the file was cut off, download it again" if source.gguf else ""
+        raise ValueError(f"{source.name} can't be loaded: {reason}{cure}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
 
@@ -267,10 +270,16 @@ def load_model(
 
     def load():
         return AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype=dtype, trust_remote_code=trust_remote_code, **extra
+            source.folder,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told of below, by name
+            **extra,
         )
 
-    model = _quietly(load, source)
+    model, told = _quietly(load, source)
+    _check_weights(model, told, source)
     if is_quantised:
         for module in (
             model.modules()
@@ -283,6 +292,28 @@ def load_model(
     if adapter:
         model = _quietly(lambda: _put_on(model, adapter, merge and not is_quantised), source)
     return model.eval().requires_grad_(False)
+
+
+def _check_weights(model: torch.nn.Module, told: dict[str, Any], source: Source) -> None:
+    """All that the model has came out of its files, and is a number."""
+    kind, missing = type(model).__name__, sorted(told["missing_keys"])
+    if missing:
+        named = f"{missing[0]}{f' and {len(missing) - 1} more' * (len(missing) > 1)}"
+        raise ValueError(
+            f"{source.name}: its files lack weights that {kind} has ({named}): they hold a model of another "
+            "kind (without a head, or with one that classifies), or some of them are lost"
+        )
+    for name, found, wanted in sorted(told["mismatched_keys"], key=str):
+        raise ValueError(
+            f"{source.name}: {name} is {tuple(found)} in the files and {tuple(wanted)} by config.json: they "
+            "are not of one model"
+        )
+    for name, weight in model.named_parameters():
+        if weight.numel() and weight.dtype.is_floating_point and weight.dtype.itemsize > 1:
+            low, high = (end.item() for end in weight.aminmax())
+            if not math.isfinite(low + high):
+                what = f"{source.name}: {name} holds nan or infinity in {str(weight.dtype)[6:]}"
+                raise ValueError(f"{what}: try --dtype float32 (or bfloat16), else the files are damaged")
 
 
 def _put_on(model: torch.nn.Module, adapter: Path, merge: bool) -> torch.nn.Module:
