@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from family import comparison_file
+from family import TEMPLATE, comparison_file, make_tokenizer
 from staff import jobs
 from staff.comparison import run as comparing
 from staff.comparison import tables as results
@@ -21,6 +22,7 @@ from staff.comparison.grid import FULL, UNTOUCHED, read_comparison
 from staff.comparison.run import compare
 from staff.comparison.statistics import resample, resampled_means
 from staff.comparison.tables import Difference, Judged, compare_cells, corrected, quality_table, report, tally
+from staff.files import read_checked, write_checked
 from staff.methods import METHODS
 from staff.models import load as models
 from staff.plan import staff_passes
@@ -56,6 +58,34 @@ def finished(file, tmp_path_factory):
     compare(comparison)
     with open(comparison.output / "results.csv") as table:
         return comparison, list(csv.DictReader(table))
+
+
+def test_lengths_are_of_the_rows_that_are_trained_on_and_every_cell_has_the_same_day(family, tmp_path):
+    template = "{{ strftime_now('%Y-%m-%d') }}{% if 'no' in messages[0].content %}{{ raise_exception('no') }}{% endif %}"
+    shutil.copytree(family / "target", tmp_path / "target")
+    make_tokenizer(template + TEMPLATE).save_pretrained(tmp_path / "target")
+    rows = [{"prompt": prompt, "response": "c" * (i + 1)} for i, prompt in enumerate(["a", "no", "b"])]
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = YAML.replace("${STAFF_MODELS}", str(tmp_path)).replace("${STAFF_DATA}/test", "${STAFF_DATA}/pool")
+    text = text.replace("${STAFF_DATA}", str(tmp_path)).replace(
+        "{train", "{reading: {on_bad_row: skip}, train"
+    )
+    (tmp_path / "x.yaml").write_text(text.replace("drafts: {small", "# {small"))
+    comparison = read_comparison(tmp_path / "x.yaml", str(tmp_path / "x"))
+    comparison.output.mkdir()
+    comparing._begin(comparison, False)
+    begun = comparison.output / "begun.json"
+    settings = read_checked(begun)["settings"]
+    write_checked(begun, {"settings": {**settings, "template_date": "2025-12-31"}})
+    comparing._begin(comparison, False)
+    grid = comparing._open(comparison)
+    (task,) = grid.comparison.tasks.values()
+    assert {of["template_date"] for of in (task.select, task.finetune, task.evaluate)} == {"2025-12-31"}
+    for _ in range(2):
+        lengths = comparing._lengths(grid, task)
+        assert lengths["rows"].tolist() == [0, 2]
+        assert lengths["responses"].tolist() == [2, 4]
+        assert np.diff(lengths["tokens"]).tolist() == [2]
 
 
 def of(rows, method, rate=None, seed=None):

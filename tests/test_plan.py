@@ -1,11 +1,12 @@
 """Predictions from two speeds, worked by hand; and the command, which times two tiny models."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 
-from family import config_of, write_pool
+from family import TEMPLATE, config_of, make_tokenizer, write_pool
 from staff import cli, plan
 from staff.config import PlanConfig
 from staff.methods import METHODS
@@ -92,6 +93,19 @@ def test_the_command_times_the_models_and_says_what_to_do(family, tmp_path, caps
     assert [row["method"] for row in made["methods"]] == list(METHODS)
     assert len(made["advice"]) == 2
     assert "pays from" in plan.describe_plan(made)
+
+
+def test_a_plan_counts_the_rows_that_every_tokenizer_can_use(family, tmp_path, monkeypatch):
+    shutil.copytree(family / "draft", tmp_path / "draft")
+    refuses = "{% if messages[0].content == 'no' %}{{ raise_exception('no') }}{% endif %}"
+    make_tokenizer(refuses + TEMPLATE).save_pretrained(tmp_path / "draft")
+    rows = [{"prompt": prompt, "response": "c"} for prompt in ("a", "no", "b", "d")]
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(plan, "time_model", lambda model, pool, config: Speed(len(pool), 1.0))
+    models = {"target": str(family / "target"), "draft": str(tmp_path / "draft")}
+    data = {"data": [str(tmp_path / "pool.jsonl")], "on_bad_row": "skip"}
+    made = plan.make_plan(config_of(PlanConfig, **models, **data))
+    assert (made["n"], {speed["scoring"] for speed in made["speeds"].values()}) == (3, {3.0})
 
 
 def test_a_method_that_follows_a_tuning_is_left_out_where_there_is_none():

@@ -202,7 +202,7 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
         ValueError: something that the user can mend.
     """
     from staff.data import rows as formats
-    from staff.data.tokens import tokenise
+    from staff.data.tokens import in_common, tokenise
     from staff.models import drafts
     from staff.models import load as models
 
@@ -219,9 +219,10 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
     speeds: dict[str, Speed] = {}
     pools: dict[str, Pool] = {}
     for label, source in sources.items():
-        tokenizer = models.load_tokenizer(source, config.engine.trust_remote_code)
-        length = config.reading.max_length
-        pools[label] = tokenise(rows.examples(), tokenizer, length, None, config.reading, rows.numbers)
+        tokenizer, of = models.load_tokenizer(source, config.engine.trust_remote_code), config.reading
+        pools[label] = tokenise(rows.examples(), tokenizer, of.max_length, None, of, rows.numbers)
+    rows, pools = in_common(rows, pools)
+    for label, source in sources.items():
         model = models.load_model(
             source, dtype, device, config.engine.trust_remote_code, config.engine.load_in
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import logging
 import time
@@ -45,8 +46,9 @@ from staff.files import (
 )
 from staff.methods import Method
 from staff.models import load as models
+from staff.models.files import Source, tokenizer_fingerprint, with_date
 from staff.runs.account import stages_of
-from staff.runs.keys import model_specs
+from staff.runs.keys import model_specs, pool_key
 from staff.runs.outputs import Run
 from staff.types import Progress, Stage
 
@@ -154,7 +156,10 @@ def _begin(comparison: Comparison, update: bool) -> None:
             f"{comparison.output} was begun with other settings:\n  " + "\n  ".join(changed) + "\n"
             "Name another --output, or add --update to do again what no longer fits"
         )
-    write_checked(path, {"settings": {**before, **now}})
+    day = {
+        "template_date": datetime.date.today().isoformat()
+    }  # of all cells, whatever day they are worked on
+    write_checked(path, {"settings": {**day, **before, **now}})
 
 
 def _open(comparison: Comparison) -> Grid:
@@ -173,6 +178,9 @@ def _open(comparison: Comparison) -> Grid:
         source = models.unpack_gguf(source, folder, dtype)
     if Path(comparison.target).exists() and not source.adapter:
         comparison = dataclasses.replace(comparison, target=str(source.folder.resolve()))
+    begun = comparison.output / "begun.json"
+    tasks = {name: _dated(comparison, task, source, begun) for name, task in comparison.tasks.items()}
+    comparison = dataclasses.replace(comparison, tasks=tasks)
     try:
         graph.need_sklearn()
         tells_diversity = True
@@ -180,6 +188,16 @@ def _open(comparison: Comparison) -> Grid:
         logger.warning("how diverse coresets are stays open: %s", error)
         tells_diversity = False
     return Grid(comparison, contents, tells_diversity)
+
+
+def _dated(comparison: Comparison, task: Task, source: Source, begun: Path) -> Task:
+    """A task whose stages hold the day fixed that a chat template writes."""
+    reading = finetune_config(comparison, task, task.train, 0, "x").reading
+    date = {"template_date": with_date(reading, [source], begun).template_date}
+    if date["template_date"] is None:
+        return task
+    select, finetune, evaluate = ({**date, **of} for of in (task.select, task.finetune, task.evaluate))
+    return dataclasses.replace(task, select=select, finetune=finetune, evaluate=evaluate)
 
 
 # ---- a cell ----
@@ -218,13 +236,13 @@ def _work(grid: Grid, cell: Cell, runs: dict[str, list[Run]], tell: Progress) ->
     lengths = _lengths(grid, task)
     tokens = lengths["tokens"]
     figures: Figures = {**dataclasses.asdict(cell), "folder": cell.folder, "n": len(tokens), "m": 0}
-    chosen, data, reading = np.arange(len(tokens)), task.train, dict(task.finetune)
+    chosen, data, reading = np.ones(len(tokens), bool), task.train, dict(task.finetune)
     cost: dict[str, float] = {}
     if cell.method in comparison.variants:
         run = _selection(grid, cell, runs, tell)
         if run is None:
             return False
-        chosen, data = run.selection.indices, (str(run.path / "coreset.jsonl"),)
+        chosen, data = np.isin(lengths["rows"], run.indices), (str(run.path / "coreset.jsonl"),)
         reading = {name: value for name, value in reading.items() if name not in WHERE}
         config = select_config(comparison, task, cell.method, seed, str(run.path))
         cost = selection_cost(comparison.variants[cell.method].method, config, run)
@@ -236,11 +254,12 @@ def _work(grid: Grid, cell: Cell, runs: dict[str, list[Run]], tell: Progress) ->
         tuning = finetune_config(comparison, own, data, seed, str(folder / "adapter"))
         model = str(jobs.finetune(tuning, update=True, on_progress=tell))
         spent = (read_checked(folder / "adapter" / "manifest.json") or {}).get("cost", {})
-        steps = -(-len(chosen) // tuning.training.batch_size)
+        m = int(chosen.sum())
+        steps = -(-m // tuning.training.batch_size)
         epochs = tuning.epochs if tuning.max_steps is None else tuning.max_steps / steps
         rows = formats.read(list(data), **tuning.reading.keywords())
         figures |= {
-            "m": len(chosen),
+            "m": m,
             "distinct2": metrics.distinct([example.turns[-1].text for example in rows.examples()]),
             "finetune_seconds": spent.get("seconds"),
             "finetune_steps": spent.get("steps"),
@@ -297,21 +316,23 @@ def _selection_name(grid: Grid, cell: Cell) -> str:
 
 
 def _lengths(grid: Grid, task: Task) -> dict[str, np.ndarray]:
-    """(n,) tokens of each sample of a task's pool, as the target counts, and of its response; taken once."""
-    from staff.data.tokens import tokenise
+    """rows, tokens, responses, (n,) each: the numbers of the rows of a pool that can be trained on, and
+    the target's tokens of each and of its response; taken once."""
+    from staff.data.tokens import in_common, tokenise
 
     config = finetune_config(grid.comparison, task, task.train, 0, "x")
-    pool_contents = [grid.contents[name] for name in task.train]
-    key = fingerprint([grid.contents["target"], pool_contents, config.reading.max_length])
+    source, of = models.resolve(grid.comparison.target), config.reading
+    contents = fingerprint([grid.contents[name] for name in task.train])
+    key = fingerprint(pool_key(contents, of, tokenizer_fingerprint(source, of.chat_template)))
     path = grid.place("selections", task.name, f"lengths-{key}.npz")
     lengths = read_arrays(path)
     if lengths is None:
-        source = models.resolve(grid.comparison.target)
-        rows = formats.read(list(task.train), **config.reading.keywords())
+        rows = formats.read(list(task.train), **of.keywords())
         tokenizer = models.load_tokenizer(source, config.engine.trust_remote_code)
-        of = config.reading
         pool = tokenise(rows.examples(), tokenizer, of.max_length, None, of, rows.numbers)
-        lengths = {"tokens": pool.lengths, "responses": pool.response_tokens()}
+        rows, pools = in_common(rows, {"": pool})
+        pool = pools[""]
+        lengths = {"rows": rows.numbers, "tokens": pool.lengths, "responses": pool.response_tokens()}
         write_arrays(path, lengths)
     return lengths
 
