@@ -162,9 +162,9 @@ def comparison_file(family: Path, folder: Path, text: str, test_rows: int):
     """A comparison's YAML beside a pool of 40 rows and the test rows that follow them, with the variables
     that it names set."""
     write_pool(folder / "pool.jsonl", 40)
-    (folder / "test.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in make_rows(40 + test_rows)[40:])
-    )
+    rows = make_rows(40 + test_rows)[40:]
+    rows[0]["response"] += "\u2028 More.\x85"  # separators of lines that end no row
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "c.yaml").write_text(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STAFF_MODELS", str(family))

@@ -319,6 +319,10 @@ def test_killed_behind_any_file_it_ends_with_the_same_rows_and_counts_no_second_
     pytest.fail("it writes more files than were tried")
 
 
-def test_a_separator_of_lines_inside_an_answer_ends_no_row(tmp_path):
-    (tmp_path / "x.jsonl").write_text(json.dumps({"a": "one\u2028two\x85"}, ensure_ascii=False) + "\n")
-    assert read_examples(tmp_path / "x.jsonl") == {"a": ["one\u2028two\x85"]}
+def test_a_separator_of_lines_inside_an_answer_ends_no_row(family, tmp_path):
+    rows = [{"prompt": "Name\u2028it", "response": f"one\u2028two\x85{i}\x0c"} for i in range(3)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    for output in (tmp_path / "x.jsonl", tmp_path / "x.parquet"):
+        summary = answer(family, tmp_path / "data.jsonl", output, max_new_tokens=2)
+        assert read_examples(output)["reference"] == [row["response"].strip() for row in rows]
+        assert answer(family, tmp_path / "data.jsonl", output, max_new_tokens=2) == summary

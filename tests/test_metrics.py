@@ -61,6 +61,15 @@ def test_a_reference_that_is_not_english_gets_a_tokenizer_that_keeps_its_letters
     assert is_english("42")
 
 
+def test_the_tokenizer_of_a_row_does_not_hang_on_the_others_and_one_letter_has_one_spelling():
+    english = ["plain words of one kind"] * 300
+    each, _, how = judge_answers([*english, "我爱北京"], [*english, "我爱北京"])
+    assert [each[name].min() for name in ("rouge1", "rougeL", "exact")] == [100, 100, 100]
+    assert "where a reference has other letters: Unicode" in how["rougeL"]
+    each, _, _ = judge_answers(["cafe\u0301 noir"], ["caf\u00e9 noir"])
+    assert each["exact"][0] == each["rougeL"][0] == pytest.approx(100)
+
+
 def test_words_of_other_scripts_stay_whole_and_scripts_without_blanks_come_by_the_character():
     words = UnicodeTokenizer()
     assert words.tokenize("Élan, हिन्दी 42!") == ["élan", "हिन्दी", "42"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from family import TEMPLATE, make_tokenizer
 from staff.config import Reading, SelectConfig
@@ -286,6 +286,46 @@ def test_a_long_sample_keeps_its_begin_token_its_system_turn_and_the_template():
     (prompt,), _, cut = prompts_of([row], tokenizer, 70)
     assert (len(prompt), cut) == (70, 1)
     assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n")
+
+
+class InPairs(PreTrainedTokenizer):
+    """Two letters a token, as a tokenizer written in Python has it."""
+
+    vocab_size = 1 << 14
+
+    def get_vocab(self):
+        return {}
+
+    def _tokenize(self, text):
+        return [text[i : i + 2] for i in range(0, len(text), 2)]
+
+    def _convert_token_to_id(self, token):
+        return sum(ord(letter) << 7 * i for i, letter in enumerate(token))
+
+    def _convert_id_to_token(self, index):
+        return "".join(chr(part) for part in (index & 127, index >> 7) if part)
+
+
+def test_a_tokenizer_without_offsets_gives_the_same_sample_or_is_refused_by_name():
+    slow, fast = ByT5Tokenizer(), make("byte-level", TEMPLATE)
+    slow.chat_template = TEMPLATE
+    row = Example((ASK, ANSWER, AGAIN, PARIS), None)
+    ours, theirs = (tokenise([row], tokenizer, 1000) for tokenizer in (slow, fast))
+    assert slow.decode(ours.ids(0)) == fast.decode(theirs.ids(0))
+    assert trained(slow, ours) == trained(fast, theirs) == ["The Elbe.<|im_end|>", "Paris<|im_end|>"]
+    text = tokenise([Example((turn("text", "The Elbe.", True),), None)], slow, 1000)
+    assert slow.decode(text.ids(0)) == "The Elbe.</s>"
+    long = Example((turn("user", "Name a river. " * 9), ANSWER), None)
+    cut = tokenise([long], slow, 100)
+    assert (cut.lengths.tolist(), cut.truncated) == ([100], 1)
+    assert slow.decode(cut.ids(0)).endswith(
+        "Name a river. <|im_end|>\n<|im_start|>assistant\nThe Elbe.<|im_end|>"
+    )
+    pairs = InPairs(chat_template="{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    with pytest.raises(ValueError, match=r"row 0 has an answer that .* Use the model's fast tokenizer"):
+        tokenise([Example((turn("user", "ab"), turn("assistant", "cd", True)), None)], pairs, 1000)
+    pool = tokenise([Example((turn("user", "abc"), turn("assistant", "cd", True)), None)], pairs, 1000)
+    assert pairs.convert_ids_to_tokens(pool.ids(0)[pool.response(0)]) == ["cd"]
 
 
 STRIPS = (
