@@ -5,6 +5,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -13,11 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from family import config_of, make_rows
+from family import TEMPLATE, config_of, make_rows, make_tokenizer
 from staff import jobs
 from staff.comparison import evaluate as evaluation
 from staff.comparison.evaluate import evaluate, read_examples, summary_path
 from staff.config import EvaluateConfig, FinetuneConfig
+from staff.data.rows import read
+from staff.data.tokens import prompts_of, tokenise
 from staff.models import load as models
 
 SMALL = {"max_new_tokens": 12, "dtype": "float32"}
@@ -326,3 +329,35 @@ def test_a_separator_of_lines_inside_an_answer_ends_no_row(family, tmp_path):
         summary = answer(family, tmp_path / "data.jsonl", output, max_new_tokens=2)
         assert read_examples(output)["reference"] == [row["response"].strip() for row in rows]
         assert answer(family, tmp_path / "data.jsonl", output, max_new_tokens=2) == summary
+
+
+THINKS = TEMPLATE.replace(
+    "{{ m['content'] }}",
+    "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}",
+)
+CHANNELS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}<pad>final<|message|>"
+    "{% else %}<|message|>{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [THINKS, CHANNELS])
+def test_a_model_that_says_what_it_was_trained_on_gets_full_marks_whatever_its_template_puts_before_it(
+    template, family, data, tmp_path, monkeypatch
+):
+    shutil.copytree(family / "target", tmp_path / "target")
+    tokenizer = make_tokenizer(template)
+    tokenizer.save_pretrained(tmp_path / "target")
+    examples = list(read(data).examples())
+    pool, (prompts, _, _) = tokenise(examples, tokenizer, 1000), prompts_of(examples, tokenizer, 1000)
+    by_heart = {tuple(prompt): pool.ids(i)[len(prompt) :] for i, prompt in enumerate(prompts)}
+
+    def say(self, asked):
+        said = [by_heart[tuple(prompt)] for prompt in asked]
+        return np.array([np.pad(each, (0, max(map(len, said)) - len(each))) for each in said])
+
+    monkeypatch.setattr(evaluation._Answerer, "_generate", say)
+    summary = answer(tmp_path, data, tmp_path / "x.jsonl", max_new_tokens=100)
+    assert {summary["metrics"][name] for name in ("exact", "rougeL")} == {100}
+    assert read_examples(tmp_path / "x.jsonl")["prediction"] == [e.turns[-1].content for e in examples]
