@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 ROLES: Mapping[str, str] = {
     "system": "system",
@@ -81,23 +82,18 @@ class Layout:
 
 
 # `text` stands last: it is beside other columns in many files (Alpaca's own among them) and counts only alone
-LAYOUTS = {
-    "messages": Layout("messages", messages="messages", tools="tools"),
-    "ShareGPT": Layout("ShareGPT", messages="conversations", system="system", tools="tools"),
-    "Alpaca": Layout(
-        "Alpaca", prompt="instruction", query="input", response="output", system="system", history="history"
-    ),
-    "Dolly": Layout("Dolly", prompt="instruction", query="context", response="response"),
-    "prompt/response": Layout(
-        "prompt/response", prompt="prompt", response="response", system="system", tools="tools"
-    ),
-    "prompt/completion": Layout(
-        "prompt/completion", prompt="prompt", response="completion", system="system", tools="tools"
-    ),
-    "question/answer": Layout("question/answer", prompt="question", response="answer"),
-    "text": Layout("text", text="text"),
-}
-REQUIRED = tuple(dict.fromkeys(column for layout in LAYOUTS.values() for column in layout.required()))
+_ALPACA: dict[str, Any] = {"prompt": "instruction", "query": "input", "response": "output"}
+LAYOUTS = (
+    Layout("messages", messages="messages", tools="tools"),
+    Layout("ShareGPT", messages="conversations", system="system", tools="tools"),
+    Layout("Alpaca", **_ALPACA, system="system", history="history"),
+    Layout("Dolly", prompt="instruction", query="context", response="response"),
+    Layout("prompt/response", prompt="prompt", response="response", system="system", tools="tools"),
+    Layout("prompt/completion", prompt="prompt", response="completion", system="system", tools="tools"),
+    Layout("question/answer", prompt="question", response="answer"),
+    Layout("text", text="text"),
+)
+REQUIRED = tuple(dict.fromkeys(column for layout in LAYOUTS for column in layout.required()))
 # columns that belong to the prompt in the files that have them: a layout without them would leave them out
 PROMPT_COLUMNS = frozenset[str](
     (
@@ -127,6 +123,10 @@ def near(name: str, known: Iterable[object]) -> str:
     """' (did you mean 'x'?)' where some known name is near, else nothing."""
     match = difflib.get_close_matches(name, [k for k in known if isinstance(k, str)], n=1, cutoff=0.6)
     return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def _known(name: str, known: Iterable[str]) -> str:
+    return f"{near(name, known)}; there are {', '.join(known)}"
 
 
 def shown(value: object, limit: int = 60) -> str:
@@ -159,7 +159,7 @@ def find(row: Mapping) -> Layout:
         BadRow: none or several fit.
     """
     columns = [c for c in row if isinstance(c, str)]
-    fits = [layout for layout in LAYOUTS.values() if all(c in columns for c in layout.required())]
+    fits = [layout for layout in LAYOUTS if all(c in columns for c in layout.required())]
     if len(fits) > 1 and fits[-1].text is not None:
         fits.pop()
     if len(fits) == 1:
@@ -227,33 +227,28 @@ def from_columns(columns: str) -> Layout:
     Raises:
         ValueError: unknown keys, keys named twice, or a set of them that makes no example.
     """
-    fields: dict[str, str] = {}
+    fields, where = dict[str, str](), f"--columns {columns!r}"
     for part in columns.split(","):
         key, _, name = (word.strip() for word in part.partition("="))
         if not name:
-            raise ValueError(
-                f"--columns {columns!r}: {part.strip()!r} is not of the form KEY=COLUMN; "
-                "write for instance prompt=question,response=answer"
-            )
+            cure = "write for instance prompt=question,response=answer"
+            raise ValueError(f"{where}: {part.strip()!r} is not of the form KEY=COLUMN; {cure}")
         if key not in COLUMN_KEYS:
-            known = ", ".join(COLUMN_KEYS)
-            raise ValueError(
-                f"--columns {columns!r}: no key {key!r}{near(key, COLUMN_KEYS)}; there are {known}"
-            )
+            raise ValueError(f"{where}: no key {key!r}{_known(key, COLUMN_KEYS)}")
         if COLUMN_KEYS[key] in fields:
-            raise ValueError(f"--columns {columns!r}: {key!r} is named twice; name each column once")
+            raise ValueError(f"{where}: {key!r} is named twice; name each column once")
         fields[COLUMN_KEYS[key]] = name
     kinds = ["messages" in fields, "text" in fields, "prompt" in fields or "response" in fields]
     if sum(kinds) != 1 or ("prompt" in fields) != ("response" in fields):
-        raise ValueError(f"--columns {columns!r}: name either prompt and response, or messages, or text")
-    required = ("messages", "text", "prompt", "response")
-    named = tuple(name for field, name in fields.items() if field not in required)
+        raise ValueError(f"{where}: name either prompt and response, or messages, or text")
+    optional = ("query", "system", "history", "tools", "id")
+    named = tuple(name for key, name in fields.items() if key in optional)
     return Layout(columns, named=named, **{"id": "id", **fields})  # type: ignore[arg-type]
 
 
 # LLaMA-Factory's defaults (its data/parser.py): where an entry gives `columns`, what it leaves out is none
 _FACTORY_COLUMNS = {
-    "alpaca": {"prompt": "instruction", "query": "input", "response": "output"},
+    "alpaca": _ALPACA,
     "sharegpt": {"messages": "conversations"},
     "openai": {"messages": "messages"},
 }
@@ -282,17 +277,13 @@ def from_factory(entry: Mapping, where: str) -> Layout:
         known = ", ".join(_FACTORY_COLUMNS)
         raise ValueError(f"{where}: formatting is {shown(formatting)}; it can be {known}")
     if entry.get("ranking"):
-        raise ValueError(
-            f"{where}: 'ranking' is set: preference pairs have no single response to learn. "
-            "Use a data set for supervised fine-tuning"
-        )
+        why = "preference pairs have no single response to learn. Use a data set for supervised fine-tuning"
+        raise ValueError(f"{where}: 'ranking' is set: {why}")
     for key in ("columns", "tags"):
         value = entry.get(key) or {}
         if not (isinstance(value, Mapping) and all(isinstance(v, str | None) for v in value.values())):
-            raise ValueError(
-                f"{where}: {key!r} is {shown(value)}; it must be an object of names, "
-                "as in {'prompt': 'instruction'}"
-            )
+            example = "as in {'prompt': 'instruction'}"
+            raise ValueError(f"{where}: {key!r} is {shown(value)}; it must be an object of names, {example}")
     columns = entry.get("columns")
     columns = {k: v for k, v in (_FACTORY_COLUMNS[formatting] if columns is None else columns).items() if v}
     media = [k for k in columns if k in ("images", "videos", "audios", "chosen", "rejected", "kto_tag")]
@@ -300,11 +291,7 @@ def from_factory(entry: Mapping, where: str) -> Layout:
         raise ValueError(f"{where}: it has {listed(media)}; only text with a single response can be used")
     for key in columns:
         if key not in _FACTORY_KEYS:
-            known = ", ".join(_FACTORY_KEYS)
-            raise ValueError(
-                f"{where}: unknown column key {key!r}{near(key, _FACTORY_KEYS)}; there are {known}"
-            )
-    common = {"system": columns.get("system"), "tools": columns.get("tools")}
+            raise ValueError(f"{where}: unknown column key {key!r}{_known(key, _FACTORY_KEYS)}")
     name = where.rpartition(", ")[2]
     if formatting == "alpaca":
         if list(columns) == ["prompt"]:  # of its pre-training stage
@@ -312,18 +299,16 @@ def from_factory(entry: Mapping, where: str) -> Layout:
         if "prompt" not in columns or "response" not in columns:
             found = listed(columns) or "none"
             raise ValueError(f"{where}: 'columns' must name 'prompt' and 'response'; found {found}")
-        fields = {k: columns.get(k) for k in ("prompt", "query", "response", "history")}
-        return Layout(f"Alpaca ({name})", **fields, **common)  # type: ignore[arg-type]
-    tags = entry.get("tags") or {}
-    roles = dict(ROLES) if formatting == "openai" else {}
-    roles |= {tags.get(tag) or default: role for tag, (default, role) in _FACTORY_TAGS.items()}
-    role_tag, content_tag = ("role", "content") if formatting == "openai" else ("from", "value")
+        return Layout(f"Alpaca ({name})", **{key: columns.get(key) for key in columns if key != "messages"})
+    tags, is_openai = entry.get("tags") or {}, formatting == "openai"
+    roles = {tags.get(tag) or default: role for tag, (default, role) in _FACTORY_TAGS.items()}
+    role_tag, content_tag = ("role", "content") if is_openai else ("from", "value")
     return Layout(
-        f"{'messages' if formatting == 'openai' else 'ShareGPT'} ({name})",
+        f"{'messages' if is_openai else 'ShareGPT'} ({name})",
         messages=columns.get("messages") or _FACTORY_COLUMNS[formatting]["messages"],
         role_tag=tags.get("role_tag") or role_tag,
         content_tag=tags.get("content_tag") or content_tag,
-        roles=roles,
-        system=common["system"],
-        tools=common["tools"],
+        roles={**ROLES, **roles} if is_openai else roles,
+        system=columns.get("system"),
+        tools=columns.get("tools"),
     )

@@ -17,20 +17,14 @@ from typing import IO, Any
 from staff.data.layouts import Layout, from_factory, near, shown
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
-DESCRIPTIONS = (
-    "dataset_info",
-    "dataset_infos",
-    "dataset_dict",
-    "state",
-    "package",
-    "config",
-)  # .json, no data
+# .json files that hold no rows
+DESCRIPTIONS = ("dataset_info", "dataset_infos", "dataset_dict", "state", "package", "config")
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "test": ("test", "testing"),
     "validation": ("dev", "val", "valid", "validation", "eval"),
 }
-STDIN = "standard input"
+STDIN, PIPE = "standard input", "pipe the rows in, as in: staff select --data - < rows.jsonl"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -77,14 +71,13 @@ def locate(
     names = [os.fspath(d) for d in data] if isinstance(data, list | tuple) else [os.fspath(data)]  # type: ignore[arg-type]
     for name in names:
         if not name or "\0" in name:
-            raise ValueError(
-                f"data is {name!r}; give a file, a folder, a hub data set (owner/name), or - for "
-                "standard input"
-            )
-    if dataset_info is not None:
-        inputs = [_factory(name, Path(dataset_info), split, config, revision) for name in names]
-    else:
-        inputs = [_one(name, split, config, revision) for name in names]
+            kinds = "a file, a folder, a hub data set (owner/name), or - for standard input"
+            raise ValueError(f"data is {name!r}; give {kinds}")
+    info = Path(dataset_info) if dataset_info is not None else None
+    inputs = [
+        _one(name, split, config, revision) if info is None else _factory(name, info, split, config, revision)
+        for name in names
+    ]
     first = inputs[0]
     if len(inputs) == 1:
         return first
@@ -105,14 +98,11 @@ def locate(
 def _one(name: str, split: str | None, config: str | None, revision: str | None) -> Input:
     if name == "-":
         if sys.stdin is None or sys.stdin.isatty():
-            raise ValueError(
-                f"{STDIN} is a terminal; pipe the rows in, as in: staff select --data - < rows.jsonl"
-            )
+            raise ValueError(f"{STDIN} is a terminal; {PIPE}")
         return _spooled(sys.stdin.buffer, STDIN)
     if re.match(r"\w+://", name):
-        raise ValueError(
-            f"{name} is an address, not a file: download it first; a hub data set is named owner/name"
-        )
+        cure = "download it first; a hub data set is named owner/name"
+        raise ValueError(f"{name} is an address, not a file: {cure}")
     path = Path(name).expanduser()
     if path.is_fifo():  # such as <(zcat rows.jsonl.gz) gives
         with open(path, "rb") as pipe:
@@ -121,10 +111,8 @@ def _one(name: str, split: str | None, config: str | None, revision: str | None)
         return _folder(path, split)
     if path.exists():
         if split is not None or config is not None or revision is not None:
-            raise ValueError(
-                f"{name} is a file: --split, --dataset-config and --revision are for hub data sets, "
-                "--split also for folders"
-            )
+            flags = "--split, --dataset-config and --revision are for hub data sets, --split also for folders"
+            raise ValueError(f"{name} is a file: {flags}")
         return Input((path,), (name,))
     if HUB_ID.fullmatch(name) and suffix_of(path) not in SUFFIXES and not path.parent.is_dir():
         return Input(hub=name, config=config, split=split, revision=revision)
@@ -169,12 +157,10 @@ def _spooled(stream: IO[bytes], name: str) -> Input:
         shutil.copyfileobj(stream, file, 1 << 20)
         file.flush()
     except OSError as error:
-        where = tempfile.gettempdir()
-        raise ValueError(
-            f"{name} can't be read, or {where} not be written: {error.strerror or error}"
-        ) from None
+        what = f"{name} can't be read, or {tempfile.gettempdir()} not be written"
+        raise ValueError(f"{what}: {error.strerror or error}") from None
     if file.tell() == 0:
-        raise ValueError(f"{name} is empty; pipe the rows in, as in: staff select --data - < rows.jsonl")
+        raise ValueError(f"{name} is empty; {PIPE}")
     path = Path(f"/proc/self/fd/{file.fileno()}" if nameless else file.name)
     return Input((path,), (name,), keep=file)
 
@@ -185,11 +171,13 @@ def _spooled(stream: IO[bytes], name: str) -> Input:
 def _folder(path: Path, split: str | None) -> Input:
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         for state in path.rglob("state.json"):
-            entries = read_json(state).get("_data_files")
-            if not isinstance(entries, list) or not all(isinstance(e, Mapping) for e in entries):
-                raise ValueError(f"{state} lists no data files; save the data set again with save_to_disk")
-            for entry in entries:
-                inside(state.parent, str(entry.get("filename")), state)
+            try:
+                shards = [str(entry["filename"]) for entry in read_json(state)["_data_files"]]
+            except (KeyError, TypeError):
+                cure = "save the data set again with save_to_disk"
+                raise ValueError(f"{state} lists no data files; {cure}") from None
+            for name in shards:
+                inside(state.parent, name, state)
         files = tuple(sorted(path.rglob("*.arrow")))
         return Input(files, tuple(map(str, files)), split=split, saved=path)
     files = tuple(p for p in sorted(path.iterdir()) if p.is_file() and not p.name.startswith((".", "_")))
@@ -209,9 +197,8 @@ def _folder(path: Path, split: str | None) -> Input:
             raise ValueError(f"{path} has no file of the split {split!r}; its files: {names}")
     elif len(several := {s for s in splits if s}) > 1:  # a test set must not get in because it lies beside
         names = ", ".join(sorted(several))
-        raise ValueError(
-            f"{path} holds files of several splits ({names}); choose with --split, or name the files"
-        )
+        cure = "choose with --split, or name the files"
+        raise ValueError(f"{path} holds files of several splits ({names}); {cure}")
     return Input(files, tuple(map(str, files)))
 
 
@@ -228,10 +215,8 @@ def inside(folder: Path, name: str, said_by: Path) -> Path:
     """
     joined, root = os.path.abspath(folder / name), os.path.abspath(folder)
     if os.path.isabs(name) or "\0" in name or os.path.commonpath([root, joined]) != root:
-        raise ValueError(
-            f"{said_by} names {name!r}, which lies outside its folder; move the file there, or give "
-            "its path as the data"
-        )
+        cure = "move the file there, or give its path as the data"
+        raise ValueError(f"{said_by} names {name!r}, which lies outside its folder; {cure}")
     return Path(os.path.normpath(folder / name))
 
 
@@ -259,22 +244,8 @@ def _factory(name: str, info: Path, split: str | None, config: str | None, revis
     info = info / "dataset_info.json" if info.is_dir() else info
     if not info.exists():
         raise _missing(info)
-    entries = read_json(info)
-    entry_name = name
-    if name not in entries:
-        files = {k: v.get("file_name") for k, v in entries.items() if isinstance(v, Mapping)}
-        real = os.path.realpath(name)
-        fits = [
-            k for k, f in files.items() if isinstance(f, str) and os.path.realpath(info.parent / f) == real
-        ]
-        if not fits:
-            names = ", ".join(list(entries)[:20])
-            raise ValueError(f"{info} has no entry {name!r}{near(name, entries)}; its entries: {names}")
-        if len(fits) > 1:
-            names = ", ".join(fits)
-            raise ValueError(f"{info} describes {name} more than once; name the entry as the data: {names}")
-        entry_name = fits[0]
-    entry, where = entries[entry_name], f"{info}, entry {entry_name!r}"
+    key, entry = _entry_of(name, info)
+    where = f"{info}, entry {key!r}"
     if not isinstance(entry, Mapping):
         raise ValueError(f"{where} is {shown(entry)}; it must be an object with 'file_name'")
     layout = from_factory(entry, where)
@@ -284,20 +255,18 @@ def _factory(name: str, info: Path, split: str | None, config: str | None, revis
     samples = entry.get("num_samples")
     if samples is not None and (not isinstance(samples, int) or samples < 1):
         raise ValueError(f"{where}: 'num_samples' is {shown(samples)}; it must be a number of rows")
-    split, hub = split or entry.get("split"), entry.get("hf_hub_url")
+    split, hub, folder = split or entry.get("split"), entry.get("hf_hub_url"), entry.get("folder")
     if hub:
         # `datasets` takes names of its own builders, such as text, and folders for data sets too
         if not HUB_ID.fullmatch(hub) or os.path.exists(hub):
             raise ValueError(f"{where}: 'hf_hub_url' is {hub!r}; it must be a hub data set, owner/name")
-        folder = entry.get("folder")
         if folder and (os.path.isabs(folder) or ".." in Path(folder).parts or "://" in folder):
             raise ValueError(f"{where}: 'folder' is {folder!r}; it must be a folder of the hub data set")
         config, revision = config or entry.get("subset"), revision or entry.get("revision")
         return Input((), (), hub, config, split, revision, folder, layout, samples)
     if not entry.get("file_name"):
-        raise ValueError(
-            f"{where} has no 'file_name' (nor 'hf_hub_url'); found {', '.join(entry) or 'nothing'}"
-        )
+        found = ", ".join(entry) or "nothing"
+        raise ValueError(f"{where} has no 'file_name' (nor 'hf_hub_url'); found {found}")
     path = inside(info.parent, entry["file_name"], info)
     if not path.exists():
         raise ValueError(f"{where}: {_missing(path)}")
@@ -305,35 +274,51 @@ def _factory(name: str, info: Path, split: str | None, config: str | None, revis
     return replace(source, layout=layout, samples=samples)
 
 
+def _entry_of(name: str, info: Path) -> tuple[str, Any]:
+    """The entry of that name, or the one that describes the file of that name."""
+    entries = read_json(info)
+    if name in entries:
+        return name, entries[name]
+    files = {key: entry.get("file_name") for key, entry in entries.items() if isinstance(entry, Mapping)}
+    fits = [
+        key
+        for key, file in files.items()
+        if isinstance(file, str) and os.path.realpath(info.parent / file) == os.path.realpath(name)
+    ]
+    if not fits:
+        names = ", ".join(list(entries)[:20])
+        raise ValueError(f"{info} has no entry {name!r}{near(name, entries)}; its entries: {names}")
+    if len(fits) > 1:
+        cure = f"name the entry as the data: {', '.join(fits)}"
+        raise ValueError(f"{info} describes {name} more than once; {cure}")
+    return fits[0], entries[fits[0]]
+
+
 # ---- what `datasets` loads ----
 
 
 def load(source: Input) -> Any:
     """A hub data set or a folder of `save_to_disk`; all failures of `datasets` come out as one ValueError."""
-    name = source.hub or source.saved
-    what = f"there is no file or folder {name}, and as a hub data set it" if source.hub else f"{name}"
-    cure = "check the name, --dataset-config, --split and --revision, and the connection"
+    what, cure = str(source.saved), "save the data set again with save_to_disk"
+    if source.hub:
+        what = f"there is no file or folder {source.hub}, and as a hub data set it"
+        cure = "check the name, --dataset-config, --split and --revision, and the connection"
     try:
         import datasets
     except ImportError:
-        raise ValueError(
-            f"{what} can't be loaded without datasets: pip install 'staff-coreset[datasets]'"
-        ) from None
+        install = "pip install 'staff-coreset[datasets]'"
+        raise ValueError(f"{what} can't be loaded without datasets: {install}") from None
     try:
         if source.saved is not None:
-            cure = "save the data set again with save_to_disk"
             loaded = datasets.load_from_disk(source.saved)
         else:
-            loaded = datasets.load_dataset(name, source.config, **_options(source))
+            options = {"revision": source.revision, "split": source.split}
+            folder = {"data_dir": source.folder} if source.folder else {}
+            loaded = datasets.load_dataset(source.hub, source.config, **options, **folder)
     except Exception as error:  # the network, the hub and the builders raise whatever they like
         said = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{what} can't be loaded ({type(error).__name__}: {said[:300]}); {cure}") from None
-    return split_of(loaded, source.split, str(name))
-
-
-def _options(source: Input) -> dict[str, Any]:
-    options: dict[str, Any] = {"revision": source.revision, "split": source.split}
-    return {**options, "data_dir": source.folder} if source.folder else options
+    return split_of(loaded, source.split, source.hub or what)
 
 
 def split_of(data: Any, split: str | None, name: str) -> Any:
