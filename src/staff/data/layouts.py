@@ -299,7 +299,7 @@ def from_factory(entry: Mapping, where: str) -> Layout:
         if "prompt" not in columns or "response" not in columns:
             found = listed(columns) or "none"
             raise ValueError(f"{where}: 'columns' must name 'prompt' and 'response'; found {found}")
-        return Layout(f"Alpaca ({name})", **{key: columns.get(key) for key in columns if key != "messages"})
+        return Layout(f"Alpaca ({name})", **columns)
     tags, is_openai = entry.get("tags") or {}, formatting == "openai"
     roles = {tags.get(tag) or default: role for tag, (default, role) in _FACTORY_TAGS.items()}
     role_tag, content_tag = ("role", "content") if is_openai else ("from", "value")
