@@ -199,12 +199,12 @@ def run_bare(as_ours: bool, model, pool, steps: int, seed: int) -> tuple[float, 
 
 
 def run_ours(model, pool, steps: int, seed: int) -> tuple[float, torch.nn.Module]:
-    from staff.models.finetune import finetune
+    from staff.models.finetune import train_lora
 
     clock = Clock()
     in_batches = [int(pool.lengths[step].sum()) for step in our_steps(len(pool), steps, seed)]
     with tempfile.TemporaryDirectory() as folder:
-        model = finetune(
+        model = train_lora(
             model,
             pool,
             np.arange(len(pool)),

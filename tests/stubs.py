@@ -72,7 +72,7 @@ class Answerer:
 def stand_in():
     """Put them in place, in this process, for good."""
     pieces.Scorer = Scorer
-    pieces.finetune = training.finetune = tune
+    pieces.train_lora = training.train_lora = tune
     load.load_model = lambda source, *_: SimpleNamespace(seed=len(str(source.folder)))
     load.measure = lambda model: load.Size(1000, 500, 200)
     adapters.load_adapter = lambda model, path: model

@@ -102,7 +102,7 @@ def _is_draft(path):
 
 def test_the_tables_say_how_alike_and_how_nested_the_coresets_are(everything):
     folder, runs = everything
-    with open(folder / "likeness.csv") as file:
+    with open(folder / "overlap.csv") as file:
         pairs = {(row["first"], row["second"]): row for row in csv.DictReader(file)}
     assert (
         float(pairs["loss-0.75", "loss-0.5"]["overlap"]) == 1.0

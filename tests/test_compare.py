@@ -362,7 +362,7 @@ def test_a_cell_without_every_seed_is_left_out(finished):
         for row in rows
         if not (row["method"] == "staff" and row["pruning_rate"] == "0.5" and row["seed"] == "2")
     ]
-    judged = results.judge(comparison.output, fewer, "sums", "rougeL")
+    judged = results.judge_cells(comparison.output, fewer, "sums", "rougeL")
     assert ("staff", 0.5) not in judged
     assert judged["staff", 0.75].values.shape == (2, 8)
     assert judged[UNTOUCHED, None].values.shape == (2, 8)

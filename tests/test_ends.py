@@ -388,7 +388,7 @@ def test_the_newest_whole_checkpoint_is_taken_whatever_the_clock_says(tmp_path, 
             "lora_rank": 2,
             "checkpoint_seconds": 0,
         }
-        training.finetune(
+        training.train_lora(
             make_model("llama", torch.float32),
             pool,
             np.arange(8),

@@ -115,7 +115,7 @@ def test_the_summary_names_the_tokenisation_and_agrees_with_the_examples(finishe
 def test_a_finished_evaluation_is_taken_as_it_is_and_a_killed_one_begins_at_the_first_missing_shard(
     finished, family, data, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(evaluation, "SHARD", 4)
+    monkeypatch.setattr(evaluation, "ROWS_A_SHARD", 4)
     asked = []
     original = evaluation._Answerer.answer
 

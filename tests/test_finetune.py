@@ -18,7 +18,7 @@ from staff.files import SEAL
 from staff.models import attention
 from staff.models import finetune as training
 from staff.models.adapters import add_lora
-from staff.models.finetune import finetune, sample_order
+from staff.models.finetune import sample_order, train_lora
 from tiny import CHECKED, make_model, make_pool
 
 LENGTHS = tuple(np.random.default_rng(3).integers(4, 30, 44).tolist())
@@ -79,7 +79,7 @@ def test_samples_behind_one_another_train_as_they_do_padded(layout, tmp_path, mo
     )
     for way in ("packed", "padded"):
         model = without_dropout(make_model(layout, torch.float32))
-        finetune(
+        train_lora(
             model,
             pool,
             np.arange(16),
@@ -99,7 +99,7 @@ def test_a_number_of_steps_stands_in_place_of_epochs(tmp_path):
     told = []
     pool = make_pool((6, 9, 5, 8, 7))
     settings = {"epochs": 100, "batch_size": 2, "lora_rank": 2}
-    finetune(
+    train_lora(
         make_model("llama", torch.float32),
         pool,
         np.arange(5),
@@ -111,7 +111,7 @@ def test_a_number_of_steps_stands_in_place_of_epochs(tmp_path):
     assert told[-1] == (7, 7)
     told.clear()
     settings["epochs"] = 7 / 3  # three steps an epoch: the same seven
-    finetune(
+    train_lora(
         make_model("llama", torch.float32),
         pool,
         np.arange(5),
@@ -140,7 +140,7 @@ def test_tuning_lowers_the_loss_that_the_models_own_forward_reports(layout, tmp_
         return sum(losses) / pool.response_tokens().sum()
 
     before = own_loss(model)
-    tuned = finetune(model, pool, np.arange(len(pool)), tmp_path, epochs=8, learning_rate=2e-2, lora_rank=2)
+    tuned = train_lora(model, pool, np.arange(len(pool)), tmp_path, epochs=8, learning_rate=2e-2, lora_rank=2)
     assert own_loss(tuned) < before - 0.2
     assert (tmp_path / "adapter_model.safetensors").exists()
     assert not (tmp_path / "checkpoints").exists()
@@ -167,7 +167,7 @@ def test_the_trainers_first_step_has_the_gradient_of_the_mean_over_response_toke
 
     original, training._Watch = training._Watch, Look
     try:
-        finetune(
+        train_lora(
             model, pool, np.arange(4), tmp_path, epochs=1, batch_size=4, lora_rank=2, lora_alpha=4, seed=5
         )
     finally:
@@ -180,7 +180,7 @@ def test_the_trainers_first_step_has_the_gradient_of_the_mean_over_response_toke
 
 def start(output, pause):
     def work():
-        finetune(
+        train_lora(
             make_model("llama", torch.float32), make_pool(LENGTHS), np.arange(len(LENGTHS)), output, epochs=3, batch_size=4,
             learning_rate=1e-2, lora_rank=2, checkpoint_seconds=0, on_progress=lambda done, total: time.sleep(pause),
         )  # fmt: skip
@@ -223,12 +223,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from staff.models.finetune import finetune
+from staff.models.finetune import train_lora
 from tiny import make_model, make_pool
 
 pool = make_pool(tuple(np.random.default_rng(3).integers(4, 30, 44).tolist()))
 out = Path(sys.argv[1]) / os.environ["RANK"]
-finetune(make_model("llama", torch.float32), pool, np.arange(44), out, epochs=1, batch_size=4, lora_rank=2)
+train_lora(make_model("llama", torch.float32), pool, np.arange(44), out, epochs=1, batch_size=4, lora_rank=2)
 """
 
 
@@ -268,6 +268,6 @@ def test_the_bases_own_dropout_is_off(kind, tmp_path):
         model.load_state_dict(made.state_dict())
         pool = make_pool((6, 9, 5, 8))
         output = tmp_path / str(rate)
-        training.finetune(model, pool, np.arange(4), output, epochs=2, batch_size=2, learning_rate=1e-2)
+        training.train_lora(model, pool, np.arange(4), output, epochs=2, batch_size=2, learning_rate=1e-2)
         adapters.append((output / "adapter_model.safetensors").read_bytes())
     assert adapters[0] == adapters[1]

@@ -8,7 +8,7 @@ import pytest
 from rich.text import Text
 
 from staff.data.rows import read
-from staff.inspection import SPELLED, inspect, render, tokenizer_of
+from staff.inspection import SPELLS_CONTROL, inspect, render, tokenizer_of
 
 
 def plain(rows, **options):
@@ -148,7 +148,7 @@ def test_tokens_and_what_will_be_truncated_are_counted(tokenizer, tmp_path):
     assert (tokens["truncated"], tokens["cut_responses"], tokens["cut_examples"]) == (1, 1, [2])
     assert report["lengths"]["tokens"]["quantiles"]["0%"] == 3
     assert report["lengths"]["response tokens"]["quantiles"]["100%"] == 9
-    assert report["characters"] == {SPELLED: 1}
+    assert report["characters"] == {SPELLS_CONTROL: 1}
     pieces = report["first"][0]["pieces"]
     assert [t for _, t in pieces] == [False, True]
     assert "</s>" in pieces[1][0]

@@ -99,7 +99,7 @@ def in_a_fork(work, *arguments, before=()):
     """A process that does a piece of work, its files cut into several shards; not waited for."""
 
     def begin():
-        shards.SHARD, evaluate.SHARD = 16, 16
+        shards.SHARD, evaluate.ROWS_A_SHARD = 16, 16
         for step in before:
             step()
         work(*arguments)

@@ -107,3 +107,29 @@ def test_kernels_know_no_transformers():
     assert not loads(
         "import staff.scoring.gradnorm, staff.scoring.scopes, staff.scoring.scorer", "transformers", "peft"
     )
+
+
+FRONT_DOORS = {"cli", "__init__"}  # name what they call as it is named: commands, and the public API
+IN_EVERY_FILE = {"logger"}
+
+
+def names_of(path):
+    """The public names that a file's own top level defines; imports are somebody else's."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for part in (part for target in targets for part in ast.walk(target)):
+                if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+                    yield part.id
+
+
+def test_no_two_public_things_share_a_name():
+    homes = {}
+    for _, path in modules():
+        if path.stem not in FRONT_DOORS:
+            for name in set(names_of(path)) - IN_EVERY_FILE:
+                homes.setdefault(name, []).append(str(path.relative_to(SOURCE)))
+    shared = {name: files for name, files in homes.items() if not name.startswith("_") and len(files) > 1}
+    assert shared == {}

@@ -237,7 +237,7 @@ def test_a_quantised_folder_names_the_library_it_needs(adapter, no_libraries, me
     with pytest.raises(
         ValueError, match=f"is quantised .{method}., which needs the {package} package: pip install {package}"
     ):
-        models.check(source, "last-value")
+        models.check_model(source, "last-value")
     with pytest.raises(ValueError, match=f"is quantised already .{method}.: leave --load-in 4bit away"):
         models.load_model(source, torch.float32, CPU, load_in="4bit")
 
@@ -249,7 +249,7 @@ def test_quantising_on_load_names_the_library_it_needs(adapter, no_libraries):
     ):
         models.load_model(source, torch.float32, CPU, load_in="8bit")
     with pytest.raises(ValueError, match="8bit or 4bit; found '3bit'"):
-        models.check(source, "last-value", "3bit")
+        models.check_model(source, "last-value", "3bit")
 
 
 @pytest.mark.parametrize("load_in", ["8bit", "4bit"])
@@ -309,14 +309,14 @@ def test_every_scope_of_a_model_with_experts_is_told_from_the_configuration_alon
     save_file({}, tmp_path / "model.safetensors")
     source = models.resolve(str(tmp_path))
     for scope in ("last-value", "released", "last-block", "linear"):
-        models.check(source, scope)
+        models.check_model(source, scope)
 
 
 def test_an_adapter_on_experts_is_refused_from_the_configuration_alone(tmp_path):
     make_model("mixtral", torch.float32).config.save_pretrained(tmp_path)
     save_file({}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="scope 'lora' can't be had, its adapter changes experts"):
-        models.check(models.resolve(str(tmp_path)), "lora")
+        models.check_model(models.resolve(str(tmp_path)), "lora")
 
 
 def test_a_token_costs_the_experts_it_meets():

@@ -69,10 +69,10 @@ def test_a_run_of_an_earlier_version_is_refused_by_name(tmp_path):
 def test_a_grid_killed_before_its_tables_gets_them(tmp_path):
     grid = {"methods": ["random"], "pruning_rates": [0.5, 0.75], "output": tmp_path / "x"}
     staff.select_grid(make_rows(8), **grid)
-    table = (tmp_path / "x" / "likeness.csv").read_bytes()
-    (tmp_path / "x" / "likeness.csv").unlink()
+    table = (tmp_path / "x" / "overlap.csv").read_bytes()
+    (tmp_path / "x" / "overlap.csv").unlink()
     staff.select_grid(make_rows(8), **grid)
-    assert (tmp_path / "x" / "likeness.csv").read_bytes() == table
+    assert (tmp_path / "x" / "overlap.csv").read_bytes() == table
 
 
 def test_what_a_terminal_would_obey_is_shown():

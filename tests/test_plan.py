@@ -155,16 +155,16 @@ def test_a_scope_of_adapters_is_timed_on_a_fresh_one_that_training_does_not_see(
     family, tmp_path, monkeypatch
 ):
     scored, before_training = [], []
-    scorer, finetune = scoring.Scorer, tuning.finetune
+    scorer, train_lora = scoring.Scorer, tuning.train_lora
 
     def train(model, *rest, **settings):
         before_training.append([name for name, _ in model.named_modules() if "lora" in name])
-        return finetune(model, *rest, **settings)
+        return train_lora(model, *rest, **settings)
 
     monkeypatch.setattr(
         scoring, "Scorer", lambda model, *rest: scored.append(scorer(model, *rest)) or scored[-1]
     )
-    monkeypatch.setattr(tuning, "finetune", train)
+    monkeypatch.setattr(tuning, "train_lora", train)
     write_pool(tmp_path / "pool.jsonl", 30)
     data, target = (str(tmp_path / "pool.jsonl"),), str(family / "target")
     made = plan.make_plan(

@@ -26,7 +26,7 @@ from staff.methods import METHODS
 from staff.methods.strata import set_hardest_aside, split
 from staff.models import drafts as draft
 from staff.models import load as models
-from staff.models.finetune import finetune
+from staff.models.finetune import train_lora
 from staff.scoring import scopes
 from staff.scoring.scorer import Scorer
 
@@ -111,7 +111,7 @@ def regions(scores) -> np.ndarray:
 def tuned(model, pool, positions, epochs, seed, rate):
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        model = finetune(model, pool, positions, Path(folder), epochs=epochs, seed=seed, learning_rate=rate)
+        model = train_lora(model, pool, positions, Path(folder), epochs=epochs, seed=seed, learning_rate=rate)
         return model, time.perf_counter() - began
 
 

@@ -55,7 +55,7 @@ def tuned(order: str, model, pool, rate: float, seed: int):
     try:
         with tempfile.TemporaryDirectory() as folder:
             positions = np.arange(len(pool))
-            return training.finetune(
+            return training.train_lora(
                 model,
                 pool,
                 positions,

@@ -154,7 +154,7 @@ def grid_table(runs: list[Run], config: SelectConfig) -> str:
         m, verified = len(run.indices), len(run.selection.verified)
         lines.append(f"{run.path.name:24}{shown_rate:>13}{m:9}{verified:10}")
     folder = runs[0].path.parent
-    with open(folder / "likeness.csv", encoding="utf-8") as file:
+    with open(folder / "overlap.csv", encoding="utf-8") as file:
         pairs = list(csv.DictReader(file))
     lines += ["", f"{'of the smaller, shared by':50}{'share':>7}{'by chance':>11}"]
     for pair in pairs:
@@ -164,12 +164,12 @@ def grid_table(runs: list[Run], config: SelectConfig) -> str:
         "",
         _cost_table(runs[-1].cost),
         "",
-        f"coresets are in {folder}, one folder each (cells.csv, likeness.csv)",
+        f"coresets are in {folder}, one folder each (cells.csv, overlap.csv)",
     ]
     return "\n".join(lines)
 
 
-CURES = {
+ADVICE = {
     "poor": "don't trust this draft: --method direct scores the target itself, --method random costs "
     "nothing; or another --draft (`staff drafts` compares some), or --scope last-block",
     "unknown": "more --verification-budget or fewer --num-regions say more; --method random costs nothing",
@@ -179,8 +179,8 @@ CURES = {
 def _fidelity_lines(fidelity: Fidelity) -> list[str]:
     """How faithful the draft is: the verdict first, then the numbers it was told from."""
     lines = [f"fidelity   {fidelity.verdict}: {fidelity.reason}"]
-    if fidelity.verdict in CURES:
-        lines.append(f"           {'warning: ' * (fidelity.verdict == 'poor')}{CURES[fidelity.verdict]}")
+    if fidelity.verdict in ADVICE:
+        lines.append(f"           {'warning: ' * (fidelity.verdict == 'poor')}{ADVICE[fidelity.verdict]}")
     if fidelity.spearman is None:
         return lines
     lines.append(

@@ -29,7 +29,7 @@ NAMES = "__names__"
 SEAL = "finished.json"  # in a folder of files, says that all are there and what their checksums are
 HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
 ASIDE = re.compile(r"\..+\.([0-9a-f]{6})-(\d+)\.staff")  # what `write_whole` writes beside a file
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # what zipfile and numpy raise over flipped bytes
 DAMAGE = (
     zipfile.BadZipFile,
@@ -207,7 +207,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _is_full(error: BaseException | None) -> bool:
     while error is not None:
-        if isinstance(error, OSError) and error.errno in FULL:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             return True
         if type(error).__name__ == "SafetensorError" and re.search(
             r"os error (28|27|122)\b|code: (28|27|122)\b", str(error)

@@ -21,7 +21,7 @@ CANDIDATES = 40_000  # samples, and as many clusters as hold them, among which a
 PROJECTED = 64  # principal components in which it looks
 SHORTLIST = 3  # times the neighbours asked for: those looked at again in all dimensions
 ROWS_A_CLUSTER = 256  # drawn for k-means above 20,000 rows, as faiss does
-ROWS_AT_ONCE = 512
+QUERIES_AT_ONCE = 512
 NUM_CHECKED = 200  # rows on which an approximate search is held against the exact one
 
 
@@ -179,12 +179,12 @@ def _nearest(
         return nearest
     theirs = features[candidates]
     squares = np.einsum("nd,nd->n", theirs, theirs)
-    for start in range(0, len(queries), ROWS_AT_ONCE):
-        rows = queries[start : start + ROWS_AT_ONCE]
+    for start in range(0, len(queries), QUERIES_AT_ONCE):
+        rows = queries[start : start + QUERIES_AT_ONCE]
         distances = (-2 * features[rows]) @ theirs.T
         distances += squares  # short of |x|^2, the same for all of a row's candidates
         distances[np.arange(len(rows)), np.searchsorted(candidates, rows)] = np.inf
-        nearest[start : start + ROWS_AT_ONCE, :count] = candidates[_lowest(distances, count)]
+        nearest[start : start + QUERIES_AT_ONCE, :count] = candidates[_lowest(distances, count)]
     return nearest
 
 
@@ -193,8 +193,8 @@ def _look_again(
 ) -> np.ndarray:
     """(q, k) the nearest of each query's shortlist, (q, s) positions or -1, in all dimensions."""
     nearest = np.empty((len(queries), num_neighbours), np.int64)
-    for start in range(0, len(queries), ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
+    for start in range(0, len(queries), QUERIES_AT_ONCE):
+        rows = slice(start, start + QUERIES_AT_ONCE)
         apart = features[shortlist[rows]] - features[queries[rows], None]
         distances = np.einsum("qsd,qsd->qs", apart, apart)
         distances[shortlist[rows] < 0] = np.inf

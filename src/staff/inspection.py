@@ -28,7 +28,7 @@ ROWS_SHOWN = 3
 LETTERS_SHOWN = 1_500
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 SIMILAR = 0.8  # Jaccard similarity of word triples
-SPELLED = "text that spells the model's control tokens, which trainers read as such"
+SPELLS_CONTROL = "text that spells the model's control tokens, which trainers read as such"
 BARS = " ▁▂▃▄▅▆▇█"
 CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]")
 
@@ -66,7 +66,7 @@ def inspect(rows: Rows, tokenizer: Any = None, max_length: int = 1024, reading: 
         if CONTROL.search(prompt) or CONTROL.search(response):
             odd["control characters"] += 1
         if control is not None and spells(control, example):
-            odd[SPELLED] += 1
+            odd[SPELLS_CONTROL] += 1
     text_only = rows.layout.text is not None
     names = ("", "words") if text_only else ("prompt words", "response words")
     lengths = {name: _lengths(counts) for name, counts in zip(names, words, strict=True) if name}

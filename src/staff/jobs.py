@@ -90,7 +90,7 @@ def _tune(
         model = load.load_model(source, dtype, device, engine.trust_remote_code, engine.load_in)
         # before the adapter, whose seal ends this stage
         files.write_json(folder / "size.json", dataclasses.asdict(load.measure(model)))
-        training.finetune(
+        training.train_lora(
             model,
             tokens,
             np.arange(len(tokens)),

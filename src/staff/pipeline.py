@@ -142,7 +142,7 @@ def select(
                     run, coresets[place], keys[place], config, pool, selection, columns, cost, about, target
                 )
         runs = [done for done in finished if done]
-        if len(runs) > 1 and not all((run.path / name).exists() for name in ("cells.csv", "likeness.csv")):
+        if len(runs) > 1 and not all((run.path / name).exists() for name in ("cells.csv", "overlap.csv")):
             outputs.write_tables(run.path, coresets, runs)
         return outputs.publish(config, runs)
 
@@ -185,7 +185,7 @@ def check_settings(config: SelectConfig, data: Any, methods: Mapping[str, Method
         path = getattr(config, flag)
         if path and not Path(path).is_file():
             raise ValueError(f"--{flag} {path}: there is no such file")
-    hub.check(outputs.hub_names(config), config.public)
+    hub.check_names(outputs.hub_names(config), config.public)
 
 
 def ingredients(config: Any) -> dict[str, Any]:
@@ -240,7 +240,9 @@ def _check_models(config: SelectConfig, sources: Mapping[str, Source]) -> None:
         from staff.models import load
 
         for source in {id(source): source for source in sources.values()}.values():
-            load.check(source, config.scoring.scope, config.engine.load_in, config.engine.trust_remote_code)
+            load.check_model(
+                source, config.scoring.scope, config.engine.load_in, config.engine.trust_remote_code
+            )
 
 
 def _inputs(

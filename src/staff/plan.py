@@ -258,7 +258,7 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
 def time_model(model: Any, pool: Pool, config: PlanConfig) -> Speed:
     """Seconds a token of scoring and of LoRA training, on samples drawn at random; the model is changed."""
     from staff.models import adapters
-    from staff.models.finetune import finetune, sample_order
+    from staff.models.finetune import sample_order, train_lora
     from staff.scoring.scorer import Scorer
 
     drawn = np.random.default_rng(config.seed).permutation(len(pool))[: 2 * NUM_TIMED]
@@ -276,7 +276,7 @@ def time_model(model: Any, pool: Pool, config: PlanConfig) -> Speed:
     steps: list[float] = []
     trained = np.resize(drawn, STEPS_TIMED * config.training.batch_size)
     with tempfile.TemporaryDirectory(prefix="staff-") as folder:
-        finetune(
+        train_lora(
             model,
             pool,
             trained,

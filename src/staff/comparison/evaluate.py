@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SHARD = (
+ROWS_A_SHARD = (
     128  # examples whose answers are written together: a resumed evaluation begins at the first missing shard
 )
 ANSWERING = 2  # raised when the same inputs would give other answers than before
@@ -190,9 +190,9 @@ def _answers(
     columns: dict[str, list[Any]] = {"prediction": [], "answer_tokens": [], "cut": [], "loss": []}
     answerer: _Answerer | None = None
     began = time.monotonic()
-    for start in range(0, len(order), SHARD):
-        places = order[start : start + SHARD]
-        path = folder / f"shard-{start // SHARD:05d}.json"
+    for start in range(0, len(order), ROWS_A_SHARD):
+        places = order[start : start + ROWS_A_SHARD]
+        path = folder / f"shard-{start // ROWS_A_SHARD:05d}.json"
         part = read_checked(path)
         if part is None:
             answerer = answerer or _Answerer(

@@ -34,7 +34,7 @@ DIVERSITY = (
     "vectors (cosine) of prompt and response, a space that no method selects by."
 )
 
-Key = tuple[str, float | None]  # method, pruning rate; None: the full data, the untouched model
+MethodAt = tuple[str, float | None]  # method, pruning rate; None: the full data, the untouched model
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ def read_results(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def judge(
+def judge_cells(
     folder: Path, rows: list[dict[str, str]], task: str, metric: str, seed: int = 0
-) -> dict[Key, Judged]:
+) -> dict[MethodAt, Judged]:
     """The cells of a task by method and pruning rate, those of them that have every seed.
 
     Args:
@@ -101,7 +101,7 @@ def judge(
     """
     own = [row for row in rows if row["task"] == task]
     seeds = sorted({row["seed"] for row in own if row["seed"]}, key=int)
-    found: dict[Key, dict[str, np.ndarray]] = {}
+    found: dict[MethodAt, dict[str, np.ndarray]] = {}
     for row in own:
         rate = float(row["pruning_rate"]) if row["pruning_rate"] else None
         values = np.array(read_examples(folder / row["folder"] / "scores.jsonl")[metric], np.float64)
@@ -125,7 +125,7 @@ def _judged(by_seed: Mapping[str, np.ndarray], seeds: list[str], drawn: Resample
     return Judged(values, resampled_means(values, drawn))
 
 
-def compare_cells(judged: Mapping[Key, Judged], task: str, metric: str) -> list[Difference]:
+def compare_cells(judged: Mapping[MethodAt, Judged], task: str, metric: str) -> list[Difference]:
     """Every method against every other at the same pruning rate."""
     sign = -1 if metric in LOWER else 1
     found = []
@@ -165,7 +165,9 @@ def corrected(differences: list[Difference]) -> list[Difference]:
     ]
 
 
-def quality_table(judged: Mapping[Key, Judged], differences: list[Difference], task: str, metric: str) -> str:
+def quality_table(
+    judged: Mapping[MethodAt, Judged], differences: list[Difference], task: str, metric: str
+) -> str:
     """Table 1 of a task: a line a method, a column a pruning rate, means with 95 % intervals.
 
     Bold: better than every other method at that rate, by paired intervals that leave out 0. ↑ ↓: better or
@@ -320,7 +322,9 @@ def report(folder: Path, metrics_of: Mapping[str, tuple[str, ...]], plots: bool 
     rows = read_results(folder / "results.csv")
     tasks = [task for task in metrics_of if any(row["task"] == task for row in rows)]
     judged = {
-        (task, metric): judge(folder, rows, task, metric) for task in tasks for metric in metrics_of[task]
+        (task, metric): judge_cells(folder, rows, task, metric)
+        for task in tasks
+        for metric in metrics_of[task]
     }
     differences = corrected(
         [d for (task, metric), cells in judged.items() for d in compare_cells(cells, task, metric)]
@@ -376,7 +380,7 @@ def report(folder: Path, metrics_of: Mapping[str, tuple[str, ...]], plots: bool 
 
 
 def _plot(
-    folder: Path, rows: list[dict[str, str]], judged: Mapping[Key, Judged], task: str, metric: str
+    folder: Path, rows: list[dict[str, str]], judged: Mapping[MethodAt, Judged], task: str, metric: str
 ) -> list[str]:
     """Metric against pruning rate and against total cost, as PNG; nothing where matplotlib is not
     installed."""
@@ -386,7 +390,7 @@ def _plot(
         return []
     methods = list(dict.fromkeys(name for name, rate in judged if rate is not None))
     beside = {name: judged[name, None] for name in (FULL, UNTOUCHED) if (name, None) in judged}
-    passes: dict[Key, float] = {}
+    passes: dict[MethodAt, float] = {}
     for name, rate in judged:
         own = [
             r

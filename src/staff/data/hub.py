@@ -9,19 +9,19 @@ from typing import Any
 
 import yaml
 
-from staff.data.locate import HUB_ID
+from staff.data.locate import DATA_ID
 
 logger = logging.getLogger(__name__)
 
 
-def check(repositories: Iterable[str], public: bool) -> None:
+def check_names(repositories: Iterable[str], public: bool) -> None:
     """See, before any work, that coresets may go into these data sets.
 
     Raises:
         ValueError: a name that isn't OWNER/NAME, no network, or a public data set without --public.
     """
     for repository in repositories:
-        if not HUB_ID.fullmatch(repository):
+        if not DATA_ID.fullmatch(repository):
             raise ValueError(f"--push-to-hub {repository}: give OWNER/NAME, with the owner's name before it")
         _refuse_public(repository, public)
 
@@ -101,5 +101,5 @@ def card_of(facts: Mapping[str, Any], made_of: Mapping[str, Iterable[str]], lice
 
 
 def _public_name(name: str) -> str:
-    is_hub = HUB_ID.fullmatch(name) and not Path(name).exists()
+    is_hub = DATA_ID.fullmatch(name) and not Path(name).exists()
     return f"`{(name if is_hub else Path(name).name).replace('`', '')}`"

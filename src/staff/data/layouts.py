@@ -152,7 +152,7 @@ def listed(columns: Iterable[object], limit: int = 12) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def find(row: Mapping) -> Layout:
+def find_layout(row: Mapping) -> Layout:
     """The layout of a file whose first row has these columns.
 
     Raises:
@@ -299,7 +299,8 @@ def from_factory(entry: Mapping, where: str) -> Layout:
         if "prompt" not in columns or "response" not in columns:
             found = listed(columns) or "none"
             raise ValueError(f"{where}: 'columns' must name 'prompt' and 'response'; found {found}")
-        return Layout(f"Alpaca ({name})", **columns)
+        fields: dict[str, Any] = {key: column for key, column in columns.items() if key != "messages"}
+        return Layout(f"Alpaca ({name})", **fields)
     tags, is_openai = entry.get("tags") or {}, formatting == "openai"
     roles = {tags.get(tag) or default: role for tag, (default, role) in _FACTORY_TAGS.items()}
     role_tag, content_tag = ("role", "content") if is_openai else ("from", "value")

@@ -25,7 +25,7 @@ SPLIT_NAMES = {
     "validation": ("dev", "val", "valid", "validation", "eval"),
 }
 STDIN, PIPE = "standard input", "pipe the rows in, as in: staff select --data - < rows.jsonl"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+DATA_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _one(name: str, split: str | None, config: str | None, revision: str | None)
             flags = "--split, --dataset-config and --revision are for hub data sets, --split also for folders"
             raise ValueError(f"{name} is a file: {flags}")
         return Input((path,), (name,))
-    if HUB_ID.fullmatch(name) and suffix_of(path) not in SUFFIXES and not path.parent.is_dir():
+    if DATA_ID.fullmatch(name) and suffix_of(path) not in SUFFIXES and not path.parent.is_dir():
         return Input(hub=name, config=config, split=split, revision=revision)
     raise _missing(path)
 
@@ -258,7 +258,7 @@ def _factory(name: str, info: Path, split: str | None, config: str | None, revis
     split, hub, folder = split or entry.get("split"), entry.get("hf_hub_url"), entry.get("folder")
     if hub:
         # `datasets` takes names of its own builders, such as text, and folders for data sets too
-        if not HUB_ID.fullmatch(hub) or os.path.exists(hub):
+        if not DATA_ID.fullmatch(hub) or os.path.exists(hub):
             raise ValueError(f"{where}: 'hf_hub_url' is {hub!r}; it must be a hub data set, owner/name")
         if folder and (os.path.isabs(folder) or ".." in Path(folder).parts or "://" in folder):
             raise ValueError(f"{where}: 'folder' is {folder!r}; it must be a folder of the hub data set")

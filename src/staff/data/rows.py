@@ -19,7 +19,7 @@ from staff.data.layouts import (
     REQUIRED,
     BadRow,
     Layout,
-    find,
+    find_layout,
     from_columns,
     left_out,
     near,
@@ -34,7 +34,7 @@ from staff.files import write_whole
 __all__ = ["Example", "Rows", "Turn", "read"]
 
 MEMORY = "the data given"
-USUAL = {
+KINDS_OF = {
     ".jsonl": ("JSONL",),
     ".ndjson": ("JSONL",),
     ".json": ("JSON", "JSONL"),
@@ -288,7 +288,7 @@ def _open(located: Input, known: Sequence[str]) -> tuple[Any, list[str]]:
     notes = [
         f"{file.name} is {kind} by its content, whatever its name says"
         for file in files
-        if kind not in USUAL.get(suffix_of(file.path), (kind,))
+        if kind not in KINDS_OF.get(suffix_of(file.path), (kind,))
     ]
     if kind == "JSONL":
         return LineRows(files, located.keep), notes
@@ -318,7 +318,7 @@ def _checked(source: Any, layout: Layout | None, train_on: str, skip: bool) -> R
     guessed_in, watched = "", frozenset[str]()  # where the layout was found, and what it would leave out
     if layout is None and source.columns:  # what is read of a table is settled before the first row
         with contextlib.suppress(BadRow, StopIteration):
-            layout, guessed_in = find(next(source.fetch(np.zeros(1, np.int64)))), _where(source, 0)
+            layout, guessed_in = find_layout(next(source.fetch(np.zeros(1, np.int64)))), _where(source, 0)
             watched = PROMPT_COLUMNS.difference(layout.columns())
     row: Any
     for number, (line, row) in enumerate(source.scan(layout, watched)):
@@ -329,7 +329,7 @@ def _checked(source: Any, layout: Layout | None, train_on: str, skip: bool) -> R
             if row.__class__ is BadRow:
                 raise row
             if layout is None:
-                layout, guessed_in = find(row), _where(source, number)
+                layout, guessed_in = find_layout(row), _where(source, number)
                 watched = PROMPT_COLUMNS.difference(layout.columns())
             build(layout, row, train_on)
         except BadRow as error:

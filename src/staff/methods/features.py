@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 SLOW_PAIRS = (
     1_000_000_000  # distances between samples and picks from which k-center says what it is about to do
 )
-ROWS_AT_ONCE = 4096
+ROWS_A_BLOCK = 4096
 FARTHEST_FEW = 2048  # samples that k-center keeps up to date between two looks at the whole pool
 
 
@@ -166,10 +166,10 @@ def _farthest_first(features: np.ndarray, count: int, first: int) -> np.ndarray:
 def _lower(distances: np.ndarray, features: np.ndarray, squares: np.ndarray, picks: list[int]) -> None:
     """Lower each squared distance to that of the nearest of `picks`, in place, as matrix products."""
     centres, centre_squares = features[picks], squares[picks]
-    for start in range(0, len(features), ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
-        for at in range(0, len(picks), ROWS_AT_ONCE):
-            part = slice(at, at + ROWS_AT_ONCE)
+    for start in range(0, len(features), ROWS_A_BLOCK):
+        rows = slice(start, start + ROWS_A_BLOCK)
+        for at in range(0, len(picks), ROWS_A_BLOCK):
+            part = slice(at, at + ROWS_A_BLOCK)
             nearest = (centre_squares[part] - 2 * (features[rows] @ centres[part].T)).min(axis=1)
             np.minimum(distances[rows], np.maximum(nearest + squares[rows], 0), out=distances[rows])
 
@@ -246,8 +246,8 @@ def neighbour_distances(features: np.ndarray, neighbours: np.ndarray) -> np.ndar
     """(n, k) float64 Euclidean distances from each sample to its neighbours; nothing in particular where
     there is none."""
     distances = np.empty(neighbours.shape)
-    for start in range(0, len(features), ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
+    for start in range(0, len(features), ROWS_A_BLOCK):
+        rows = slice(start, start + ROWS_A_BLOCK)
         for column in range(neighbours.shape[1]):
             apart = features[rows] - features[neighbours[rows, column]]
             distances[rows, column] = np.sqrt(np.einsum("nd,nd->n", apart, apart))

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-LEAST = 20  # verified samples below which nothing is said
+LEAST_VERIFIED = 20  # verified samples below which nothing is said
 REPLICATES = 500
 PAIRED = 1000  # samples at most that pairs are counted over
 
@@ -97,8 +97,9 @@ def fidelity(
     )
     drawn = np.bincount(regions, minlength=len(sizes))
     share = float(np.asarray(sizes)[drawn > 0].sum() / n)
-    if len(regions) < LEAST:
-        few = f"too few to say: {len(regions)} samples were verified, and {LEAST} are the least that tell"
+    if len(regions) < LEAST_VERIFIED:
+        few = f"{len(regions)} samples were verified, and {LEAST_VERIFIED} are the least that tell"
+        few = f"too few to say: {few}"
         return Fidelity(len(regions), share, "unknown", few)
     weights = _replicates(regions, np.asarray(sizes), drawn)
     pairs = _pair_weights(regions, np.asarray(sizes), drawn)

@@ -17,11 +17,11 @@ from staff.data.tokens import Pool, collate
 from staff.files import SEAL, is_out_of_memory, seal, sealed
 from staff.models import anatomy, attention
 from staff.models.adapters import add_lora, joined_products
+from staff.models.files import ADAPTER as ADAPTER
 from staff.scoring import scopes
 from staff.scoring.gradnorm import Head, response_scores
 
 CHECKPOINTS = 2  # kept: one that turns out damaged has another before it
-ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 GIVEN = ("input_ids", "position_ids", "attention_mask")  # to the model, of what a step has
 
 
@@ -128,7 +128,7 @@ class _Watch(TrainerCallback):
             shutil.rmtree(old)
 
 
-def finetune(
+def train_lora(
     model: torch.nn.Module,
     pool: Pool,
     positions: np.ndarray,

@@ -193,7 +193,9 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False):
     )
 
 
-def check(source: Source, scope: str, load_in: str | None = None, trust_remote_code: bool = False) -> None:
+def check_model(
+    source: Source, scope: str, load_in: str | None = None, trust_remote_code: bool = False
+) -> None:
     """Can the model be loaded so, and has it the scope? Reads configurations, no weights: seconds, even for a
     large model.
 
@@ -215,7 +217,7 @@ def check(source: Source, scope: str, load_in: str | None = None, trust_remote_c
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
             return _bare_lora(model) if scope == "lora" else model
 
-    scopes.check(_quietly(empty, source), scope)
+    scopes.check_scope(_quietly(empty, source), scope)
 
 
 def _bare_lora(model: torch.nn.Module) -> torch.nn.Module:

@@ -254,7 +254,7 @@ def warn(pool: rows.Rows, tokens: Any, max_length: int, skipped: Path) -> None:
 
 
 def write_tables(folder: Path, coresets: Sequence[Coreset], runs: Sequence[Run]) -> None:
-    """cells.csv, a line a coreset; likeness.csv, how alike methods choose and how nested one's coresets
+    """cells.csv, a line a coreset; overlap.csv, how alike methods choose and how nested one's coresets
     are."""
     lines = [
         (c.method, c.pruning_rate, len(run.indices), len(run.selection.verified), c.folder.name)
@@ -271,7 +271,7 @@ def write_tables(folder: Path, coresets: Sequence[Coreset], runs: Sequence[Run])
             {c.folder.name: chosen[c.folder.name] for c in coresets if c.pruning_rate == rate}, n
         )
     header = [f.name for f in dataclasses.fields(Overlap)]
-    files.write_csv(folder / "likeness.csv", header, map(dataclasses.astuple, pairs))
+    files.write_csv(folder / "overlap.csv", header, map(dataclasses.astuple, pairs))
 
 
 def find_run(coreset: Coreset, key: str | None, read: Callable[[], rows.Rows]) -> Run | None:

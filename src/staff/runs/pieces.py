@@ -19,7 +19,7 @@ from staff.data import rows as reading
 from staff.data.tokens import SHORTENED, Pool, in_common, tokenise
 from staff.models import adapters, drafts, load
 from staff.models.files import Source, tokenizer_fingerprint
-from staff.models.finetune import finetune
+from staff.models.finetune import train_lora
 from staff.plan import SNAPSHOTS
 from staff.runs import account, keys
 from staff.runs.store import Inputs, Ledger, RunFolder
@@ -164,7 +164,7 @@ class Pieces:
                 "flops": flops,
             }
             account.spend(self.run.work, stage, once=folder.name, **numbers)
-            finetune(
+            train_lora(
                 model,
                 pool,
                 positions,

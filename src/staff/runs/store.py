@@ -80,7 +80,7 @@ class RunFolder:
                 f"{path} is in use by {said}: wait for it, stop it, or name another --output"
             ) from None
         except OSError as error:
-            if error.errno in files.FULL:
+            if error.errno in files.DISK_FULL:
                 raise ValueError(
                     f"{path}: the disk is full. Free some space, or name another --output"
                 ) from None

@@ -22,7 +22,7 @@ from staff.data.tokens import Pool
 from staff.models import anatomy
 from staff.scoring.gradnorm import Site
 
-LEAST = 8  # tokens from which it pays
+LEAST_TOKENS = 8  # tokens from which it pays
 FIXED_ROPE = (
     "default",
     "linear",
@@ -115,7 +115,7 @@ def find(model: torch.nn.Module, site: Site, pool: Pool) -> Prefix | None:
     if not takes_cache or rope.get("rope_type") not in FIXED_ROPE or not site.name.startswith("blocks."):
         return None
     length = length_of(pool)
-    if length < LEAST:
+    if length < LEAST_TOKENS:
         return None
     place = int(site.name.split(".")[1])
     calls: list[tuple[Tensor, Tensor]] = []

@@ -160,7 +160,7 @@ def sites(model: nn.Module, scope: str, seed: int = 0) -> list[Site]:
     Raises:
         ValueError: unknown scope, or the model does not have what it needs.
     """
-    check(model, scope)
+    check_scope(model, scope)
     if scope == "last-value":
         return [value_projection(model)]
     if scope == "released":
@@ -202,7 +202,7 @@ def counted(sites: list[Site]) -> list[tuple[str, Tensor, Callable[[Tensor], Ten
     return weights
 
 
-def check(model: nn.Module, scope: str) -> None:
+def check_scope(model: nn.Module, scope: str) -> None:
     """Can the scope be had? Looks at the structure alone, so a model on the meta device will do.
 
     Raises:
