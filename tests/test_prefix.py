@@ -62,12 +62,13 @@ def test_the_common_start_ends_before_the_token_that_predicts_the_first_response
     assert prefix.length_of(twins) == COMMON + 1
 
 
+@pytest.mark.parametrize("scope", ["last-value", "last-block"])
 @pytest.mark.parametrize("layout", CHECKED)
-def test_scores_with_and_without_are_the_same(layout, caplog):
+def test_scores_with_and_without_are_the_same(layout, scope, caplog):
     pool, model = pool_with_start(), make_model(layout)
     positions = np.arange(len(pool))
-    plain = Scorer(model, reuse_prefix=False).scores(pool, positions, 64)
-    scorer = Scorer(model)
+    plain = Scorer(model, scope, reuse_prefix=False, balance=True).scores(pool, positions, 64)
+    scorer = Scorer(model, scope, balance=True)
     found = scorer.scores(pool, positions, 64)
     for name, values in plain.items():
         np.testing.assert_allclose(
@@ -78,21 +79,22 @@ def test_scores_with_and_without_are_the_same(layout, caplog):
         assert "computed anew" not in caplog.text
 
 
+@pytest.mark.parametrize("scope", ["last-value", "last-block"])
 @pytest.mark.parametrize("layout", ["llama", "phi3", "gpt-neox"])
-def test_a_tuned_models_scores_are_the_same(layout):
+def test_a_tuned_models_scores_are_the_same(layout, scope):
     pool, model = pool_with_start(), add_lora(make_model(layout), 3, 8, seed=1)
     for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(3))
-    plain = Scorer(model, reuse_prefix=False).scores(pool, np.arange(len(pool)))["effort"]
-    scorer = Scorer(model)
+    plain = Scorer(model, scope, reuse_prefix=False).scores(pool, np.arange(len(pool)))["effort"]
+    scorer = Scorer(model, scope)
     np.testing.assert_allclose(scorer.scores(pool, np.arange(len(pool)))["effort"], plain, rtol=1e-9)
     assert scorer._prefix[1] is not None
 
 
 def test_the_released_scope_and_others_do_without():
     pool = pool_with_start()
-    for scope in ("last-block", "linear", "released"):
+    for scope in ("linear", "released"):
         scorer = Scorer(make_model("llama"), scope)
         scorer.scores(pool, np.arange(2))
         assert scorer._prefix is None

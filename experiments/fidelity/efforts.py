@@ -21,7 +21,7 @@ from staff.models import drafts, files, load
 from staff.scoring import scopes
 from staff.scoring.scorer import Scorer
 
-ROWS = 2000
+ROWS, ROWS_SMOLLM2 = 2000, 500
 TASKS = {
     "medquad": "examples/medquad/train.jsonl",
     "biomedical": "${STAFF_DATA}/biomedical_qa/train.jsonl",
@@ -71,7 +71,12 @@ def main() -> None:
             source = load.unpack_gguf(source, unpacked, dtype)
         model = load.load_model(source, dtype, torch.device("cpu"), False)
         model = drafts.cut(model, blocks) if blocks else model
-        examples = list(islice(rows.read([os.path.expandvars(TASKS[task])]).examples(), ROWS))
+        examples = list(
+            islice(
+                rows.read([os.path.expandvars(TASKS[task])]).examples(),
+                ROWS_SMOLLM2 if where == GGUF else ROWS,
+            )
+        )
         pool = tokenise(examples, load.load_tokenizer(source, False), 512)
         size = load.measure(model)
         tokens, response = pool.lengths, pool.response_tokens()

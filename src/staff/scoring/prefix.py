@@ -1,17 +1,21 @@
 """What all samples begin with, computed once: its keys and values serve every sample, as in a chat server
-(exact for last-value).
+(exact for last-value and last-block).
 
 Through causal blocks the tokens of a common start (system prompt, instruction, opening of the template) come
 out the same for every sample. Only in the last block do samples differ there: in the gradient at the start's
-values, since each sample's later tokens attend to them. So the values of that block are handed over as a leaf
-of the graph, one copy a sample, and their gradients count as those of any other token. Nothing else of the
-start has a gradient that the scope "last-value" looks at.
+keys and values, since each sample's later tokens attend to them. So the last block's keys and values of the
+start are handed over as leaves of the graph, one copy a sample; what arrives at them goes back through the
+start's own graph to the outputs of the weights they were made by, and counts as the gradient of those
+weights' calls. Nothing else of the start has a gradient that these scopes look at: its queries, its
+attention's output and what follows change nothing that a later token sees.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,41 +43,68 @@ class Prefix:
     Attributes:
         tokens: P.
         keys, values: of each block, (1, G, P, D).
-        layer_input: (P, I), what goes into the value projection.
-        layer_output: (P, O), what comes out of it; of a fused projection the value rows alone, zero
-            elsewhere.
-        rows: as in the Site.
-        place: of the block of the value projection.
+        block: whose keys and values have a gradient; they are `made`, with their graph.
+        made: its keys and values, (1, G, P, D) each, or one of them.
+        places: the sites that these hang on.
+        inputs, outputs: of those sites, (1, P, I) and (1, P, O), nodes of the graph.
     """
 
     tokens: int
     keys: list[Tensor]
     values: list[Tensor]
-    layer_input: Tensor
-    layer_output: Tensor
-    rows: Tensor | None
-    place: int
+    block: int
+    made: tuple[Tensor, Tensor]
+    places: list[int]
+    inputs: list[Tensor]
+    outputs: list[Tensor]
 
-    def for_batch(self, size: int) -> tuple[Cache, Tensor, Tensor]:
-        """A cache of `size` samples that hold the start, and the call of the value projection that it stands
-        for.
+    def for_batch(self, size: int) -> tuple[Cache, list[tuple[int, Tensor, Tensor]]]:
+        """A cache of `size` samples that hold the start, and the calls of sites that it stands for.
 
         Returns:
-            the cache, (size, P, I) inputs, and (size, P, O) outputs: a leaf that the cache's values are made
-            of.
+            the cache, and for each site that the last block's keys and values hang on its place, (size, P, I)
+            inputs, and (size, P, O) outputs: leaves that the cache is made of.
         """
-        leaf = self.layer_output.expand(size, -1, -1).clone().requires_grad_(True)
-        values = list(self.values)
-        of_values = leaf if self.rows is None else leaf[..., self.rows]
-        _, groups, tokens, width = values[self.place].shape
-        values[self.place] = of_values.view(size, tokens, groups, width).transpose(1, 2)
-        cache = Cache(
-            layers=[
-                _Start(k.expand(size, -1, -1, -1), v.expand(size, -1, -1, -1))
-                for k, v in zip(self.keys, values, strict=True)
-            ]
+        leaves = [
+            output.detach().expand(size, -1, -1).clone().requires_grad_(True) for output in self.outputs
+        ]
+        own = _OfStart.apply(self, *leaves)
+        layers: list[Any] = []
+        for block, pair in enumerate(zip(self.keys, self.values, strict=True)):
+            layers.append(
+                _Start(*(own if block == self.block else (p.expand(size, -1, -1, -1) for p in pair)))
+            )
+        inputs = [part.expand(size, -1, -1) for part in self.inputs]
+        return Cache(layers=layers), list(zip(self.places, inputs, leaves, strict=True))
+
+    def pull_back(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients at copies of the keys and values, (B, G, P, D), as those at the outputs, (B, P, O)."""
+        made, of_each = zip(
+            *(
+                (part, grad[:, None])
+                for part, grad in zip(self.made, grads, strict=True)
+                if part.requires_grad
+            ),
+            strict=True,
         )
-        return cache, self.layer_input.expand(size, -1, -1), leaf
+        pulled = torch.autograd.grad(
+            made, self.outputs, of_each, retain_graph=True, is_grads_batched=True, materialize_grads=True
+        )
+        return [part[:, 0] for part in pulled]
+
+
+class _OfStart(torch.autograd.Function):
+    """A block's keys and values of the start, one copy a sample, as a function of the outputs they are made
+    of."""
+
+    @staticmethod
+    def forward(ctx: Any, start: Prefix, *leaves: Tensor) -> tuple[Tensor, ...]:
+        ctx.start = start
+        return tuple(part.detach().expand(len(leaves[0]), -1, -1, -1).clone() for part in start.made)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.start.pull_back(grads)
 
 
 class _Start(DynamicLayer):
@@ -105,44 +136,76 @@ def length_of(pool: Pool) -> int:
     return max(common, 0)
 
 
-@torch.no_grad()
-def find(model: torch.nn.Module, site: Site, pool: Pool) -> Prefix | None:
+def find(model: torch.nn.Module, sites: Sequence[Site], pool: Pool) -> Prefix | None:
     """The common start of a pool run through a model; None where there is none to speak of, or the model's
     cache is of another kind."""
     config = anatomy.text_config(model)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     takes_cache = "past_key_values" in inspect.signature(anatomy.decoder(model).forward).parameters
-    if not takes_cache or rope.get("rope_type") not in FIXED_ROPE or not site.name.startswith("blocks."):
+    of_blocks = {site.name.split(".")[1] if site.name.startswith("blocks.") else None for site in sites}
+    if not takes_cache or rope.get("rope_type") not in FIXED_ROPE or len(of_blocks) != 1 or None in of_blocks:
         return None
+    block, blocks = int(of_blocks.pop() or 0), anatomy.blocks(model)
     length = length_of(pool)
-    if length < LEAST_TOKENS:
+    if length < LEAST_TOKENS or (len(sites) > 1 and block != len(blocks) - 1):
         return None
-    place = int(site.name.split(".")[1])
-    calls: list[tuple[Tensor, Tensor]] = []
-    handle = site.module.register_forward_hook(lambda module, args, output: calls.append((args[0], output)))
+    calls: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    handles = [
+        site.module.register_forward_hook(
+            lambda module, args, output, place=place: calls.setdefault(place, []).append((args[0], output))
+        )
+        for place, site in enumerate(sites)
+    ]
+    handles.append(blocks[block].register_forward_pre_hook(_begin_graph, with_kwargs=True))
     cache = DynamicCache(config=config)
+    device = next(model.parameters()).device
+    ids = torch.as_tensor(np.array(pool.ids(0)[:length]), dtype=torch.int64, device=device)[None]
     try:
-        ids = torch.as_tensor(
-            np.array(pool.ids(0)[:length]), dtype=torch.int64, device=next(model.parameters()).device
-        )[None]
-        anatomy.decoder(model)(input_ids=ids, past_key_values=cache, use_cache=True)
+        with torch.enable_grad():
+            anatomy.decoder(model)(input_ids=ids, past_key_values=cache, use_cache=True)
     except ValueError:  # a model with a cache of its own kind: scored without the start
         return None
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     layers = cache.layers
-    plain = len(layers) == len(anatomy.blocks(model)) and all(
+    if len(layers) != len(blocks) or not all(
         type(layer) is DynamicLayer and layer.get_seq_length() == length for layer in layers
-    )
-    if not plain or len(calls) != 1 or calls[0][0].shape[:-1].numel() != length:
+    ):
         return None
-    layer_input, output = (part.reshape(length, -1) for part in calls[0])
-    keys, kept = (
-        [part for layer in layers if (part := getattr(layer, name)) is not None]
-        for name in ("keys", "values")
-    )
-    values = kept[place][0].transpose(0, 1).reshape(length, -1)  # with the adapter's part, where there is one
-    if values.shape[1] != (output.shape[1] if site.rows is None else len(site.rows)):
+    keys, values = ([getattr(layer, name) for layer in layers] for name in ("keys", "values"))
+    made = keys[block], values[block]
+    nodes = [(place, *call) for place, seen in calls.items() for call in seen if isinstance(call[1], Tensor)]
+    if not nodes or not any(part.requires_grad for part in made):
         return None
-    whole = values if site.rows is None else torch.zeros_like(output).index_copy_(1, site.rows, values)
-    return Prefix(length, keys, kept, layer_input, whole.contiguous(), site.rows, place)
+    wanted = [part for part in made if part.requires_grad]
+    grads = torch.autograd.grad(
+        wanted,
+        [output for *_, output in nodes],
+        [torch.ones_like(part) for part in wanted],
+        retain_graph=True,
+        allow_unused=True,
+    )
+    hang = [node for node, grad in zip(nodes, grads, strict=True) if grad is not None]
+    places, inputs, outputs = (
+        [node[0] for node in hang],
+        [node[1] for node in hang],
+        [node[2] for node in hang],
+    )
+    whole = all(part.dim() == 3 and part.shape[1] == length for part in (*inputs, *outputs))
+    if not hang or len(set(places)) < len(places) or not whole:
+        return None
+    keys, values = ([part.detach() for part in parts] for parts in (keys, values))
+    start = Prefix(length, keys, values, block, made, places, [part.detach() for part in inputs], outputs)
+    try:
+        start.pull_back([torch.zeros_like(part) for part in made])
+    except RuntimeError:  # an operation of the model's own that can't be gone back through for a whole batch
+        return None
+    return start
+
+
+def _begin_graph(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """What goes into a block, as a leaf of a graph."""
+    if args:
+        return (args[0].detach().requires_grad_(True), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach().requires_grad_(True)}

@@ -85,7 +85,7 @@ class Scorer:
         if scope == "released":
             scopes.drop_tuned_queries_and_values(model)
         self.sites = scopes.sites(model, scope, seed)
-        self._reuses = reuse_prefix and scope == "last-value"
+        self._reuses = reuse_prefix and scope in ("last-value", "last-block")
         self._prefix: tuple[weakref.ref[Pool], Prefix | None] | None = None
 
     def scores(
@@ -125,10 +125,9 @@ class Scorer:
             parts = []
             for places in cut:
                 batch = collate(pool, positions[places], self.device, skip=start.tokens if start else 0)
-                cache, *call = start.for_batch(len(places)) if start else (None,)
+                cache, also = start.for_batch(len(places)) if start else (None, [])
                 states: dict[str, torch.Tensor] = {}
                 forward = partial(self._hidden, batch, cache, states if features else None)
-                also: Any = [(0, *call)] if start else []
                 part = efforts(forward, self.head, self.sites, batch, self.loss, scale, also)
                 parts.append({**part, **states})
                 if on_samples and scale in (None, FLOAT16_SCALES[0]):
@@ -156,7 +155,7 @@ class Scorer:
         from staff.scoring import prefix
 
         if self._prefix is None or self._prefix[0]() is not pool:
-            start = prefix.find(self.model, self.sites[0], pool)
+            start = prefix.find(self.model, self.sites, pool)
             for probe in (int(np.argmin(pool.lengths)), int(np.argmax(pool.lengths))) if start else ():
                 plain, reused = (self._effort(pool, probe, grad_scale, given) for given in (None, start))
                 if not torch.allclose(
@@ -176,8 +175,7 @@ class Scorer:
         self, pool: Pool, position: int, grad_scale: float | None, start: Prefix | None
     ) -> torch.Tensor:
         batch = collate(pool, [position], self.device, skip=start.tokens if start else 0)
-        cache, *call = start.for_batch(1) if start else (None,)
-        also: Any = [(0, *call)] if start else []
+        cache, also = start.for_batch(1) if start else (None, [])
         forward = partial(self._hidden, batch, cache)
         return efforts(forward, self.head, self.sites, batch, self.loss, grad_scale, also)["effort"]
 
