@@ -223,5 +223,5 @@ def test_the_table_means_over_seeds_and_marks_what_is_not_known():
         "| --- | --- | --- |",
         "| a | 0.600 / 0.300 / 75% | 0.900 / ? / ? |",
         "| b | 0.100 / ? / 25% |  |",
-        "| full data | 0.200 / 0.100 / 100% | |",
+        "| full data | 0.200 / 0.100 / 100% |  |",
     ]
