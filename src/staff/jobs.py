@@ -86,6 +86,7 @@ def _tune(
         tokens = tokenise(pool.examples(), tokenizer, reading.max_length, tell, reading, pool.numbers)
         pool, usable = in_common(pool, {"": tokens})
         tokens = usable[""]
+        load.check_room(source, tokens, pool.numbers, engine.trust_remote_code)
         warn(pool, tokens, config.reading.max_length, run.path / "skipped.jsonl")
         model = load.load_model(source, dtype, device, engine.trust_remote_code, engine.load_in)
         # before the adapter, whose seal ends this stage

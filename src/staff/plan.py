@@ -223,6 +223,7 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
         pools[label] = tokenise(rows.examples(), tokenizer, of.max_length, None, of, rows.numbers)
     rows, pools = in_common(rows, pools)
     for label, source in sources.items():
+        models.check_room(source, pools[label], rows.numbers, config.engine.trust_remote_code)
         model = models.load_model(
             source, dtype, device, config.engine.trust_remote_code, config.engine.load_in
         )

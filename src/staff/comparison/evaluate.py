@@ -121,6 +121,8 @@ def evaluate(config: EvaluateConfig, *, on_progress: Progress | None = None) -> 
             left_out = {place for place, _ in pool.dropped}
             rows, pools = in_common(rows, {"": pool})
             examples = [example for place, example in enumerate(examples) if place not in left_out]
+            room = (config.engine.trust_remote_code, config.max_new_tokens)
+            models.check_room(source, pools[""], rows.numbers, *room)
             folder = run.piece("answers", {"made_of": made_of})
             answers, shortened = _answers(config, examples, pools[""], tokenizer, load, run, folder)
             run.tell(Stage("judge"), 0, 1)

@@ -70,6 +70,31 @@ def text_config(model: nn.Module):
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def positions(model: nn.Module) -> tuple[int | None, bool]:
+    """How many positions a model was made for, None for no end, and whether they lie in a table."""
+    config = text_config(model)
+    rope = getattr(config, "rope_parameters", None) or {}
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    limit = next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+    if not isinstance(limit, int):
+        return None, False
+    tables = {
+        name.rpartition(".")[0]: tensor
+        for name, tensor in (*decoder(model).named_parameters(), *decoder(model).named_buffers())
+        if tensor.ndim == 2 and ("pos" in name or "wpe" in name) and limit <= len(tensor) <= limit + 8
+    }
+    for name, tensor in tables.items():
+        padding = getattr(decoder(model).get_submodule(name), "padding_idx", None)
+        counts_from = 0 if padding is None or len(tensor) > limit else padding + 1
+        return limit - counts_from, True
+    if not rope:  # MPT's attention biases are a table too
+        return (limit, True) if hasattr(config, "max_seq_len") else (None, False)
+    if rope.get("rope_type") == "dynamic":
+        return None, False
+    stretched = rope.get("factor", 1) * rope.get("original_max_position_embeddings", 0)
+    return max(limit, round(stretched)), False
+
+
 def share_of_experts(model: nn.Module) -> float:
     """The share of its experts that a token meets; 1 for a model without any."""
     config = text_config(model)

@@ -4,6 +4,7 @@ loaded."""
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -14,6 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from staff.files import remove, seal, sealed
 from staff.models.files import Source as Source
 from staff.models.files import check_quantised
@@ -21,6 +24,10 @@ from staff.models.files import resolve as resolve
 
 if TYPE_CHECKING:  # models are found and identified without torch: a finished run is recognised in no time
     import torch
+
+    from staff.data.tokens import Pool
+
+logger = logging.getLogger(__name__)
 
 # family -> (what its names look like, model types in a config.json, siblings smallest first)
 FAMILIES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
@@ -203,21 +210,65 @@ def check_model(
         ValueError: a library that is missing, or a scope that can't be had; before anything is loaded or
             trained.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     from staff.scoring import scopes
 
     check_quantised(source, load_in)
+    model = _empty(source, trust_remote_code)
+    scopes.check_scope(_quietly(lambda: _bare_lora(model), source) if scope == "lora" else model, scope)
 
-    def empty():
+
+def _empty(source: Source, trust_remote_code: bool) -> torch.nn.Module:
+    """The model as its configuration has it, without weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def make():
         extra = {"gguf_file": source.gguf} if source.gguf else {}
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **extra)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-            return _bare_lora(model) if scope == "lora" else model
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
-    scopes.check_scope(_quietly(empty, source), scope)
+    return _quietly(make, source)
+
+
+def check_room(
+    source: Source, pool: Pool, numbers: np.ndarray, trust_remote_code: bool = False, answer: int = 0
+) -> None:
+    """Has a model embeddings for all tokens of a pool, and positions for its longest sample?
+
+    By its configuration alone, before any work. More tokens than a model with rotary positions was made for
+    are a warning: it computes something.
+
+    Args:
+        numbers: the rows of the data that the pool is of, those that it dropped perhaps among them.
+        answer: tokens that may come behind a prompt.
+    """
+    from staff.models import anatomy
+
+    model = _empty(source, trust_remote_code)
+    if len(numbers) > len(pool):
+        numbers = np.delete(numbers, [place for place, _ in pool.dropped])
+    rows, labels = (
+        len(part.weight)
+        for part in (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+    )
+    beyond = np.flatnonzero(pool.input_ids >= np.where(pool.is_response, min(rows, labels), rows))
+    if len(beyond):
+        row = numbers[np.searchsorted(pool.offsets, beyond[0], "right") - 1]
+        raise ValueError(
+            f"{source.name}: row {row} of the data has token {pool.input_ids[beyond[0]]}, and the model "
+            f"knows {min(rows, labels)} tokens: give it its own tokenizer, or resize its embeddings"
+        )
+    needed = np.maximum(pool.lengths, pool.lengths - pool.response_tokens() + answer)
+    longest, (limit, is_table) = int(needed.max()), anatomy.positions(model)
+    if limit and longest > limit:
+        found = (
+            f"{source.name}: row {numbers[np.argmax(needed)]} of the data has {longest} tokens"
+            f"{', its answer included,' * bool(answer)} and the model has positions for {limit}"
+        )
+        if is_table:
+            raise ValueError(f"{found}: --max-length {limit}")
+        logger.warning("%s; what it makes of later ones is a guess: --max-length %d", found, limit)
 
 
 def _bare_lora(model: torch.nn.Module) -> torch.nn.Module:

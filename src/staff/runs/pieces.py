@@ -116,7 +116,12 @@ class Pieces:
         names = {"draft": "raw_draft", "target": "target"}
         pools = {self._pool_id(names[base]): self.pool(names[base]) for base in self.sources}
         self.rows, self._pools = in_common(self.rows, pools)
+        for base in {id(source): base for base, source in self.sources.items()}.values():
+            self._check_room(base, self.pool(names[base]), self.rows.numbers)
         return self.rows
+
+    def _check_room(self, base: str, pool: Pool, numbers: np.ndarray) -> None:
+        load.check_room(self._files(base), pool, numbers, self.config.engine.trust_remote_code)
 
     def _files(self, base: str) -> Source:
         """A model's files; a .gguf file is unpacked once."""
@@ -366,6 +371,7 @@ class Pieces:
         tokenizer = self._tokenizer(self.specs[name].base)
         how = config.reading
         query = tokenise(validation.examples(), tokenizer, how.max_length, None, how, validation.numbers)
+        self._check_room(self.specs[name].base, query, validation.numbers)
         pool = self.pool(name)
 
         def make() -> tuple[Score, int]:
