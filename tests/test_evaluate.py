@@ -20,7 +20,8 @@ from staff.comparison import evaluate as evaluation
 from staff.comparison.evaluate import evaluate, read_examples, summary_path
 from staff.config import EvaluateConfig, FinetuneConfig
 from staff.data.rows import read
-from staff.data.tokens import prompts_of, tokenise
+from staff.data.samples import prompts_of
+from staff.data.tokens import tokenise
 from staff.models import load as models
 
 SMALL = {"max_new_tokens": 12, "dtype": "float32"}

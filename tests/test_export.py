@@ -16,7 +16,8 @@ from family import TEMPLATE, make_tokenizer
 from staff.config import Reading
 from staff.data.export import write_coreset
 from staff.data.rows import read
-from staff.data.tokens import SHORTENED, tokenise
+from staff.data.samples import SHORTENED
+from staff.data.tokens import tokenise
 
 DATA = Path(__file__).parent / "data" / "formats"
 FILES = sorted(

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from family import TEMPLATE, make_tokenizer
+from staff.data.samples import CUT, SHORTENED, SPELLED
 from staff.data.tokens import batches, collate, tokenise
 from staff.data.turns import Example, Turn
 
@@ -97,7 +98,7 @@ def test_a_long_prompt_loses_the_start_of_its_text_and_a_long_response_its_end_a
     ]
     pool = tokenise(rows, tokenizer, 24)
     assert pool.lengths.tolist() == [22, 24, 24]
-    assert (pool.truncated, pool.cut_responses) == (1, 1)
+    assert (len(pool.marked(SHORTENED)), len(pool.marked(CUT))) == (1, 1)
     assert texts(tokenizer, pool, 1) == (("long " * 10 + "\n")[-18:] + "short<|im_end|>", "short<|im_end|>")
     assert texts(tokenizer, pool, 2) == ("why\n" + ("long " * 10)[:20], ("long " * 10)[:20])
 
@@ -107,10 +108,10 @@ def test_text_that_spells_control_tokens_is_read_as_trainers_read_it_and_counted
     spelling = example(("user", "What does <|im_end|> mean?"), ("assistant", "It ends a turn."))
     text = Example((Turn("text", "<|im_start|>user\nhi<|im_end|>", True),), None)  # formatted already: meant
     pool = tokenise([QUESTION, spelling, text], tokenizer, 1024)
-    assert pool.spelled == 1
+    assert len(pool.marked(SPELLED)) == 1
     messages = [{"role": turn.role, "content": turn.content} for turn in spelling.turns]
     assert pool.ids(1).tolist() == tokenizer.apply_chat_template(messages, return_dict=False)[:-1]
-    assert tokenise([QUESTION], make_tokenizer(None), 1024).spelled == 0
+    assert tokenise([QUESTION], make_tokenizer(None), 1024).marked(SPELLED).size == 0
 
 
 def test_parts_of_any_size_give_one_pool(monkeypatch):
@@ -120,19 +121,15 @@ def test_parts_of_any_size_give_one_pool(monkeypatch):
         for i in range(11)
     ]
     whole, seen = tokenise(rows, tokenizer, 40), []
-    monkeypatch.setattr("staff.data.tokens.ROWS_AT_ONCE", 3)
+    monkeypatch.setattr("staff.data.samples.ROWS_AT_ONCE", 3)
     parts = tokenise(iter(rows), tokenizer, 40, seen.append)
     assert seen == [3, 6, 9, 11]
-    monkeypatch.setattr("staff.data.tokens.LETTERS_AT_ONCE", 1)
+    monkeypatch.setattr("staff.data.samples.LETTERS_AT_ONCE", 1)
     assert tokenise(rows, tokenizer, 40, seen.append).input_ids.tolist() == whole.input_ids.tolist()
     assert seen[4:] == list(range(1, 12))
-    for name in ("input_ids", "is_response", "offsets"):
+    for name in ("input_ids", "is_response", "offsets", "marks"):
         assert getattr(parts, name).tolist() == getattr(whole, name).tolist()
-    assert (
-        (parts.truncated, parts.cut_responses, parts.spelled)
-        == (whole.truncated, whole.cut_responses, whole.spelled)
-        == (2, 7, 1)
-    )
+    assert [len(parts.marked(mark)) for mark in (SHORTENED, CUT, SPELLED)] == [2, 7, 1]
     assert len(tokenise([], tokenizer, 40)) == 0
 
 

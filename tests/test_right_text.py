@@ -16,7 +16,8 @@ from family import TEMPLATE, make_tokenizer
 from staff.config import Reading, SelectConfig
 from staff.data.chat import scaffold
 from staff.data.rows import read
-from staff.data.tokens import STRIPPED, Sampler, in_common, prompts_of, tokenise
+from staff.data.samples import SHORTENED, STRIPPED, Sampler, prompts_of
+from staff.data.tokens import in_common, tokenise
 from staff.data.turns import Example, Turn
 from staff.models.files import Source, tokenizer_fingerprint, with_date
 from staff.pipeline import select
@@ -275,7 +276,7 @@ def test_a_long_sample_keeps_its_begin_token_its_system_turn_and_the_template():
     text = tokenizer.decode(pool.ids(0))
     assert text.startswith("<s><|im_start|>system\nIn one word.<|im_end|>\n<|im_start|>user\n")
     assert text.endswith("is long. <|im_end|>\n<|im_start|>assistant\nElbe.<|im_end|>")
-    assert (len(pool.ids(0)), pool.truncated) == (80, 1)
+    assert (len(pool.ids(0)), pool.marked(SHORTENED).tolist()) == (80, [0])
     tight = tokenizer.decode(tokenise([row], tokenizer, 55).ids(0))
     assert tight.startswith("<s><|im_start|>system\n")
     assert tight.endswith("<|im_start|>assistant\nElbe.<|im_end|>")
@@ -317,7 +318,7 @@ def test_a_tokenizer_without_offsets_gives_the_same_sample_or_is_refused_by_name
     assert slow.decode(text.ids(0)) == "The Elbe.</s>"
     long = Example((turn("user", "Name a river. " * 9), ANSWER), None)
     cut = tokenise([long], slow, 100)
-    assert (cut.lengths.tolist(), cut.truncated) == ([100], 1)
+    assert (cut.lengths.tolist(), cut.marked(SHORTENED).tolist()) == ([100], [0])
     assert slow.decode(cut.ids(0)).endswith(
         "Name a river. <|im_end|>\n<|im_start|>assistant\nThe Elbe.<|im_end|>"
     )

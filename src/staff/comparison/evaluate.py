@@ -177,7 +177,7 @@ def _answers(
     Returns:
         n values each, in the examples' order: prediction, answer_tokens, cut, loss, prompt_tokens.
     """
-    from staff.data.tokens import prompts_of
+    from staff.data.samples import prompts_of
 
     room = config.reading.max_length - config.max_new_tokens
     prompts, end, shortened = prompts_of(examples, tokenizer, room, config.reading)

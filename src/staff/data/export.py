@@ -14,7 +14,7 @@ import yaml
 from staff.config import FinetuneConfig, Reading
 from staff.data.chat import GENERATION, dated, plain_template, template_of, text_of
 from staff.data.rows import Rows
-from staff.data.tokens import Sampler
+from staff.data.samples import Sampler
 from staff.data.turns import Example, build
 from staff.data.writers import dumps, write_lines
 from staff.files import remove, write_json, write_text, write_whole

@@ -1,27 +1,20 @@
-"""Texts to token ids with a mask on the trained turns: the pool, what happens to long samples, batches."""
+"""The pool: the token ids of all samples with a mask on the trained turns, and batches of them."""
 
 from __future__ import annotations
 
 import array
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from staff.config import Reading
-from staff.data.chat import USUAL, Rendering, chat_of, control_tokens, plain, spells, text_of
+from staff.data.chat import USUAL
 from staff.data.layouts import BadRow
 from staff.data.rows import Rows
-from staff.data.turns import Example, Turn
-
-SHORTENED, CUT, SPELLED, STRIPPED = 1, 2, 4, 8  # what a pool marks samples with
-# a part handed to the tokenizer in one call, which spreads it over all cores: that many rows or letters
-ROWS_AT_ONCE = 2_000
-LETTERS_AT_ONCE = 2_000_000
+from staff.data.samples import CUT, SHORTENED, SPELLED, STRIPPED, LongRow, Sampler
+from staff.data.turns import Example
 
 
 @dataclass(frozen=True)
@@ -33,10 +26,8 @@ class Pool:
         is_response: (total,) bool, tokens that the loss is taken on.
         offsets: (n + 1,) int64.
         marks: (n,) uint8, what was done to a sample, added up: SHORTENED, its prompt lost the start of its
-            text; CUT, its response
-            lost its end; SPELLED, its own text spells control tokens of the model, which are read as such;
-            STRIPPED, the
-            template leaves reasoning of a trained turn away.
+            text; CUT, its response lost its end; SPELLED, its own text spells control tokens of the model,
+            which are read as such; STRIPPED, the template leaves reasoning of a trained turn away.
         dropped: (place, reason) of the rows that make no sample; places count all rows.
     """
 
@@ -73,18 +64,6 @@ class Pool:
         marks = {"truncated": SHORTENED, "cut_responses": CUT, "stripped": STRIPPED, "spelled": SPELLED}
         return {name: self.marked(mark) for name, mark in marks.items() if self.marked(mark).size}
 
-    @property
-    def truncated(self) -> int:
-        return len(self.marked(SHORTENED))
-
-    @property
-    def cut_responses(self) -> int:
-        return len(self.marked(CUT))
-
-    @property
-    def spelled(self) -> int:
-        return len(self.marked(SPELLED))
-
     def take(self, positions: Sequence[int] | np.ndarray) -> Pool:
         """The samples at ascending positions."""
         keep = np.zeros(len(self), bool)
@@ -106,10 +85,8 @@ class Pool:
         keep = self.is_response.copy()
         keep[:-1] |= self.is_response[1:]
         starts = self.offsets[1:-1]
-        crosses = (
-            starts[self.is_response[starts] & ~self.is_response[starts - 1]] - 1
-        )  # the token before belongs to another sample
-        keep[crosses] = False
+        # the token before belongs to another sample
+        keep[starts[self.is_response[starts] & ~self.is_response[starts - 1]] - 1] = False
         offsets = np.concatenate([[0], np.cumsum(keep)])[self.offsets]
         return Pool(self.input_ids[keep], self.is_response[keep], offsets)
 
@@ -134,8 +111,7 @@ class Batch:
 
     Attributes:
         input_ids: (B, T) int64, padded on the right: behind a causal model's tokens padding changes nothing,
-            and without
-            a mask attention takes its fast path.
+            and without a mask attention takes its fast path.
         sample_of: (N,) int64, the sample of each response token.
         before: (N,) int64, the position of the token before it, which predicts it.
         labels: (N,) int64.
@@ -160,16 +136,13 @@ def tokenise(
     """Make a pool: each text as the model's chat template renders it, tokenised whole, trained turns marked.
 
     What stands behind the last trained token is left away: it bears on no loss. A sample of more than
-        max_length tokens
-    loses the start of the text of its prompt (not its begin token, its system turn or what the template
-    writes); a response
-    that is too long by itself loses its end. Such samples are marked, and so are those whose text spells
-    control tokens.
+    max_length tokens loses the start of the text of its prompt (not its begin token, its system turn or what
+    the template writes); a response that is too long by itself loses its end. Such samples are marked, and so
+    are those whose text spells control tokens.
 
     Memory: 5 bytes a token and 9 a row, an eighth more while it grows, and two parts at work: of 2,000 rows
-        or 2 million
-    letters, some 100 MiB. The tokenizer spreads a part over all cores, while the next one is put through the
-    template.
+    or 2 million letters, some 100 MiB. The tokenizer spreads a part over all cores, while the next one is put
+    through the template.
 
     Args:
         examples: streamed.
@@ -196,15 +169,10 @@ def tokenise(
                     raise sample
                 _, sample, mark = sampler.fitted(example, sample, max_length)
             except BadRow as error:
-                number = place if numbers is None else int(numbers[place])
-                if not (
-                    reading.on_bad_row == "skip" or (isinstance(error, LongRow) and reading.on_long == "drop")
-                ):
-                    cure = (
-                        ""
-                        if isinstance(error, LongRow)
-                        else ", or leave such rows out with --on-bad-row skip"
-                    )
+                is_long = isinstance(error, LongRow)
+                if not (reading.on_bad_row == "skip" or (is_long and reading.on_long == "drop")):
+                    number = place if numbers is None else numbers[place]
+                    cure = "" if is_long else ", or leave such rows out with --on-bad-row skip"
                     raise ValueError(f"row {number} {error}{cure}") from None
                 dropped.append((place, str(error)))
             else:
@@ -216,9 +184,8 @@ def tokenise(
         if on_progress:
             on_progress(place)
     ids, response = np.frombuffer(input_ids, np.int32), np.frombuffer(is_response, bool)
-    return Pool(
-        ids, response, np.frombuffer(offsets, np.int64), np.frombuffer(marks, np.uint8), tuple(dropped)
-    )
+    ends, done = np.frombuffer(offsets, np.int64), np.frombuffer(marks, np.uint8)
+    return Pool(ids, response, ends, done, tuple(dropped))
 
 
 def in_common(rows: Rows, pools: Mapping[Any, Pool]) -> tuple[Rows, dict[Any, Pool]]:
@@ -231,239 +198,13 @@ def in_common(rows: Rows, pools: Mapping[Any, Pool]) -> tuple[Rows, dict[Any, Po
             f"none of {len(rows)} rows can be used; the first one, row {rows.numbers[place]}, "
             f"{reasons[place]}"
         )
+    if not reasons:
+        return rows, dict(pools)
     left = {}
     for name, pool in pools.items():
-        own = {place for place, _ in pool.dropped}
-        places = (place for place in range(len(rows)) if place not in own)
-        left[name] = (
-            pool.take([i for i, place in enumerate(places) if place not in reasons]) if reasons else pool
-        )
-    return (rows.without(reasons) if reasons else rows), left
-
-
-class LongRow(BadRow):
-    """A sample is longer than asked for."""
-
-
-class Sample(NamedTuple):
-    """ids and trained: one token each."""
-
-    ids: list[int]
-    trained: bytes
-    stripped: bool = False
-
-
-class Sampler:
-    """Examples to samples, and the rule for all of them.
-
-    A sample's tokens are those of the template's own rendering, tokenised whole; a token is trained where it
-    has a character of a trained turn.
-    """
-
-    def __init__(self, tokenizer: Any, reading: Reading):
-        self.tokenizer, self.reading = tokenizer, reading
-        self.chat = chat_of(tokenizer, reading)
-        self.control = control_tokens(tokenizer)
-        self.added = set(getattr(tokenizer, "added_tokens_decoder", {}))
-
-    def rendered(self, example: Example) -> Rendering | BadRow:
-        if self.chat is None or example.turns[0].role == "text":
-            return plain(example, self.tokenizer)
-        try:
-            return self.chat.render(example)
-        except BadRow as error:
-            return error
-
-    def parts(self, examples: Iterator[Example]) -> Iterator[list[tuple[Example, Sample | BadRow]]]:
-        ahead: deque = deque()
-        with ThreadPoolExecutor(1) as thread:  # the tokenizer lets go of the interpreter while it works
-            while True:
-                part, texts, letters = [], [], 0
-                for example in islice(examples, ROWS_AT_ONCE):
-                    part.append(example)
-                    texts.append(self.rendered(example))
-                    letters += len(texts[-1].text) if isinstance(texts[-1], Rendering) else 0
-                    if letters >= LETTERS_AT_ONCE:
-                        break
-                if part:
-                    ahead.append((part, thread.submit(self.samples, texts)))
-                if ahead and (len(ahead) == 2 or not part):
-                    done, samples = ahead.popleft()
-                    yield list(zip(done, samples.result(), strict=True))
-                elif not part:
-                    return
-
-    def samples(self, texts: Sequence[Rendering | BadRow]) -> list[Sample | BadRow]:
-        """The samples of some texts, in order."""
-        done: dict[int, Sample | BadRow] = {}
-        for special in (False, True):
-            some = [(i, t) for i, t in enumerate(texts) if isinstance(t, Rendering) and t.special == special]
-            if not some:
-                continue
-            encoded = self.tokenizer(
-                [text.text for _, text in some],
-                add_special_tokens=special,
-                return_attention_mask=False,
-                verbose=False,
-            )
-            for k, (place, text) in enumerate(some):
-                try:
-                    encoding = encoded.encodings[k] if encoded.encodings else None
-                    done[place] = self._sample(text, encoded["input_ids"][k], encoding)
-                except BadRow as error:
-                    done[place] = error
-        return [text if isinstance(text, BadRow) else done[i] for i, text in enumerate(texts)]
-
-    def _sample(self, text: Rendering, ids: list[int], encoding: Any) -> Sample:
-        end = self.tokenizer.eos_token_id
-        if (
-            text.special
-            and end is not None
-            and ids[-2:] == [end, end]
-            and text.text.endswith(self.tokenizer.eos_token)
-        ):
-            ids = ids[:-1]  # the text's own, and the tokenizer's
-        places = [self._places(text, ids, span, encoding) for span in text.spans]
-        trained = bytearray(places[-1][1])
-        for first, end in places:
-            trained[first:end] = b"\1" * (end - first)
-        if not any(trained[1:]):
-            raise BadRow("has nothing to learn: one token, which nothing predicts, and no end token")
-        return Sample(ids[: len(trained)], bytes(trained), text.stripped)
-
-    def _places(
-        self, text: Rendering, ids: list[int], span: tuple[int, int], encoding: Any
-    ) -> tuple[int, int]:
-        """The tokens that have a character of a span: the first, and the one behind the last."""
-        start, stop = span
-        if encoding is None:
-            return self._token_at(text, ids, start), self._token_at(text, ids, stop)
-        place = encoding.char_to_token
-        first = next((token for at in range(start, stop) if (token := place(at)) is not None), None)
-        last = next(
-            (token for at in range(stop - 1, start - 1, -1) if (token := place(at)) is not None), None
-        )
-        if first is None or last is None:
-            raise BadRow("has nothing to learn: the tokenizer makes no token of its answer")
-        if ids[first] in self.added and encoding.token_to_chars(first)[0] < start:
-            first += 1  # a control token that swallows the blanks behind it
-        while (
-            last + 1 < len(ids)
-            and (chars := encoding.token_to_chars(last + 1))
-            and chars[0] < stop
-            and chars[1] > start
-        ):
-            last += 1  # a character of several tokens
-        return first, (len(ids) if text.special and stop == len(text.text) else last + 1)
-
-    def _token_at(self, text: Rendering, ids: list[int], at: int) -> int:
-        """The token at a character, of a tokenizer without offsets: the text before must be the same tokens
-        alone."""
-        if at == len(text.text):
-            return len(ids)
-        before = self.tokenizer(text.text[:at], add_special_tokens=text.special, verbose=False)["input_ids"]
-        if text.special and before and before[-1] != ids[len(before) - 1]:
-            before = before[:-1]  # an end token that the tokenizer sets
-        if ids[: len(before)] != before:
-            raise BadRow(
-                "has an answer that can't be told apart: its tokenizer has no character offsets, and other "
-                "tokens for "
-                "the text before the answer alone. Use the model's fast tokenizer (tokenizer.json)"
-            )
-        return len(before)
-
-    def fitted(self, example: Example, sample: Sample, max_length: int) -> tuple[Example, Sample, int]:
-        """An example and its sample of at most max_length tokens, and what was done to it."""
-        mark = SPELLED * spells(self.control, example) + STRIPPED * sample.stripped
-        if len(sample.ids) <= max_length:
-            return example, sample, mark
-        if self.reading.on_long != "cut-prompt":
-            raise LongRow(f"has {len(sample.ids)} tokens, more than --max-length {max_length}")
-        texts = [text_of(turn.content) for turn in self._loose(example).values()]
-        own = len(sample.ids) - sum(map(len, self._alone(texts)))
-        if own < max_length:
-            example, sample = self.shortened(example, sample, lambda s: len(s.ids) - max_length)
-        else:  # the response alone fills it: the prompt gets half
-            example, sample = self.shortened(example, sample, lambda s: s.trained.index(1) - max_length // 2)
-        if len(sample.ids) <= max_length:
-            return example, sample, mark + SHORTENED
-        sample = Sample(sample.ids[:max_length], sample.trained[:max_length])
-        if 1 not in sample.trained[1:]:
-            raise LongRow(f"has no room for its answer in --max-length {max_length}")
-        return example, sample, mark + CUT
-
-    def shortened(
-        self, example: Example, sample: Sample, excess: Callable[[Sample], int]
-    ) -> tuple[Example, Sample]:
-        """The prompt without the start of its text, earliest turn first, until nothing is in excess."""
-        for place in self._loose(example):
-            while (over := excess(sample)) > 0:
-                turn = example.turns[place]
-                shorter = self._without(text_of(turn.content), over)
-                if shorter == text_of(turn.content):
-                    break
-                turns = (*example.turns[:place], turn._replace(content=shorter), *example.turns[place + 1 :])
-                example = example._replace(turns=turns)
-                changed = self.samples([self.rendered(example)])[0]
-                if isinstance(changed, BadRow):
-                    raise changed
-                sample = changed
-        return example, sample
-
-    def _loose(self, example: Example) -> dict[int, Turn]:
-        """The turns that may lose text, those of the system last: where nothing else is left to make room."""
-        turns = [(place, turn) for place, turn in enumerate(example.turns) if not turn.train]
-        return dict(sorted(turns, key=lambda pair: pair[1].role == "system"))
-
-    def _alone(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-
-    def _without(self, text: str, tokens: int) -> str:
-        """A text without so many tokens at its start, of which its last letter stays."""
-        if getattr(self.tokenizer, "is_fast", False):
-            encoding = self.tokenizer([text], add_special_tokens=False, verbose=False).encodings[0]
-            starts = [start for start, _ in encoding.offsets]
-            at = max(1, starts[min(tokens, len(starts) - 1)]) if starts else 0
-        else:
-            at = max(1, len(text) * tokens // max(1, len(self._alone([text])[0])))
-        return text[min(at, max(len(text.rstrip()) - 1, 0)) :]
-
-
-def prompts_of(
-    examples: Sequence[Example],
-    tokenizer: Any,
-    room: int,
-    reading: Reading = USUAL,
-    numbers: Sequence[int] | np.ndarray | None = None,
-) -> tuple[list[np.ndarray], int, int]:
-    """What stands before each last answer in at most `room` tokens; the token that answers end with; how many
-    were cut."""
-    sampler = Sampler(tokenizer, reading)
-    made, cut, end = [], 0, 0
-    for place, (example, sample) in enumerate(
-        pair for part in sampler.parts(iter(examples)) for pair in part
-    ):
-        try:
-            if isinstance(sample, BadRow):
-                raise sample
-            whole = sample
-            if _before(sample) > room:
-                cut += 1
-                _, sample = sampler.shortened(example, sample, lambda s: _before(s) - room)
-            if _before(sample) > room:
-                raise BadRow(
-                    f"has a prompt of {_before(sample)} tokens where {room} have room, even without its text"
-                )
-        except BadRow as error:
-            raise ValueError(f"row {place if numbers is None else numbers[place]} {error}") from None
-        made.append(np.array(sample.ids[: _before(sample)], np.int32))
-        end = whole.ids[-1]
-    return made, end, cut
-
-
-def _before(sample: Sample) -> int:
-    """Tokens before the last trained turn."""
-    return len(sample.trained.rstrip(b"\1"))
+        places = np.delete(np.arange(len(rows)), [place for place, _ in pool.dropped])
+        left[name] = pool.take(np.flatnonzero(~np.isin(places, list(reasons))))
+    return rows.without(reasons), left
 
 
 def batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:

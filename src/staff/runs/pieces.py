@@ -16,7 +16,8 @@ import numpy as np
 from staff import files, graph
 from staff.config import SelectConfig
 from staff.data import rows as reading
-from staff.data.tokens import SHORTENED, Pool, in_common, tokenise
+from staff.data.samples import SHORTENED
+from staff.data.tokens import Pool, in_common, tokenise
 from staff.models import adapters, drafts, load
 from staff.models.files import Source, tokenizer_fingerprint
 from staff.models.finetune import train_lora
