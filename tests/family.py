@@ -2,9 +2,14 @@
 
 import contextlib
 import json
+import logging
 import multiprocessing
 import os
+import subprocess
+import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,6 +99,7 @@ def start(
     output: Path,
     family: Path,
     pause: float = 0.0,
+    at: Callable[[str, int], bool] = lambda stage, done: True,
     before: Callable[[], object] | None = None,
     **settings,
 ):
@@ -102,6 +108,7 @@ def start(
 
     Args:
         pause: seconds it rests after each word of progress.
+        at: (stage, done) -> it rests after this word.
         before: called in the process first: to put faults in its way.
     """
     context = multiprocessing.get_context("fork")
@@ -109,7 +116,7 @@ def start(
 
     def tell(stage, done, total):
         send.send((stage, done))
-        time.sleep(pause)
+        time.sleep(pause if at(stage, done) else 0)
 
     def work():
         import staff
@@ -144,6 +151,39 @@ def finish(process, receive) -> str | None:
     process.join()
     assert process.exitcode == (2 if message else 0)
     return message
+
+
+def run_staff(*arguments, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """The command line in a process of its own, forked so that nothing is imported again."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+
+        def work():
+            from staff import cli
+
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+            sys.argv = ["staff", *map(str, arguments)]
+            os.chdir(cwd or ".")
+            logging.getLogger().handlers.clear()  # pytest's own
+            code = 0
+            try:
+                cli.main()
+            except SystemExit as ended:
+                code = int(ended.code or 0)
+            except Exception:
+                traceback.print_exc()
+                code = 1
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+        process = multiprocessing.get_context("fork").Process(target=work)
+        process.start()
+        process.join(120)
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(arguments, process.exitcode, out.read(), err.read())
 
 
 def results(folder: Path) -> dict:

@@ -1,5 +1,6 @@
 """Whatever is wrong with a file, one message says where, what and what to do; never a library's traceback."""
 
+import copy
 import gzip
 import json
 import os
@@ -9,9 +10,11 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from staff.comparison.grid import read_comparison
 from staff.data.rows import read
 
 GOOD = b'{"prompt": "p", "response": "r"}\n'
@@ -1018,3 +1021,65 @@ def test_mutated_files_are_read_or_refused_and_nothing_else(file, skip, tmp_path
     finally:
         path.unlink()
         out.unlink(missing_ok=True)
+
+
+# ---- settings ----
+
+COMPARISON = {
+    "target": "t",
+    "output": "o",
+    "drafts": {"small": "d"},
+    "tasks": {
+        "sums": {"train": "a.jsonl", "test": "a.jsonl", "metrics": ["loss"], "select": {"num_regions": 3}}
+    },
+    "methods": {"random": {}, "mine": {"method": "ccs", "needs": {"scores": "draft/el2n"}, "num_strata": 4}},
+    "pruning_rates": [0.5],
+    "seeds": [1],
+    "finetune": {"epochs": 1, "dtype": "float32"},
+}
+NONSENSE = [
+    "",
+    "a\x1bb",
+    "../x",
+    -1,
+    10**400,
+    float("nan"),
+    float("inf"),
+    True,
+    None,
+    [],
+    [[]],
+    [{}],
+    {},
+    {1: [2]},
+]
+
+
+def places(node, at=()):
+    yield at
+    inside = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for name, part in inside:
+        yield from places(part, (*at, name))
+
+
+@pytest.mark.parametrize("at", list(places(COMPARISON)), ids=str)
+def test_a_comparison_of_any_shape_is_read_or_refused_in_one_line(at, tmp_path):
+    for value in NONSENSE:
+        values = {"all": copy.deepcopy(COMPARISON)}
+        node = values
+        for name in ("all", *at)[:-1]:
+            node = node[name]
+        node[("all", *at)[-1]] = value
+        path = write(tmp_path, "c.yaml", yaml.safe_dump(values["all"]).encode())
+        refused = None
+        try:
+            read_comparison(path)
+        except ValueError as error:
+            refused = str(error)
+        assert refused is None or (refused.startswith(str(path)) and len(refused.splitlines()) == 1)
+
+
+def test_a_yaml_file_nested_beyond_measure_is_refused(tmp_path):
+    path = write(tmp_path, "c.yaml", b"a: " + b"[" * 5000)
+    with pytest.raises(ValueError, match=r"c.yaml: not valid YAML"):
+        read_comparison(path)

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from family import run_staff as run
 from family import write_pool
 
 STAFF = [sys.executable, "-m", "staff.cli"]
@@ -25,12 +26,6 @@ SMALL = [
     "--batch-tokens",
     "512",
 ]
-
-
-def run(*arguments, **kwargs):
-    return subprocess.run(
-        [*STAFF, *map(str, arguments)], capture_output=True, text=True, timeout=120, **kwargs
-    )
 
 
 def models(family):
@@ -178,7 +173,7 @@ def test_what_is_wrong_is_one_message_without_a_traceback(arguments, message, fa
 
 def test_help_and_version_are_quick_and_name_every_command():
     began = time.monotonic()
-    said = run("--help").stdout
+    said = subprocess.run([*STAFF, "--help"], capture_output=True, text=True).stdout
     assert all(f"  {name}" in said for name in ("select", "score", "finetune", "methods"))
     assert run("--version").stdout.startswith("staff 0.")
     assert time.monotonic() - began < 20

@@ -92,9 +92,9 @@ def _checked(value: Any, hint: Any, flag: str) -> Any:
         if (
             isinstance(value, (int, float))
             and not isinstance(value, bool)
-            and (hint is float or value == int(value))
+            and (hint is float or value % 1 == 0)
         ):
-            return hint(value)
+            return int(value) if hint is int else float(str(value))  # a whole number may be past any float
         raise ValueError(f"{flag} must be a {'whole ' * (hint is int)}number; found {value!r}")
     if hint is str and isinstance(value, (str, os.PathLike)):
         return str(value)
@@ -513,7 +513,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must be lines of 'setting: value'; found {type(values).__name__}")

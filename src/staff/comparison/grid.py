@@ -128,8 +128,8 @@ def read_comparison(path: str | Path, output: str | None = None) -> Comparison:
         if not values.get(name):
             raise ValueError(f"{path}: needs {name}")
     output = output or values.get("output")
-    if not output:
-        raise ValueError(f"{path}: needs an output folder, there or with --output")
+    if not output or not isinstance(output, str):
+        raise ValueError(f"{path}: needs an output folder, there or with --output; found {output!r}")
     drafts = values.get("drafts") or ({"": values["draft"]} if values.get("draft") else {})
     if not isinstance(drafts, dict):
         raise ValueError(f"{path}: drafts must be lines of 'name: model'; found {drafts!r}")
@@ -154,7 +154,8 @@ def read_comparison(path: str | Path, output: str | None = None) -> Comparison:
         for name, given in _mapping(values["tasks"], f"{path}: tasks").items()
     }
     methods = values["methods"]
-    named = dict.fromkeys(methods) if isinstance(methods, list) else _mapping(methods, f"{path}: methods")
+    named = dict.fromkeys(map(str, methods)) if isinstance(methods, list) else methods
+    named = _mapping(named, f"{path}: methods")
     variants: dict[str, Variant] = {}
     for name, given in named.items():
         variants |= _variants(str(name), given or {}, drafts, f"{path}: methods: {name}")
@@ -168,11 +169,14 @@ def read_comparison(path: str | Path, output: str | None = None) -> Comparison:
         bool(values.get("full", True)),
         bool(values.get("untouched", True)),
     )
-    for task in tasks.values():  # all settings are looked at before any work
-        for variant in variants.values():
-            select_config(found, task, variant.name, 0, "x")
-        finetune_config(found, task, ("x",), 0, "x")
-        evaluate_config(found, task, "x", "x")
+    try:  # all settings are looked at before any work
+        for task in tasks.values():
+            for variant in variants.values():
+                select_config(found, task, variant.name, 0, "x")
+            finetune_config(found, task, ("x",), 0, "x")
+            evaluate_config(found, task, "x", "x")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return found
 
 
@@ -242,7 +246,7 @@ def _variants(name: str, given: Any, drafts: Mapping[str, str], where: str) -> d
     if not re.fullmatch(r"[\w.@-]+", name):
         raise ValueError(f"{where}: a method's name becomes a folder: letters, digits, - and _ alone")
     base = given.pop("method", name)
-    if base not in METHODS:
+    if not isinstance(base, str) or base not in METHODS:
         raise ValueError(
             f"{where}: there is no method {base!r}; name one with 'method:', of {', '.join(METHODS)}"
         )
