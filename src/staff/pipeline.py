@@ -344,6 +344,7 @@ def _results(
             values["loss"] = pieces.scores(need.model)["loss"]
         values |= {"prompt_tokens": tokens.lengths - response, "response_tokens": response}
         about |= {**outputs.facts_of(pool, tokens), **pieces.facts, "tokens": int(tokens.lengths.sum())}
+        about |= pieces.self_checks(method.models())
         if len(selection.verified) and method.verify and scores is not None:
             on_target = pieces.ledger(method.verify.model)(selection.verified)
             about["fidelity"] = _fidelity(selection, scores, on_target, response, values.get("loss"))

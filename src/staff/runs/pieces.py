@@ -203,10 +203,9 @@ class Pieces:
             model = adapters.add_lora(model, training.lora_rank, training.lora_alpha, config.seed)
         loss, balance = config.scoring.loss, config.scoring.balance_layers
         scorer = Scorer(model, scope, loss=loss, balance=balance, seed=config.seed)
-        if not self._recall(name):
+        if not files.read_checked(self._checked_at(name)):
             told = selfcheck.check(scorer, self.pool(name), config.scoring.batch_tokens)
             files.write_checked(self._checked_at(name), told)
-            self._recall(name)
         self._scorer = ((name, snapshot), scorer)
         self._spend(Stage("load"), time.monotonic() - began)
         folder = self.run.piece("size", self._base_key(name))
@@ -216,12 +215,13 @@ class Pieces:
     def _checked_at(self, name: str) -> Path:
         return self.run.piece("scores", self._scores_key(name)) / "self_check.json"
 
-    def _recall(self, name: str) -> bool:
-        """Take up what a model's self-check found, where it was made in this run."""
-        told = files.read_checked(self._checked_at(name))
-        if told:
-            self.facts.setdefault("self_check", {})[name] = told
-        return told is not None
+    def self_checks(self, names: Iterable[str]) -> dict[str, Any]:
+        """What the self-checks of some models found, whenever in this run they were made."""
+        there = [name for name in names if self.specs[name].base in self.sources]
+        told = {name: files.read_checked(self._checked_at(name)) for name in there}
+        return (
+            {"self_check": known} if (known := {name: found for name, found in told.items() if found}) else {}
+        )
 
     def free(self) -> None:
         """Let go of the model that is loaded."""
@@ -267,7 +267,6 @@ class Pieces:
             snapshot: 1 to SNAPSHOTS, score the model as it was after that part of its tuning.
         """
         key = self._scores_key(name)
-        self._recall(name)
         if without_prompts:
             key["pool"] = {**key["pool"], "part": "responses alone"}
         if snapshot is not None:
@@ -322,7 +321,6 @@ class Pieces:
         """A model's efforts of single samples, asked for by position; it is loaded at the first call that
         needs it."""
         pool, stage = self.pool(name), Stage("verify", name)
-        self._recall(name)
         folder = self.run.piece("scores", self._scores_key(name))
         budgets = Budgets(folder / "ledger-budgets.json", self.config.scoring.batch_tokens)
 
