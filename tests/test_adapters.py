@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from architectures import tiny_model
 from staff.models.adapters import add_lora, joined_products
 from tiny import make_model
 
@@ -83,3 +84,36 @@ def test_a_layer_that_is_more_than_a_sum_keeps_its_own_forward(change):
         )
     with joined_products(model):
         assert "forward" not in layer.__dict__
+
+
+def adapted(model, **targets):
+    wrapped = add_lora(model, 3, 8, 1, **targets)
+    return {
+        name.split(".lora_A")[0].rpartition(".")[2]
+        for name, _ in wrapped.named_parameters()
+        if "lora_A" in name
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "left_out"),
+    [("llama4_text", "router"), ("mamba", "out_proj"), ("falcon_h1", "out_proj"), ("phimoe", "router")],
+)
+def test_what_peft_cannot_wrap_is_left_out_and_said(kind, left_out, caplog):
+    model = tiny_model(kind).float()
+    assert left_out not in adapted(model)
+    assert f"LoRA leaves out what PEFT can't wrap: {left_out}" in caplog.text
+    assert model(input_ids=IDS, use_cache=False).logits.isfinite().all()
+
+
+def test_targets_are_taken_by_name(caplog):
+    assert adapted(make_model("llama"), targets=("q_proj", "v_proj")) == {"q_proj", "v_proj"}
+    assert adapted(make_model("llama")) == adapted(make_model("llama"), targets=("all-linear",))
+    assert adapted(make_model("gpt2"), targets=("attn.c_proj",)) == {"c_proj"}
+    with pytest.raises(
+        ValueError, match=r"--lora-targets w_q is no linear layer of the model; there are .*q_proj"
+    ):
+        adapted(make_model("llama"), targets=("w_q",))
+    with pytest.raises(ValueError, match=r"--lora-targets router can't be wrapped by PEFT; there are "):
+        adapted(tiny_model("llama4_text").float(), targets=("router", "q_proj"))
+    assert caplog.text == ""

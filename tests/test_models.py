@@ -85,6 +85,26 @@ def test_a_merged_adapter_scores_as_one_kept_apart(adapter, scope):
     assert models.measure(merged) == models.measure(apart) == models.measure(bare)
 
 
+@pytest.mark.parametrize(
+    "targets", [["lm_head", "q_proj"], ["embed_tokens"], ["lm_head", "embed_tokens"], ["v_proj"]]
+)
+def test_an_adapter_on_one_of_a_tied_head_and_its_embeddings_leaves_the_other(tmp_path, targets):
+    save = make_model("llama-tied", torch.float32, settle=1.0)
+    save.save_pretrained(tmp_path / "base")
+    wrapped = get_peft_model(save, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    change(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path="../base")
+    merged = models.load_model(models.resolve(str(tmp_path / "adapter")), torch.float32, CPU)
+    ids = torch.tensor([[5, 9, 3, 40]])
+    torch.testing.assert_close(
+        merged(input_ids=ids).logits, wrapped.eval()(input_ids=ids).logits, rtol=1e-4, atol=1e-5
+    )
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == (targets == ["v_proj"])
+
+
 def test_an_adapter_kept_apart_has_the_scope_lora(adapter):
     apart = models.load_model(models.resolve(str(adapter)), torch.float32, CPU, merge=False)
     assert efforts(apart, "lora").min() > 0

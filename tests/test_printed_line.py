@@ -71,3 +71,21 @@ def test_the_printed_line_trains_on_the_tokens_that_were_scored(rows, flags, fam
         scored["input_ids"][scored["offsets"][i] : scored["offsets"][i + 1]] for i in run.selection.indices
     ]
     assert [seen[0].ids(i).tolist() for i in range(len(seen[0]))] == [ids.tolist() for ids in expected]
+
+
+def test_the_printed_line_has_the_layers_that_were_tuned(family, tmp_path):
+    data = tmp_path / "pool.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in make_rows(9)))
+    settings = {"target": str(family / "target"), "draft": str(family / "draft"), "method": "loss"}
+    tuned = {}
+    for targets in (("q_proj", "v_proj"), ()):
+        values = {**settings, "lora_targets": targets, "draft_epochs": 0.5}
+        run = staff.select(str(data), output=tmp_path / "x", pruning_rate=0.25, update=True, **values)
+        config = {**values, "data": str(data), "method": ("loss",), "pruning_rate": (0.25,)}
+        printed = console.summary(run, from_mapping(SelectConfig, config, "test")).splitlines()[-1]
+        assert ("--lora-targets q_proj v_proj --output" in printed) == bool(targets)
+        assert ("lora_targets: []" in (run.path / "config.yaml").read_text()) == (not targets)
+        for path in run.path.glob("work/draft-*/adapter_config.json"):
+            tuned[path.parent] = set(json.loads(path.read_text())["target_modules"])
+    assert len(tuned) == 2
+    assert {"q_proj", "v_proj"} in tuned.values()

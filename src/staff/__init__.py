@@ -77,6 +77,7 @@ class Settings(TypedDict, total=False):
     batch_tokens: int | None
     lora_rank: int
     lora_alpha: int
+    lora_targets: Sequence[str]
     learning_rate: float
     warmup: float
     batch_size: int

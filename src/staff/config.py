@@ -194,9 +194,11 @@ class Training(_Checked):
     """How a LoRA adapter is trained."""
 
     lora_rank: Count = 8
-    """Rank of the LoRA adapter, on all linear layers."""
+    """Rank of the LoRA adapter."""
     lora_alpha: int = 16
     """Scale of the adapter: its product is multiplied by alpha / rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Layers with an adapter, by name, as q_proj v_proj, or all-linear; left out, all that PEFT can wrap."""
     learning_rate: Annotated[float, Range(0)] = 1e-4
     """Peak learning rate; warm-up, then cosine."""
     warmup: Annotated[float, Range(0, 1)] = 0.1
@@ -297,6 +299,8 @@ class ScoreConfig(_Checked):
     """Rank of the fresh adapter that scope lora looks at, where the model has none."""
     lora_alpha: int = 16
     """Scale of that adapter."""
+    lora_targets: tuple[str, ...] = ()
+    """Layers that it is on, by name; left out, all linear layers that PEFT can wrap."""
     seed: Seed = 42
     """Seed of that adapter."""
     reading: Reading = Reading()

@@ -136,6 +136,8 @@ def summary(run: Run, config: SelectConfig) -> str:
     if config.reading.dataset_info:  # which names the columns in a way of its own
         data = next((run.path / "train").glob("coreset-*.jsonl"), data)
     target = f"--model {shlex.quote(config.target or 'MODEL')}{reading_flags(config)}"
+    if config.training.lora_targets:
+        target += f" --lora-targets {shlex.join(config.training.lora_targets)}"
     adapter = shlex.quote(str(run.path / "adapter"))
     lines.append(f"train on it: staff finetune --data {shlex.quote(str(data))} {target} --output {adapter}")
     return "\n".join(lines)

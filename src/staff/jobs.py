@@ -15,6 +15,7 @@ from staff.data import rows
 from staff.models import files as model_files
 from staff.pipeline import content_of, ingredients
 from staff.runs import account
+from staff.runs.keys import LORA
 from staff.runs.outputs import fingerprint_rows, row_columns, warn
 from staff.runs.scorefile import write_scores
 from staff.runs.store import Inputs, RunFolder, find_finished, open_run
@@ -157,7 +158,7 @@ def score(config: ScoreConfig, *, on_progress: Progress | None = None) -> tuple[
         contents = {"target": partial(content_of, run, source)}
         inputs = Inputs(contents, {"target": f"--model {config.model}"})
         inputs["data"] = fingerprint_rows(pool)
-        training = Training(lora_rank=config.lora_rank, lora_alpha=config.lora_alpha)
+        training = Training(**{name: getattr(config, name) for name in LORA})
         stand_in = SelectConfig(
             seed=config.seed,
             training=training,

@@ -266,7 +266,8 @@ def time_model(model: Any, pool: Pool, config: PlanConfig) -> Speed:
     drawn = np.resize(drawn, 2 * NUM_TIMED)
     adapted: Any = None
     if config.scoring.scope == "lora":
-        adapted = adapters.add_lora(model, config.training.lora_rank, config.training.lora_rank, config.seed)
+        rank, targets = config.training.lora_rank, config.training.lora_targets
+        adapted = adapters.add_lora(model, rank, rank, config.seed, targets)
     scorer = Scorer(adapted or model, config.scoring.scope)
     scorer.scores(pool, drawn[:NUM_TIMED], config.scoring.batch_tokens)
     began = time.perf_counter()
@@ -285,6 +286,7 @@ def time_model(model: Any, pool: Pool, config: PlanConfig) -> Speed:
             epochs=1,
             batch_size=config.training.batch_size,
             lora_rank=config.training.lora_rank,
+            lora_targets=config.training.lora_targets,
             seed=config.seed,
             on_progress=lambda done, total: steps.append(time.perf_counter()),
         )

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from staff.models import anatomy
 
-def add_lora(model: torch.nn.Module, rank: int, alpha: int, seed: int) -> torch.nn.Module:
-    """A fresh, seeded LoRA adapter on every linear layer of the blocks (the head stays out).
+logger = logging.getLogger(__name__)
+
+
+def add_lora(
+    model: torch.nn.Module, rank: int, alpha: int, seed: int, targets: Sequence[str] = ()
+) -> torch.nn.Module:
+    """A fresh, seeded LoRA adapter on the linear layers of the blocks (the head stays out).
+
+    Args:
+        targets: the layers by name, as in q_proj, or all-linear: PEFT's own choice. None: that without those
+            that PEFT can't wrap, which is said.
 
     Raises:
-        ValueError: the model carries one already that could not be folded in.
+        ValueError: the model carries one already that could not be folded in, or has no such layers.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -24,14 +36,58 @@ def add_lora(model: torch.nn.Module, rank: int, alpha: int, seed: int) -> torch.
         raise ValueError(
             "quantised weights can't take in the model's own adapter, nor carry a second one: merge it first"
         )
+    is_everything = not targets or list(targets) == ["all-linear"]
+    wanted = "all-linear" if is_everything else list(targets)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=wanted, task_type="CAUSAL_LM")
+    linears = {name: module for name, module in model.named_modules() if anatomy.is_linear(module)}
+    refused = _not_to_be_wrapped(model, linears, config) if list(targets) != ["all-linear"] else []
+    named = sorted({name.rpartition(".")[2] for name in refused})
+    if not targets and refused:
+        config.exclude_modules = refused
+        logger.warning("LoRA leaves out what PEFT can't wrap: %s", ", ".join(named))
+    for target in () if is_everything else targets:
+        places = [name for name in linears if name == target or name.endswith(f".{target}")]
+        if not places or set(places) & set(refused):
+            there = ", ".join(sorted({name.rpartition(".")[2] for name in linears} - set(named)))
+            what = "can't be wrapped by PEFT" if places else "is no linear layer of the model"
+            raise ValueError(f"--lora-targets {target} {what}; there are {there}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # GPT-2's transposed weights: peft sees to them and says so
-            return get_peft_model(
-                model,
-                LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"),
+            return get_peft_model(model, config)
+
+
+def _not_to_be_wrapped(model: nn.Module, linears: dict[str, nn.Module], config: Any) -> list[str]:
+    """Linear layers that hand out more than a product (Llama 4's routers), and those that PEFT says no to
+    (Mamba's)."""
+    from peft.tuners.lora import LoraModel
+
+    refused = []
+    says_no = getattr(LoraModel, "_check_target_module_compatiblity", None)
+    for name in linears:
+        try:
+            if says_no:
+                says_no(LoraModel, config, model, name.rpartition(".")[2])
+        except ValueError:
+            refused.append(name)
+    handles = [
+        module.register_forward_hook(
+            lambda module, args, output, name=name: (
+                None if isinstance(output, Tensor) else refused.append(name)
             )
+        )
+        for name, module in linears.items()
+    ]
+    device = next(model.parameters()).device
+    try:
+        if device.type != "meta":
+            with torch.no_grad():
+                anatomy.decoder(model)(input_ids=torch.arange(3, 7, device=device)[None], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return refused
 
 
 def load_adapter(model: torch.nn.Module, folder: Path) -> torch.nn.Module:

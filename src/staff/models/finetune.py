@@ -137,6 +137,7 @@ def train_lora(
     epochs: float,
     lora_rank: int = 8,
     lora_alpha: int = 16,
+    lora_targets: Sequence[str] = (),
     learning_rate: float = 1e-4,
     warmup: float = 0.1,
     batch_size: int = 8,
@@ -159,6 +160,7 @@ def train_lora(
         positions: (k,) pool positions trained on.
         output: a folder of this fine-tuning's own.
         epochs: T > 0, passes over the samples; fractions count.
+        lora_targets: as in `adapters.add_lora`.
         max_steps: steps in place of epochs, as many passes as they take.
         snapshots: how many times the adapter is kept on the way, at even steps, in output/snapshots/1 and on.
         on_progress: called with (steps done, steps in all).
@@ -174,7 +176,7 @@ def train_lora(
     device = next(model.parameters()).device
     head = scopes.head_of(model)
     _silence(model)
-    model = add_lora(model, lora_rank, lora_alpha, seed)
+    model = add_lora(model, lora_rank, lora_alpha, seed, lora_targets)
     steps_an_epoch = -(-len(positions) // batch_size)
     steps = max_steps or max(1, round(epochs * steps_an_epoch))
     checkpoints = output / "checkpoints"

@@ -12,6 +12,7 @@ import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,7 +215,11 @@ def check_model(
 
     check_quantised(source, load_in)
     model = _empty(source, trust_remote_code)
-    scopes.check_scope(_quietly(lambda: _bare_lora(model), source) if scope == "lora" else model, scope)
+    if scope == "lora":
+        from staff.models.adapters import add_lora
+
+        model = _quietly(partial(add_lora, model, 1, 1, 0), source)
+    scopes.check_scope(model, scope)
 
 
 def _empty(source: Source, trust_remote_code: bool) -> torch.nn.Module:
@@ -269,12 +274,6 @@ def check_room(
         if is_table:
             raise ValueError(f"{found}: --max-length {limit}")
         logger.warning("%s; what it makes of later ones is a guess: --max-length %d", found, limit)
-
-
-def _bare_lora(model: torch.nn.Module) -> torch.nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(model, LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
 def load_model(
@@ -381,6 +380,12 @@ def _put_on(model: torch.nn.Module, adapter: Path, merge: bool) -> torch.nn.Modu
             wrapped = PeftModel.from_pretrained(model, str(adapter))
         except UserWarning as warning:
             raise ValueError(f"the adapter does not fit its base: {warning}") from None
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    tied = [part for part in (head, model.get_input_embeddings()) if hasattr(part, "base_layer")]  # type: ignore[operator]
+    if merge and tied:  # what is merged into the one must not change the other
+        own = getattr(head, "base_layer", head)
+        own.weight = type(own.weight)(own.weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
     return wrapped.merge_and_unload() if merge else wrapped
 
 

@@ -16,6 +16,8 @@ from staff.runs.store import machine
 
 ENGINE = 4  # raised when the same inputs would give other scores than before
 
+LORA = ("lora_rank", "lora_alpha", "lora_targets")
+
 Key = dict[str, Any]
 
 
@@ -90,7 +92,7 @@ def scores_key(model: Key, pool: Key, scoring: Scoring, training: Training, seed
         "model": model,
         "pool": pool,
         "scope": scoring.scope,
-        "lora": [training.lora_rank, training.lora_alpha] if scoring.scope == "lora" else None,
+        "lora": [getattr(training, name) for name in LORA] if scoring.scope == "lora" else None,
         "seed": seed if scoring.scope in ("lora", "released") else None,
         "loss": scoring.loss,
         "balance_layers": scoring.balance_layers,

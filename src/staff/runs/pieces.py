@@ -200,7 +200,8 @@ class Pieces:
         if adapter:
             model = adapters.load_adapter(model, snapshot or adapter)
         elif scope == "lora" and not hasattr(model, "peft_config"):
-            model = adapters.add_lora(model, training.lora_rank, training.lora_alpha, config.seed)
+            rank, alpha = training.lora_rank, training.lora_alpha
+            model = adapters.add_lora(model, rank, alpha, config.seed, training.lora_targets)
         loss, balance = config.scoring.loss, config.scoring.balance_layers
         scorer = Scorer(model, scope, loss=loss, balance=balance, seed=config.seed)
         if not files.read_checked(self._checked_at(name)):
