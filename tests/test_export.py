@@ -28,10 +28,10 @@ FILES = sorted(
 NAMED = {"column_named_response.json": "prompt=prompt,response=translation"}
 
 
-def write(folder, rows, model="MODEL", reading=None, tokenizer=None, long=()):
+def write(folder, rows, model="MODEL", reading=None, tokenizer=None, pool=None):
     """train/ of all rows but the last, as a run leaves it."""
     folder.mkdir(exist_ok=True)
-    write_coreset(folder, rows, range_of(rows), model, reading or Reading(), tokenizer, long)
+    write_coreset(folder, rows, range_of(rows), model, reading or Reading(), tokenizer, pool)
     return folder / "train"
 
 
@@ -100,6 +100,16 @@ CHATS = [
     }
     for i in range(3)
 ]
+PARTLY = [{"messages": [*row["messages"], *row["messages"][1:3]]} for row in CHATS]
+PARTLY = [
+    {
+        "messages": [
+            {**t, "weight": int(i != 4)} if t["role"] == "assistant" else t
+            for i, t in enumerate(row["messages"])
+        ]
+    }
+    for row in PARTLY
+]
 TOOL_CALLS = [
     {
         "messages": [
@@ -119,7 +129,10 @@ CASES = {
     "messages": (CHATS, TEMPLATE, {}),
     "tool calls": (TOOL_CALLS, WITH_TOOLS, {}),
     "marks before the answer": (PAIRS, MARKED.replace("{% generation %}", "{% generation %}\n"), {}),
+    "the last answer of marked ones": (CHATS, MARKED.replace("{% generation %}", "{% generation %}\n"), {}),
     "every answer": (CHATS, MARKED, {"train_on": "all"}),
+    "every answer without marks": (CHATS, TEMPLATE, {"train_on": "all"}),
+    "some answers": (PARTLY, TEMPLATE, {"train_on": "all"}),
     "a template without a place for the system": (SYSTEM, NO_SYSTEM, {}),
     "a template that wants parts": (PAIRS, PARTS, {}),
     "a template that writes the day": (
@@ -156,9 +169,8 @@ def test_trls_program_trains_on_the_tokens_and_labels_that_were_scored(case, mod
     tokenizer = make_tokenizer(template)
     tokenizer.save_pretrained(model)
     pool = tokenise(rows.examples(), tokenizer, reading.max_length, reading=reading)
-    long = set(pool.marked(SHORTENED).tolist())
-    assert bool(long) == (case == "prompts that lose text")
-    train = write(tmp_path / "x", rows, str(model), reading, tokenizer, long)
+    assert bool(pool.marked(SHORTENED).size) == (case == "prompts that lose text")
+    train = write(tmp_path / "x", rows, str(model), reading, tokenizer, pool)
     sent = runpy.run_path(str(train / "with_trl.py"))["trainer"].train_dataset
     assert len(sent) == len(rows) - 1
     for i, row in enumerate(sent):
@@ -189,9 +201,7 @@ def test_trls_program_runs_by_itself_on_what_a_run_leaves(family, tmp_path):
 
 
 def test_what_a_trainer_has_no_words_for_is_not_handed_to_it(tmp_path):
-    chat = CHATS[0]["messages"]
-    partly = [{"messages": [*chat, *chat[1:3], {**chat[3]}, {**chat[4], "weight": 0}, *chat[1:3]]}] * 2
-    rows = read(partly, train_on="all")
+    rows = read(PARTLY, train_on="all")
     train = write(tmp_path / "partly", rows, reading=Reading(train_on="all"))
     assert [m.get("weight") for m in messages_of(train)[0]["messages"]].count(0) == 1
     with pytest.raises(SystemExit, match="train on several answers and not on all of them"):
@@ -235,7 +245,7 @@ def test_every_trainer_is_told_what_the_selection_was_told(tmp_path):
     assert (factory["dataset_dir"], factory["mask_history"]) == (str(train), False)
     program = (train / "with_trl.py").read_text()
     assert "max_length=77" in program
-    assert "assistant_only_loss=True" in program
+    assert "assistant_only_loss=True" in program, "the pool is not known"
     write(tmp_path / "x", read(CHATS), "a/model", Reading(chat_template="none"))
     assert "mask_history" not in {path.name for path in train.iterdir()}
     assert not (train / "llama_factory.yaml").exists(), "that of the run before is gone"

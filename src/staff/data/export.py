@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,15 @@ import yaml
 from staff.config import FinetuneConfig, Reading
 from staff.data.chat import GENERATION, dated, plain_template, template_of, text_of
 from staff.data.rows import Rows
-from staff.data.samples import Sampler
+from staff.data.samples import SHORTENED, Sampler
+from staff.data.tokens import Pool
 from staff.data.turns import Example, build
 from staff.data.writers import dumps, write_lines
 from staff.files import remove, write_json, write_text, write_whole
 
 TRAIN = (
-    *("coreset-messages.jsonl", "coreset-texts.jsonl", "chat_template.jinja", "dataset_info.json"),
-    *("with_trl.py", "llama_factory.yaml", "axolotl.yaml"),
+    *("coreset-messages.jsonl", "coreset-texts.jsonl", "coreset-tokens.jsonl", "chat_template.jinja"),
+    *("with_trl.py", "axolotl.yaml", "llama_factory.yaml", "dataset_info.json"),
 )
 FACTORY_TAGS = {
     **{"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
@@ -40,7 +41,7 @@ def write_coreset(
     model: str,
     reading: Reading,
     tokenizer: Any = None,
-    long: Collection[int] = (),
+    pool: Pool | None = None,
     same: bool = False,
 ) -> list[str]:
     """Write the coreset, and what other trainers need to take it.
@@ -52,7 +53,7 @@ def write_coreset(
         folder: where.
         rows: the pool.
         positions: (m,) of the coreset in the pool, ascending.
-        model, reading, tokenizer, long: as `write_train` takes them.
+        model, reading, tokenizer, pool: as `write_train` takes them.
         same: also in the format the rows came in.
 
     Returns:
@@ -72,7 +73,7 @@ def write_coreset(
     if rows.skipped:
         rows.write_skipped(folder / "skipped.jsonl")
     if len(positions):
-        write_train(train, rows, positions, model, reading, tokenizer, long)
+        write_train(train, rows, positions, model, reading, tokenizer, pool)
     return [path.relative_to(folder).as_posix() for path in files]
 
 
@@ -83,24 +84,26 @@ def write_train(
     model: str,
     reading: Reading,
     tokenizer: Any = None,
-    long: Collection[int] = (),
+    pool: Pool | None = None,
 ) -> None:
     """Write the coreset as it was scored, and for each trainer a file that trains on it as `staff finetune`.
 
     coreset-messages.jsonl has `messages` as the chat template was given them, `tools` as JSON text, and the
     weight 0 on answers that are not trained on; plain texts go to coreset-texts.jsonl. chat_template.jinja is
     the template that held, its date fixed. Over these go with_trl.py, axolotl.yaml and, where LLaMA-Factory
-    has words for such rows, llama_factory.yaml with dataset_info.json.
+    has words for such rows, llama_factory.yaml with dataset_info.json. TRL gets the tokens themselves,
+    coreset-tokens.jsonl, where it would put the loss elsewhere: on several answers it takes a template of its
+    own.
 
     Args:
         rows, positions: the pool, and the coreset in it.
         model: a model that transformers loads.
         reading: how the rows were read and scored.
-        tokenizer: the model's, where it is known.
-        long: positions of samples whose prompts lost text: it is left away here too.
+        tokenizer, pool: the model's, and the rows' samples in it, where they are known; what long prompts
+            lost in it is left away here too.
     """
     sampler = Sampler(tokenizer, reading) if tokenizer else None
-    examples, found = _as_scored(rows, positions, reading, sampler, long), set[str]()
+    examples, found = _as_scored(rows, positions, reading, sampler, pool), set[str]()
     is_text = rows.layout.text is not None
     if is_text:
         data, template = folder / "coreset-texts.jsonl", None
@@ -119,6 +122,10 @@ def write_train(
         write_text(folder / "chat_template.jinja", template)
     else:
         template = None  # the model's own: one of several names, or not known
+    if pool is not None and (SEVERAL in found or GENERATION.search(template or "")):
+        tokens = folder / "coreset-tokens.jsonl"
+        write_whole(tokens, lambda aside: write_lines(aside, map(dumps, _tokens(pool, positions))))
+        found.add(tokens.name)
     write_text(folder / "with_trl.py", _trl(data, model, reading, template, found))
     write_text(folder / "axolotl.yaml", _yaml(_axolotl(data, model, reading, template, sampler)))
     is_own = reading.chat_template in (None, "model") and template in (None, own)
@@ -133,8 +140,9 @@ def write_train(
 
 
 def _as_scored(
-    rows: Rows, positions: np.ndarray, reading: Reading, sampler: Sampler | None, long: Collection[int]
+    rows: Rows, positions: np.ndarray, reading: Reading, sampler: Sampler | None, pool: Pool | None
 ) -> Iterator[Example]:
+    long = set(pool.marked(SHORTENED).tolist()) if pool is not None else set()
     for place, row in zip(positions.tolist(), rows.raw(positions), strict=True):
         example = build(rows.layout, row, rows.train_on)
         if sampler and place in long:
@@ -163,12 +171,20 @@ def _messages(example: Example, sampler: Sampler | None, found: set[str]) -> dic
     if sum(turn.train for turn in turns) > 1:
         found.add(SEVERAL)
     roles = [turn.role for turn in turns[turns[0].role == "system" :]]
-    if len(roles) % 2 or any((role == "assistant") != i % 2 for i, role in enumerate(roles)):
+    if len(roles) % 2 or any(
+        (role == "assistant") != i % 2 or role == "system" for i, role in enumerate(roles)
+    ):
         found.add(TURNS)
     if not example.tools or not (chat or not sampler):
         return {"messages": messages}
     found.add(TOOLS)
     return {"messages": messages, "tools": json.dumps(example.tools, ensure_ascii=False)}
+
+
+def _tokens(pool: Pool, positions: np.ndarray) -> Iterator[dict]:
+    for i in positions.tolist():
+        ids = pool.ids(i)
+        yield {"input_ids": ids.tolist(), "labels": np.where(pool.response(i), ids, -100).tolist()}
 
 
 def _yaml(settings: dict) -> str:
@@ -249,16 +265,16 @@ def _axolotl(data: Path, model: str, reading: Reading, template: str | None, sam
 def _trl(data: Path, model: str, reading: Reading, template: str | None, found: set[str]) -> str:
     """A program that trains with TRL's SFTTrainer."""
     training, tools = RECIPE.training, ', "tools": Value("string")' * (TOOLS in found)
-    marked = template is not None and MASKED not in found and GENERATION.search(template)
-    every_answer = bool(SEVERAL in found or marked)  # by the marks of the template
-    if found >= {SEVERAL, MASKED}:
+    features, split, every_answer = "", "", False
+    if "coreset-tokens.jsonl" in found:
+        data = data.with_name("coreset-tokens.jsonl")
+    elif found >= {SEVERAL, MASKED}:
         said = "some rows train on several answers and not on all of them, for which TRL has no words"
         return f"raise SystemExit({said!r})\n"
-    features, split = "", ""
-    if data.name == "coreset-messages.jsonl":
+    elif data.name == "coreset-messages.jsonl":
         features = f', features=Features({{"messages": List(Json()){tools}}})'
-        if not every_answer:
-            split = _TRL_SPLIT.format(tools=tools)
+        every_answer = SEVERAL in found
+        split = "" if every_answer else _TRL_SPLIT.format(tools=tools)
     return _TRL.format(
         data=str(data),
         model=model,

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,6 +27,8 @@ from staff.types import Region, Selection
 
 if TYPE_CHECKING:  # a finished run is recognised without it
     import pyarrow as pa
+
+    from staff.data.tokens import Pool
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +131,7 @@ def write(
     columns: Mapping[str, Any],
     cost: Mapping[str, Any],
     about: Mapping[str, Any],
-    target: tuple[Any, Collection[int]] = (None, ()),
+    target: tuple[Any, Pool | None] = (None, None),
 ) -> Run:
     """Write the results; the manifest comes last and says that all are there.
 
@@ -137,12 +139,14 @@ def write(
         key: what the coreset is made of, as a fingerprint.
         columns: of scores.parquet, n values each.
         about: what else the manifest says.
-        target: its tokenizer, where it is known, and the positions of samples whose prompts lost text.
+        target: its tokenizer and the pool in its tokens, where they are known.
     """
     folder = coreset.folder
     folder.mkdir(exist_ok=True)
     indices = pool.numbers[selection.indices]
-    model = config.target if config.target and not config.target.endswith(".gguf") else "MODEL"
+    here = Path(config.target).expanduser()
+    model = str(here.resolve()) if here.is_dir() else config.target
+    model = model if config.target and not config.target.endswith(".gguf") else "MODEL"
     names = export.write_coreset(
         folder, pool, selection.indices, model, config.reading, *target, same=config.format == "same"
     )

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import numpy as np
 from staff import files, graph
 from staff.config import SelectConfig
 from staff.data import rows as reading
-from staff.data.samples import SHORTENED
 from staff.data.tokens import Pool, in_common, tokenise
 from staff.models import adapters, drafts, load
 from staff.models.files import Source, tokenizer_fingerprint
@@ -137,9 +136,9 @@ class Pieces:
     def _tokenizer(self, base: str) -> Any:
         return load.load_tokenizer(self._files(base), self.config.engine.trust_remote_code)
 
-    def target(self) -> tuple[Any, Collection[int]]:
-        """The target's tokenizer, and the positions of samples whose prompts lost text in it."""
-        return self._tokenizer("target"), set(self.pool("target").marked(SHORTENED).tolist())
+    def target(self) -> tuple[Any, Pool]:
+        """The target's tokenizer, and the pool in it."""
+        return self._tokenizer("target"), self.pool("target")
 
     def _load(self, base: str, merge: bool = True) -> Any:
         """A base model, cut to its blocks where the draft is the target's own; its own adapter is folded
