@@ -11,6 +11,7 @@ import difflib
 import os
 import re
 import types
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -39,10 +40,8 @@ class Range:
         below = value <= self.low if self.open_low else value < self.low
         above = value >= self.high if self.open_high else value > self.high
         if below or above or value != value or value == float("inf"):
-            left, right = (
-                "(" if self.open_low else "[",
-                ")" if self.open_high or self.high == float("inf") else "]",
-            )
+            left = "(" if self.open_low else "["
+            right = ")" if self.open_high or self.high == float("inf") else "]"
             about = f"is {self.about}, in" if self.about else "must lie in"
             raise ValueError(f"{flag} {about} {left}{self.low:g}, {self.high:g}{right}; found {value}")
 
@@ -89,11 +88,8 @@ def _checked(value: Any, hint: Any, flag: str) -> Any:
     if hint in (int, float):
         if isinstance(value, str) and hint is float and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
             return float(value)  # YAML reads 1e-4 as text
-        if (
-            isinstance(value, (int, float))
-            and not isinstance(value, bool)
-            and (hint is float or value % 1 == 0)
-        ):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and (hint is float or value % 1 == 0):
             return int(value) if hint is int else float(str(value))  # a whole number may be past any float
         raise ValueError(f"{flag} must be a {'whole ' * (hint is int)}number; found {value!r}")
     if hint is str and isinstance(value, (str, os.PathLike)):
@@ -140,15 +136,8 @@ class Reading(_Checked):
 
     def keywords(self) -> dict[str, Any]:
         """As `rows.read` takes them; the others are of texts and tokens."""
-        return {
-            "columns": self.columns,
-            "train_on": self.train_on,
-            "on_bad_row": self.on_bad_row,
-            "dataset_info": self.dataset_info,
-            "split": self.split,
-            "config": self.dataset_config,
-            "revision": self.revision,
-        }
+        names = ("columns", "train_on", "on_bad_row", "dataset_info", "split", "revision")
+        return {name: getattr(self, name) for name in names} | {"config": self.dataset_config}
 
 
 @dataclass(frozen=True)
@@ -183,10 +172,8 @@ class Scoring(_Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.balance_layers and self.scope in ("last-value", "released"):
-            raise ValueError(
-                f"--balance-layers needs a scope of several weights, as last-block or linear; {self.scope} "
-                f"has one"
-            )
+            needs = "needs a scope of several weights, as last-block or linear"
+            raise ValueError(f"--balance-layers {needs}; {self.scope} has one")
 
 
 @dataclass(frozen=True)
@@ -382,11 +369,8 @@ class EvaluateConfig(_Checked):
         super().__post_init__()
         length = self.reading.max_length
         if self.max_new_tokens >= length:
-            raise ValueError(
-                f"--max-new-tokens {self.max_new_tokens} leaves no room for a prompt in --max-length "
-                f"{length}: "
-                "lower the one or raise the other"
-            )
+            why = f"leaves no room for a prompt in --max-length {length}: lower the one or raise the other"
+            raise ValueError(f"--max-new-tokens {self.max_new_tokens} {why}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -463,13 +447,11 @@ def from_mapping(kind: type, values: dict[str, Any], source: str) -> Any:
     for name, value in values.items():
         key = str(name).replace("-", "_")
         if key not in names:
-            near = difflib.get_close_matches(key, names, 1)
-            cure = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
-            raise ValueError(f"{source}: there is no setting {name!r}; {cure}")
+            raise ValueError(f"{source}: there is no setting {name!r}; {meant(key, names)}")
         if value is None and _hints(kind).get(key) is str:
             continue
         place = own if names[key] == key else grouped.setdefault(names[key], {})
-        place[key] = _expanded(value)
+        place[key] = expand(value)
     try:
         groups = {name: _hints(kind)[name](**settings) for name, settings in grouped.items()}
         return kind(**own, **groups)
@@ -477,18 +459,24 @@ def from_mapping(kind: type, values: dict[str, Any], source: str) -> Any:
         raise ValueError(f"{source}: {error}") from None
 
 
-def _expanded(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_expanded(part) for part in value]
-    return expand(value) if isinstance(value, str) else value
+def meant(name: str, known: Iterable[str]) -> str:
+    """The cure for a name that isn't known: the nearest one, else all there are."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
 
 
-def expand(text: str) -> str:
-    """${NAME} in a path from a YAML file, filled in from the environment.
+def expand(text: Any) -> Any:
+    """${NAME} in the texts of a value from a YAML file, filled in from the environment.
 
     Raises:
         ValueError: the variable is not set.
     """
+    if isinstance(text, (list, tuple)):
+        return [expand(part) for part in text]
+    if isinstance(text, dict):
+        return {name: expand(part) for name, part in text.items()}
+    if not isinstance(text, str):
+        return text
 
     def fill(match: re.Match[str]) -> str:
         if match[1] not in os.environ:
@@ -528,7 +516,5 @@ def to_yaml(config: Any) -> str:
     """A config as YAML that `read_yaml` and `from_mapping` turn into the same config again."""
     import yaml
 
-    values = {
-        name: list(value) if isinstance(value, tuple) else value for name, value in flat(config).items()
-    }
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in flat(config).items()}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=False)

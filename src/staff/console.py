@@ -79,95 +79,78 @@ def reading_flags(config: SelectConfig) -> str:
     return "".join(words)
 
 
+def _entry(label: str, *texts: str) -> list[str]:
+    """What there is to say of one thing, a line each, its name before the first."""
+    return [f"{'' if number else label:11}{text}" for number, text in enumerate(texts)]
+
+
 def summary(run: Run, config: SelectConfig) -> str:
     """What a person wants to know of a finished selection."""
-    selection, cost, manifest = run.selection, run.cost, run.manifest
+    selection, manifest, coreset = run.selection, run.manifest, run.path / "coreset.jsonl"
     n, m = manifest["n"], manifest["m"]
-    lines = [
-        "",
-        f"pool       {n} samples ({manifest['format']})"
-        + (f", {manifest['tokens']:,} tokens" if "tokens" in manifest else ""),
-    ]
-    lines += [f"           {remark}" for remark in remarks(manifest, config.reading.max_length)]
+    tokens = f", {manifest['tokens']:,} tokens" if "tokens" in manifest else ""
+    about = remarks(manifest, config.reading.max_length)
     if manifest["skipped"]:
-        lines.append(f"           rows left out are listed in {run.path / 'skipped.jsonl'}")
-    lines.append(f"coreset    {m} samples, {m / n:.0%} of the pool")
+        about.append(f"rows left out are listed in {run.path / 'skipped.jsonl'}")
+    lines = ["", *_entry("pool", f"{n} samples ({manifest['format']}){tokens}", *about)]
+    lines += _entry("coreset", f"{m} samples, {m / n:.0%} of the pool")
     regions = [region for region in selection.regions if region.size]
     if regions:
-        lines.append(f"regions    {len(regions)} with samples, of {len(selection.regions)}")
+        lines += _entry("regions", f"{len(regions)} with samples, of {len(selection.regions)}")
     if len(selection.verified):
         verified = [region for region in regions if not math.isnan(region.ratio)]
         pool_share = sum(region.size for region in verified) / n
         budget_share = sum(region.selected for region in verified) / max(m, 1)
-        ratios = sorted(region.ratio for region in verified)
-        count = len(selection.verified)
-        lines.append(
-            f"verified   {count} samples on the target ({count / n:.1%} of the pool), in {len(verified)} "
-            f"regions"
+        ratios, count = sorted(region.ratio for region in verified), len(selection.verified)
+        lines += _entry(
+            "verified",
+            f"{count} samples on the target ({count / n:.1%} of the pool), in {len(verified)} regions",
+            f"that hold {pool_share:.0%} of the pool and {budget_share:.0%} of the coreset",
+            f"V_i from {ratios[0]:.3g} to {ratios[-1]:.3g}",
         )
-        lines.append(
-            f"           that hold {pool_share:.0%} of the pool and {budget_share:.0%} of the coreset"
-        )
-        lines.append(f"           V_i from {ratios[0]:.3g} to {ratios[-1]:.3g}")
         if min(pool_share, budget_share) < 0.5:
-            lines.append(
-                "           warning: less than half lies in verified regions. Fewer --num-regions hold more "
-                "samples each"
-            )
+            cure = "Fewer --num-regions hold more samples each"
+            lines += _entry("", f"warning: less than half lies in verified regions. {cure}")
     elif manifest["method"] == "staff":
-        lines.append(
-            "           warning: none verified, for none holds more than its draw takes. "
-            "Use fewer --num-regions"
-        )
+        why = "for none holds more than its draw takes. Use fewer --num-regions"
+        lines += _entry("", f"warning: none verified, {why}")
     if run.fidelity:
-        lines += _fidelity_lines(run.fidelity)
+        lines += _entry("fidelity", *_fidelity_lines(run.fidelity))
     if selection.filled or selection.filled_from_cut:
-        lines.append(
-            f"fill       {selection.filled} samples drawn at random, since the budgets left them over"
-        )
-        lines.append(
-            f"           {selection.filled_from_cut} taken back from the hardest ones that were set aside"
+        lines += _entry(
+            "fill",
+            f"{selection.filled} samples drawn at random, since the budgets left them over",
+            f"{selection.filled_from_cut} taken back from the hardest ones that were set aside",
         )
     files = f"for other trainers see {run.path / 'train'}, for every row's scores scores.parquet"
-    lines += ["", _cost_table(cost), "", f"coreset is {run.path / 'coreset.jsonl'}; {files}"]
+    lines += ["", _cost_table(run.cost), "", f"coreset is {coreset}; {files}"]
     if config.push_to_hub:
         lines.append(f"it is on the hub as the data set {config.push_to_hub}")
-    data = run.path / "coreset.jsonl"
     if config.reading.dataset_info:  # which names the columns in a way of its own
-        data = next((run.path / "train").glob("coreset-*.jsonl"), data)
+        coreset = next((run.path / "train").glob("coreset-*.jsonl"), coreset)
     target = f"--model {shlex.quote(config.target or 'MODEL')}{reading_flags(config)}"
     if config.training.lora_targets:
         target += f" --lora-targets {shlex.join(config.training.lora_targets)}"
-    adapter = shlex.quote(str(run.path / "adapter"))
-    lines.append(f"train on it: staff finetune --data {shlex.quote(str(data))} {target} --output {adapter}")
+    data, adapter = shlex.quote(str(coreset)), shlex.quote(str(run.path / "adapter"))
+    lines.append(f"train on it: staff finetune --data {data} {target} --output {adapter}")
     return "\n".join(lines)
 
 
 def grid_table(runs: list[Run], config: SelectConfig) -> str:
     """A line a coreset, how alike they are, and what all of it cost."""
-    lines = [
-        "",
-        *remarks(runs[0].manifest, config.reading.max_length),
-        f"{'coreset':24}{'pruning rate':>13}{'samples':>9}{'verified':>10}",
-    ]
+    lines = ["", *remarks(runs[0].manifest, config.reading.max_length)]
+    lines.append(f"{'coreset':24}{'pruning rate':>13}{'samples':>9}{'verified':>10}")
     for run in runs:
-        rate = run.manifest["pruning_rate"]
-        shown_rate = "" if rate is None else f"{rate:g}"
-        m, verified = len(run.indices), len(run.selection.verified)
-        lines.append(f"{run.path.name:24}{shown_rate:>13}{m:9}{verified:10}")
+        rate = "" if run.manifest["pruning_rate"] is None else f"{run.manifest['pruning_rate']:g}"
+        lines.append(f"{run.path.name:24}{rate:>13}{len(run.indices):9}{len(run.selection.verified):10}")
     folder = runs[0].path.parent
-    with open(folder / "overlap.csv", encoding="utf-8") as file:
-        pairs = list(csv.DictReader(file))
     lines += ["", f"{'of the smaller, shared by':50}{'share':>7}{'by chance':>11}"]
-    for pair in pairs:
-        both = f"{pair['first']} and {pair['second']}"
-        lines.append(f"{both:50}{float(pair['overlap']):7.2f}{float(pair['chance_overlap']):11.2f}")
-    lines += [
-        "",
-        _cost_table(runs[-1].cost),
-        "",
-        f"coresets are in {folder}, one folder each (cells.csv, overlap.csv)",
-    ]
+    with open(folder / "overlap.csv", encoding="utf-8") as file:
+        for pair in csv.DictReader(file):
+            both = f"{pair['first']} and {pair['second']}"
+            lines.append(f"{both:50}{float(pair['overlap']):7.2f}{float(pair['chance_overlap']):11.2f}")
+    lines += ["", _cost_table(runs[-1].cost), ""]
+    lines.append(f"coresets are in {folder}, one folder each (cells.csv, overlap.csv)")
     return "\n".join(lines)
 
 
@@ -180,24 +163,20 @@ ADVICE = {
 
 def _fidelity_lines(fidelity: Fidelity) -> list[str]:
     """How faithful the draft is: the verdict first, then the numbers it was told from."""
-    lines = [f"fidelity   {fidelity.verdict}: {fidelity.reason}"]
+    lines = [f"{fidelity.verdict}: {fidelity.reason}"]
     if fidelity.verdict in ADVICE:
-        lines.append(f"           {'warning: ' * (fidelity.verdict == 'poor')}{ADVICE[fidelity.verdict]}")
+        lines.append("warning: " * (fidelity.verdict == "poor") + ADVICE[fidelity.verdict])
     if fidelity.spearman is None:
         return lines
-    lines.append(
-        f"           draft and target rank alike with {fidelity.shown()}, told from {fidelity.samples} "
-        f"samples that stand for {fidelity.pool_share:.0%} of the pool"
-    )
+    told = f"told from {fidelity.samples} samples that stand for {fidelity.pool_share:.0%} of the pool"
+    lines.append(f"draft and target rank alike with {fidelity.shown()}, {told}")
     beside = {"with length taken out": fidelity.without_length, "length alone": fidelity.length}
     beside |= {"the draft's loss alone": fidelity.loss, "Kendall": fidelity.kendall}
-    said = [f"{name} {within(estimate)}" for name, estimate in beside.items() if estimate]
-    lines.append(f"           {'; '.join(said)}")
+    lines.append("; ".join(f"{name} {within(estimate)}" for name, estimate in beside.items() if estimate))
     if fidelity.adjusted_rand:
-        lines.append(
-            f"           their regions agree with an adjusted Rand index of {within(fidelity.adjusted_rand)}"
-            f"; the plain one is {fidelity.rand:.2f}, by chance {fidelity.rand_by_chance:.2f}"
-        )
+        rand = f"adjusted Rand index of {within(fidelity.adjusted_rand)}"
+        plain = f"the plain one is {fidelity.rand:.2f}, by chance {fidelity.rand_by_chance:.2f}"
+        lines.append(f"their regions agree with an {rand}; {plain}")
     return lines
 
 

@@ -37,12 +37,8 @@ def finetune(config: FinetuneConfig, *, update: bool = False, on_progress: Progr
     Raises:
         ValueError: something that the user can mend.
     """
-    check_named(config, "data", "model", "output")
-    pool = rows.read(list(config.data), **config.reading.keywords())
-    source = model_files.resolve(config.model, "--model")
-    files.check_outputs([Path(str(config.output))], {"--data": pool.paths, "--model": source.files()})
-    begun = Path(str(config.output)) / "work" / "begun.json"
-    config = dataclasses.replace(config, reading=model_files.with_date(config.reading, [source], begun))
+    output = Path(str(config.output))
+    config, pool, source = _opened(config, output, [output])
     with open_run(str(config.output), "adapter", on_progress) as run:
         inputs = Inputs({"model": partial(content_of, run, source)}, {"model": f"--model {config.model}"})
         inputs["data"] = fingerprint_rows(pool)
@@ -54,6 +50,21 @@ def finetune(config: FinetuneConfig, *, update: bool = False, on_progress: Progr
         for piece in (*run.work.glob("model-*"), *run.work.glob("adapter-*")):
             files.remove(piece)
         return run.path
+
+
+def _opened(config: Any, folder: Path, outputs: list[Path]) -> tuple[Any, rows.Rows, Source]:
+    """The config with the day held fixed that a chat template writes, its data, and its model's files.
+
+    Args:
+        folder: of the run, where it was begun before.
+        outputs: what will be written, which must be nothing that is read.
+    """
+    check_named(config, "data", "model", "output")
+    pool = rows.read(list(config.data), **config.reading.keywords())
+    source = model_files.resolve(config.model, "--model")
+    files.check_outputs(outputs, {"--data": pool.paths, "--model": source.files()})
+    reading = model_files.with_date(config.reading, [source], folder / "work" / "begun.json")
+    return dataclasses.replace(config, reading=reading), pool, source
 
 
 def _tune(
@@ -112,11 +123,8 @@ def _tune(
         _name_base(run.path / "adapter_config.json", config.model)
     files.write_text(run.path / "config.yaml", to_yaml(config))
     spent = account.spent(run.work).get(stage, {})
-    cost = {
-        "seconds": spent.get("seconds"),
-        "steps": (files.sealed(folder) or {}).get("steps"),
-        "size": _read(folder / "size.json"),
-    }
+    steps, size = (files.sealed(folder) or {}).get("steps"), _read(folder / "size.json")
+    cost = {"seconds": spent.get("seconds"), "steps": steps, "size": size}
     about = {**made_of, "seed": config.seed, "cost": cost, **load.facts(device, dtype)}
     run.finish(files.fingerprint(made_of), about, [path.name for path in parts])
 
@@ -142,30 +150,19 @@ def score(config: ScoreConfig, *, on_progress: Progress | None = None) -> tuple[
     Raises:
         ValueError: something that the user can mend.
     """
-    check_named(config, "data", "model", "output")
     output = Path(str(config.output))
-    if output.suffix != ".parquet":
-        raise ValueError(
-            f"--output {output}: scores are written as Parquet; name a file that ends in .parquet"
-        )
-    source = model_files.resolve(config.model, "--model")
-    pool = rows.read(list(config.data), **config.reading.keywords())
-    skipped = output.with_suffix(".skipped.jsonl")
-    files.check_outputs([output, skipped], {"--data": pool.paths, "--model": source.files()})
-    begun = output.with_suffix(".unfinished") / "work" / "begun.json"
-    config = dataclasses.replace(config, reading=model_files.with_date(config.reading, [source], begun))
-    with open_run(output.with_suffix(".unfinished"), "scores", on_progress) as run:
+    if config.output and output.suffix != ".parquet":
+        cure = "name a file that ends in .parquet"
+        raise ValueError(f"--output {output}: scores are written as Parquet; {cure}")
+    skipped, unfinished = output.with_suffix(".skipped.jsonl"), output.with_suffix(".unfinished")
+    config, pool, source = _opened(config, unfinished, [output, skipped])
+    with open_run(unfinished, "scores", on_progress) as run:
         contents = {"target": partial(content_of, run, source)}
         inputs = Inputs(contents, {"target": f"--model {config.model}"})
         inputs["data"] = fingerprint_rows(pool)
         training = Training(**{name: getattr(config, name) for name in LORA})
-        stand_in = SelectConfig(
-            seed=config.seed,
-            training=training,
-            reading=config.reading,
-            scoring=config.scoring,
-            engine=config.engine,
-        )
+        groups = {name: getattr(config, name) for name in ("reading", "scoring", "engine")}
+        stand_in = SelectConfig(seed=config.seed, training=training, **groups)
         run.begin(ingredients(stand_in), inputs, update=True)
         from staff.runs.pieces import Pieces  # torch comes in here
 
@@ -179,5 +176,5 @@ def score(config: ScoreConfig, *, on_progress: Progress | None = None) -> tuple[
         columns |= {"prompt_tokens": tokens.lengths - response, "response_tokens": response}
         write_scores(output, columns)
         warn(pool, tokens, config.reading.max_length, skipped)
-    files.remove(output.with_suffix(".unfinished"))
+    files.remove(unfinished)
     return output, len(pool)

@@ -62,16 +62,13 @@ def most_verified(
 def verdict(passes: float, epochs: float, share: float, relative_cost: float, verified_share: float) -> str:
     """One sentence on whether the draft was the cheaper way."""
     if passes <= 1:
-        return (
-            f"the draft was the cheaper way: {passes:.2f} passes of the target "
-            "in place of the 1 of --method direct"
-        )
+        spent = f"{passes:.2f} passes of the target in place of the 1 of --method direct"
+        return f"the draft was the cheaper way: {spent}"
     limit = break_even(epochs, share, verified_share)
     cure = f"a draft of less than {limit:.2f} of the target's cost" if limit > 0 else "fewer verified samples"
     return (
         f"the draft was not the cheaper way: {passes:.2f} passes of the target where --method direct takes "
-        f"1. "
-        f"It would be with {cure}, with fewer --draft-epochs or a smaller --draft-share"
+        f"1. It would be with {cure}, with fewer --draft-epochs or a smaller --draft-share"
     )
 
 
@@ -145,22 +142,14 @@ def table(job: Job, speeds: Mapping[str, Speed], pruning_rates: tuple[float, ...
         rows of method, stages, selection_seconds, total_seconds {rate: seconds}, break_even (None: it never
         does).
     """
-    full = job.epochs * job.tokens * speeds["target"].training
-    rows = []
+    full, rows = job.epochs * job.tokens * speeds["target"].training, []
     for name, method in METHODS.items():
         parts = stages(method, job, speeds)
-        if parts is None:
-            continue
-        selection = sum(parts.values())
-        rows.append(
-            {
-                "method": name,
-                "stages": parts,
-                "selection_seconds": selection,
-                "total_seconds": {rate: selection + (1 - rate) * full for rate in pruning_rates},
-                "break_even": selection / full if selection < full else None,
-            }
-        )
+        if parts is not None:
+            selection = sum(parts.values())
+            totals = {rate: selection + (1 - rate) * full for rate in pruning_rates}
+            row = {"method": name, "stages": parts, "selection_seconds": selection, "total_seconds": totals}
+            rows.append({**row, "break_even": selection / full if selection < full else None})
     return rows
 
 
@@ -169,25 +158,24 @@ def advice(job: Job, speeds: Mapping[str, Speed], pruning_rate: float) -> str:
 
     Of cost alone: which coreset is the better one is for `staff compare` to say.
     """
-    full = job.epochs * job.tokens * speeds["target"].training
-    seconds = {row["method"]: row["selection_seconds"] for row in table(job, speeds, (pruning_rate,))}
-    choices = {name: seconds[name] for name in ("staff", "direct") if name in seconds}
-    best = min(choices, key=choices.__getitem__)
-    total = choices[best] + (1 - pruning_rate) * full
+    full, seconds = job.epochs * job.tokens * speeds["target"].training, {}
+    for name in ("staff", "direct"):
+        parts = stages(METHODS[name], job, speeds)
+        if parts is not None:
+            seconds[name] = sum(parts.values())
+    best = min(seconds, key=seconds.__getitem__)
+    at, total = f"at {pruning_rate:.0%} pruned", seconds[best] + (1 - pruning_rate) * full
     if total >= full:
+        spared = f"more than the {pruning_rate * full:.0f} s of training it spares"
         return (
-            f"at {pruning_rate:.0%} pruned: train on all, {full:.0f} s, or take --method random: choosing "
-            f"takes "
-            f"{choices[best]:.0f} s at the cheapest (--method {best}), more than the "
-            f"{pruning_rate * full:.0f} s "
-            "of training it spares"
+            f"{at}: train on all, {full:.0f} s, or take --method random: choosing takes "
+            f"{seconds[best]:.0f} s at the cheapest (--method {best}), {spared}"
         )
     what = {"staff": "use this draft", "direct": "score the target directly"}[best]
-    beside = "".join(f", {choices[name]:.0f} s with --method {name}" for name in choices if name != best)
+    beside = "".join(f", {took:.0f} s with --method {name}" for name, took in seconds.items() if name != best)
     return (
-        f"at {pruning_rate:.0%} pruned: {what} (--method {best}): choosing takes {choices[best]:.0f} "
-        f"s{beside}, "
-        f"and with training {total:.0f} s where training on all takes {full:.0f} s"
+        f"{at}: {what} (--method {best}): choosing takes {seconds[best]:.0f} s{beside}, and with training "
+        f"{total:.0f} s where training on all takes {full:.0f} s"
     )
 
 
@@ -209,8 +197,9 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
     if not config.data or not config.target:
         raise ValueError("name the pool with --data FILE and the model that the coreset is for with --target")
     rows = formats.read(list(config.data), **config.reading.keywords())
-    device = models.pick_device(config.engine.device)
-    dtype = models.pick_dtype(config.engine.dtype, device)
+    engine, of = config.engine, config.reading
+    device = models.pick_device(engine.device)
+    dtype = models.pick_dtype(engine.dtype, device)
     blocks = models.self_blocks(config.draft)
     names = {"target": config.target}
     if config.draft:
@@ -219,14 +208,12 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
     speeds: dict[str, Speed] = {}
     pools: dict[str, Pool] = {}
     for label, source in sources.items():
-        tokenizer, of = models.load_tokenizer(source, config.engine.trust_remote_code), config.reading
+        tokenizer = models.load_tokenizer(source, engine.trust_remote_code)
         pools[label] = tokenise(rows.examples(), tokenizer, of.max_length, None, of, rows.numbers)
     rows, pools = in_common(rows, pools)
     for label, source in sources.items():
-        models.check_room(source, pools[label], rows.numbers, config.engine.trust_remote_code)
-        model = models.load_model(
-            source, dtype, device, config.engine.trust_remote_code, config.engine.load_in
-        )
+        models.check_room(source, pools[label], rows.numbers, engine.trust_remote_code)
+        model = models.load_model(source, dtype, device, engine.trust_remote_code, engine.load_in)
         model = drafts.cut(model, blocks) if label == "draft" and blocks else model
         speeds[label] = time_model(model, pools[label], config)
     tokens = int(pools["target"].lengths.sum())
@@ -262,51 +249,48 @@ def time_model(model: Any, pool: Pool, config: PlanConfig) -> Speed:
     from staff.models.finetune import sample_order, train_lora
     from staff.scoring.scorer import Scorer
 
+    scoring, training = config.scoring, config.training
     drawn = np.random.default_rng(config.seed).permutation(len(pool))[: 2 * NUM_TIMED]
     drawn = np.resize(drawn, 2 * NUM_TIMED)
     adapted: Any = None
-    if config.scoring.scope == "lora":
-        rank, targets = config.training.lora_rank, config.training.lora_targets
+    if scoring.scope == "lora":
+        rank, targets = training.lora_rank, training.lora_targets
         adapted = adapters.add_lora(model, rank, rank, config.seed, targets)
-    scorer = Scorer(adapted or model, config.scoring.scope)
-    scorer.scores(pool, drawn[:NUM_TIMED], config.scoring.batch_tokens)
+    scorer = Scorer(adapted or model, scoring.scope)
+    scorer.scores(pool, drawn[:NUM_TIMED], scoring.batch_tokens)
     began = time.perf_counter()
-    scorer.scores(pool, drawn[NUM_TIMED:], config.scoring.batch_tokens)
-    scoring = (time.perf_counter() - began) / pool.lengths[drawn[NUM_TIMED:]].sum()
+    scorer.scores(pool, drawn[NUM_TIMED:], scoring.batch_tokens)
+    a_token = (time.perf_counter() - began) / pool.lengths[drawn[NUM_TIMED:]].sum()
     if adapted:
         model = adapted.unload()  # training puts on one of its own
     steps: list[float] = []
-    trained = np.resize(drawn, STEPS_TIMED * config.training.batch_size)
+    trained = np.resize(drawn, STEPS_TIMED * training.batch_size)
+    names = ("batch_size", "lora_rank", "lora_targets")
+    settings = {"epochs": 1, **{name: getattr(training, name) for name in names}}
     with tempfile.TemporaryDirectory(prefix="staff-") as folder:
         train_lora(
             model,
             pool,
             trained,
             Path(folder),
-            epochs=1,
-            batch_size=config.training.batch_size,
-            lora_rank=config.training.lora_rank,
-            lora_targets=config.training.lora_targets,
             seed=config.seed,
             on_progress=lambda done, total: steps.append(time.perf_counter()),
+            **settings,
         )
-    order = sample_order(len(trained), config.seed, 0)
     # without the first step, which warms up
-    tokens = pool.lengths[trained[order[config.training.batch_size :]]].sum()
-    return Speed(float(scoring), float((steps[-1] - steps[0]) / tokens))
+    order = sample_order(len(trained), config.seed, 0)[training.batch_size :]
+    return Speed(float(a_token), float((steps[-1] - steps[0]) / pool.lengths[trained[order]].sum()))
 
 
 def describe_plan(plan: Mapping[str, Any]) -> str:
     """A plan as a person reads it."""
-    rates = list(plan["methods"][0]["total_seconds"])
+    rates, where = (
+        list(plan["methods"][0]["total_seconds"]),
+        "predicted seconds on this machine, loading aside",
+    )
     header = "".join(f"{f'{float(rate):.0%} pruned':>13}" for rate in rates)
-    lines = [
-        "",
-        f"pool       {plan['n']} samples, {plan['tokens']:,} tokens; predicted seconds on this machine, "
-        f"loading aside",
-        "",
-        f"{'method':20}{'choosing':>10}{header}{'pays from':>11}",
-    ]
+    lines = ["", f"pool       {plan['n']} samples, {plan['tokens']:,} tokens; {where}", ""]
+    lines.append(f"{'method':20}{'choosing':>10}{header}{'pays from':>11}")
     for row in plan["methods"]:
         pays = "never" if row["break_even"] is None else f"{row['break_even']:.0%}"
         totals = "".join(f"{seconds:13.1f}" for seconds in row["total_seconds"].values())
@@ -315,8 +299,7 @@ def describe_plan(plan: Mapping[str, Any]) -> str:
         f"{'all data':20}{0:10.1f}" + f"{plan['full_seconds']:13.1f}" * len(rates),
         "",
         f"with the training on what is kept; verification at its most, {plan['most_verified']} of "
-        f"{plan['n']} samples: "
-        "how many regions hold enough to be verified shows once the draft has scored",
+        f"{plan['n']} samples: how many regions hold enough to be verified shows once the draft has scored",
         "",
         f"{'method':20}seconds of each stage",
     ]

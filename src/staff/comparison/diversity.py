@@ -80,9 +80,7 @@ def spread(space: Mapping[str, np.ndarray], positions: np.ndarray, *, seed: int 
     whole = csr_array((space["data"], space["indices"], space["indptr"]), shape=tuple(space["shape"]))
     vectors = whole[positions]
     asked = np.sort(np.random.default_rng(seed).choice(m, min(m, NUM_ASKED), replace=False))
-    others = vectors.T.tocsr()
-    highest = []
-    step = max(1, SIMILARITIES_AT_ONCE // m)
+    others, highest, step = vectors.T.tocsr(), [], max(1, SIMILARITIES_AT_ONCE // m)
     for start in range(0, len(asked), step):
         rows = asked[start : start + step]
         similar = (vectors[rows] @ others).tocoo()

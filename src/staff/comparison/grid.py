@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from staff.config import (
     SelectConfig,
     expand,
     from_mapping,
+    meant,
     names_of,
     read_yaml,
 )
@@ -92,25 +93,19 @@ class Comparison:
 
     def cells(self) -> list[Cell]:
         """The grid, in the order it is worked through: every task and seed is seen early."""
-        found = []
-        for task in self.tasks:
-            found += [Cell(task, UNTOUCHED, None, None)] if self.untouched else []
-        for seed in self.seeds:
-            for task in self.tasks:
-                found += [Cell(task, FULL, None, seed)] if self.full else []
-                found += [
-                    Cell(task, name, rate, seed) for name in self.variants for rate in self.pruning_rates
-                ]
-        return found
+        cells = [Cell(task, UNTOUCHED, None, None) for task in self.tasks if self.untouched]
+        for seed, task in product(self.seeds, self.tasks):
+            cells += [Cell(task, FULL, None, seed)] if self.full else []
+            cells += [
+                Cell(task, name, rate, seed) for name, rate in product(self.variants, self.pruning_rates)
+            ]
+        return cells
 
     def group(self, name: str) -> list[str]:
         """The variants that share a selection run with this one: the same settings but for the method's
         own."""
-        return [
-            other
-            for other, variant in self.variants.items()
-            if variant.settings == self.variants[name].settings
-        ]
+        own = self.variants[name].settings
+        return [other for other, variant in self.variants.items() if variant.settings == own]
 
 
 def read_comparison(path: str | Path, output: str | None = None) -> Comparison:
@@ -122,7 +117,7 @@ def read_comparison(path: str | Path, output: str | None = None) -> Comparison:
     Raises:
         ValueError: what is missing, or not known, and where.
     """
-    values = _expanded(read_yaml(path))
+    values = expand(read_yaml(path))
     _known(values, SETTINGS, str(path))
     for name in ("tasks", "target", "methods", "pruning_rates", "seeds"):
         if not values.get(name):
@@ -133,26 +128,21 @@ def read_comparison(path: str | Path, output: str | None = None) -> Comparison:
     drafts = values.get("drafts") or ({"": values["draft"]} if values.get("draft") else {})
     if not isinstance(drafts, dict):
         raise ValueError(f"{path}: drafts must be lines of 'name: model'; found {drafts!r}")
-    if (
-        len(drafts) == 1
-    ):  # a setting of all: methods without a draft then share their run with those that have one
-        values["select"] = {
-            "draft": next(iter(drafts.values())),
-            **_mapping(values.get("select") or {}, f"{path}: select"),
-        }
+    if len(drafts) == 1:
+        # a setting of all: methods without a draft then share their run with those that have one
+        (draft,) = drafts.values()
+        values["select"] = {"draft": draft, **_mapping(values.get("select") or {}, f"{path}: select")}
     rates = tuple(_list(values["pruning_rates"]))
     for rate in rates:
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
-            raise ValueError(
-                f"{path}: pruning_rates are fractions of the pool removed, in [0, 1); found {rate!r}"
-            )
+            what = "pruning_rates are fractions of the pool removed, in [0, 1)"
+            raise ValueError(f"{path}: {what}; found {rate!r}")
     seeds = tuple(_list(values["seeds"]))
     if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds):
         raise ValueError(f"{path}: seeds must be whole numbers; found {values['seeds']!r}")
-    tasks = {
-        str(name): _task(str(name), given, values, path)
-        for name, given in _mapping(values["tasks"], f"{path}: tasks").items()
-    }
+    tasks: dict[str, Task] = {}
+    for name, given in _mapping(values["tasks"], f"{path}: tasks").items():
+        tasks[str(name)] = _task(str(name), given, values, path)
     methods = values["methods"]
     named = dict.fromkeys(map(str, methods)) if isinstance(methods, list) else methods
     named = _mapping(named, f"{path}: methods")
@@ -184,15 +174,9 @@ def select_config(comparison: Comparison, task: Task, name: str, seed: int, outp
     """The selection run that makes the coresets of a variant, and of all that share it, at every pruning
     rate."""
     variant = comparison.variants[name]
-    values = {
-        **task.select,
-        **variant.settings,
-        "data": list(task.train),
-        "target": comparison.target,
-        "seed": seed,
-        "output": output,
-    }
+    values = {**task.select, **variant.settings, "data": list(task.train), "target": comparison.target}
     values |= {"method": comparison.group(name), "pruning_rate": list(comparison.pruning_rates)}
+    values |= {"seed": seed, "output": output}
     return from_mapping(SelectConfig, values, f"select of {task.name}")
 
 
@@ -221,10 +205,8 @@ def _task(name: str, given: Any, values: Mapping[str, Any], path: str | Path) ->
     _known(reading, names_of(Reading), f"{where}: reading")
     stages = {}
     for stage in ("select", "finetune", "evaluate"):
-        stages[stage] = {
-            **_mapping(values.get(stage) or {}, f"{path}: {stage}"),
-            **_mapping(given.get(stage) or {}, f"{where}: {stage}"),
-        }
+        stages[stage] = dict(_mapping(values.get(stage) or {}, f"{path}: {stage}"))
+        stages[stage] |= _mapping(given.get(stage) or {}, f"{where}: {stage}")
         for own in OWN:
             if own in stages[stage]:
                 raise ValueError(f"{where}: {stage}: {own} is set by the comparison itself; leave it out")
@@ -247,9 +229,8 @@ def _variants(name: str, given: Any, drafts: Mapping[str, str], where: str) -> d
         raise ValueError(f"{where}: a method's name becomes a folder: letters, digits, - and _ alone")
     base = given.pop("method", name)
     if not isinstance(base, str) or base not in METHODS:
-        raise ValueError(
-            f"{where}: there is no method {base!r}; name one with 'method:', of {', '.join(METHODS)}"
-        )
+        cure = f"name one with 'method:', of {', '.join(METHODS)}"
+        raise ValueError(f"{where}: there is no method {base!r}; {cure}")
     method = METHODS[base]
     changed = _mapping(given.pop("needs", None) or {}, f"{where}: needs")
     _known(changed, list(method.needs), f"{where}: needs")
@@ -272,18 +253,14 @@ def _variants(name: str, given: Any, drafts: Mapping[str, str], where: str) -> d
     speculates = any(need.base == "draft" for need in method.needs.values())
     if "draft" in settings or not speculates or len(drafts) <= 1:
         return {name: Variant(name, method, settings)}
-    return {
-        f"{name}@{label}": Variant(f"{name}@{label}", method, {**settings, "draft": draft})
-        for label, draft in drafts.items()
-    }
+    several = {f"{name}@{label}": {**settings, "draft": draft} for label, draft in drafts.items()}
+    return {full: Variant(full, method, own) for full, own in several.items()}
 
 
 def _known(values: Mapping[str, Any], names: Iterable[str], where: str) -> None:
     for name in values:
         if name not in names:
-            near = difflib.get_close_matches(str(name), list(names), 1)
-            cure = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
-            raise ValueError(f"{where}: there is no {name!r}; {cure}")
+            raise ValueError(f"{where}: there is no {name!r}; {meant(str(name), names)}")
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
@@ -294,11 +271,3 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
 
 def _list(value: Any) -> list:
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _expanded(value: Any) -> Any:
-    if isinstance(value, str):
-        return expand(value)
-    if isinstance(value, dict):
-        return {name: _expanded(part) for name, part in value.items()}
-    return [_expanded(part) for part in value] if isinstance(value, list) else value

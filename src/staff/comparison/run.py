@@ -147,18 +147,16 @@ def _begin(comparison: Comparison, update: bool) -> None:
     now = json.loads(json.dumps(now))
     path = comparison.output / "begun.json"
     before = (read_checked(path) or {}).get("settings", {})
-    shared = [
-        name for name in before if name in now
-    ]  # a task that is new, or left out this time, is no change
+    # a task that is new, or left out this time, is no change
+    shared = [name for name in before if name in now]
     changed = differences({name: before[name] for name in shared}, {name: now[name] for name in shared})
     if changed and not update:
         raise ValueError(
             f"{comparison.output} was begun with other settings:\n  " + "\n  ".join(changed) + "\n"
             "Name another --output, or add --update to do again what no longer fits"
         )
-    day = {
-        "template_date": datetime.date.today().isoformat()
-    }  # of all cells, whatever day they are worked on
+    # of all cells, whatever day they are worked on
+    day = {"template_date": datetime.date.today().isoformat()}
     write_checked(path, {"settings": {**day, **before, **now}})
 
 
@@ -287,12 +285,8 @@ def _passes(
     one_pass = size.scoring_flops(int(tokens.sum()), int(responses.sum()))
     flops = size.training_flops(int(tokens[chosen].sum()), int(responses[chosen].sum())) * epochs
     selecting, tuning = select_flops / one_pass, flops / one_pass
-    return {
-        "finetune_flops": flops,
-        "finetune_passes": tuning,
-        "select_passes": selecting,
-        "total_passes": selecting + tuning,
-    }
+    passes = {"select_passes": selecting, "total_passes": selecting + tuning}
+    return {"finetune_flops": flops, "finetune_passes": tuning, **passes}
 
 
 def _selection(grid: Grid, cell: Cell, runs: dict[str, list[Run]], tell: Progress) -> Run | None:
@@ -352,9 +346,8 @@ def _diversity(grid: Grid, cell: Cell) -> dict[str, float]:
         return before["figures"]
     rows = None if cell.method == FULL else _chosen_rows(grid, cell)
     if rows is None and cell.method != FULL:
-        logger.warning(
-            "%s: its coreset is not there any more, so how diverse it was is not known", cell.folder
-        )
+        what = "its coreset is not there any more, so how diverse it was is not known"
+        logger.warning("%s: %s", cell.folder, what)
         return {}
     space = _space(grid, task)
     numbers = space["numbers"]
@@ -418,12 +411,8 @@ def selection_cost(method: Method, config: SelectConfig, run: Run) -> dict[str, 
         part = "without prompts" if need.quantity == "unconditional_loss" else ""
         twins = [name for name, other in specs.items() if other == spec]  # an untuned draft is the raw one
         for name in (need.model, *twins):
-            wanted = [
-                stage
-                for stage in stages
-                if (stage.kind, stage.model, stage.part) == (kind, name, part)
-                and bool(stage.snapshot) == need.checkpoints
-            ]
+            like = (kind, name, part, need.checkpoints)
+            wanted = [s for s in stages if (s.kind, s.model, s.part, bool(s.snapshot)) == like]
             if wanted:
                 shares |= dict.fromkeys(wanted, 1.0)
                 break
