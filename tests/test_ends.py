@@ -180,7 +180,7 @@ def test_a_fine_tuning_of_ones_own_is_finished_after_a_kill_and_known_by_checksu
     ).read_bytes()
     with pytest.raises(ValueError, match=r"epochs: 1\.0 -> 2\.0"):
         jobs.finetune(config_of(FinetuneConfig, output=str(tmp_path / "b"), **{**settings, "epochs": 2}))
-    monkeypatch.setattr(training, "finetune", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(training, "train_lora", lambda *_, **__: pytest.fail("trained again"))
     jobs.finetune(killed, update=True)
 
 
