@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from staff.models import anatomy
+from staff.models import anatomy, families
 from staff.models import drafts as draft
-from staff.models import load as models
 from staff.scoring.scorer import Scorer
 from tiny import CHECKED, make_model, make_pool
 
@@ -50,10 +49,10 @@ def test_blocks_that_share_keys_and_values_cannot_be_left_out():
 
 
 def test_self_needs_a_number():
-    assert models.self_blocks("self:8") == 8
-    assert models.self_blocks("some/model") is None
+    assert families.self_blocks("self:8") == 8
+    assert families.self_blocks("some/model") is None
     with pytest.raises(ValueError, match="self:8"):
-        models.self_blocks("self")
+        families.self_blocks("self")
 
 
 @pytest.mark.parametrize(
@@ -66,4 +65,12 @@ def test_self_needs_a_number():
     ],
 )
 def test_smaller_siblings_are_suggested_by_name(target, expected):
-    assert models.suggest_drafts(target) == expected
+    assert list(families.suggest_drafts(target)) == expected
+
+
+def test_a_suggestion_comes_with_its_cost():
+    assert families.suggest_drafts("Qwen/Qwen2.5-7B-Instruct")["Qwen/Qwen2.5-0.5B"] == pytest.approx(0.07)
+    assert families.suggest_drafts("/models/Mistral-Nemo-Instruct-2407")  # no size in its name: all are named
+    for family in families.FAMILIES.values():
+        sizes = list(family.members.values())
+        assert sizes == sorted(sizes)

@@ -14,7 +14,7 @@ ROWS = [
     ["cli"],
     ["console"],
     ["comparison"],
-    ["jobs", "__init__"],
+    ["jobs", "candidates", "__init__"],
     ["pipeline"],
     ["runs"],
     ["plan"],

@@ -13,6 +13,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from staff import config as configs
@@ -87,6 +88,22 @@ def plan(arguments: Sequence[str]) -> None:
     config, given = _parse(configs.PlanConfig, arguments, "staff plan", "json")
     made = planning.make_plan(config)
     _say(given, planning.describe_plan(made), made)
+
+
+def drafts(arguments: Sequence[str]) -> None:
+    """Compare drafts with the target on a few hundred rows: which is faithful, at what cost."""
+    from staff import candidates
+
+    config, given = _parse(configs.DraftsConfig, arguments, "staff drafts", "quiet", "json")
+    with console.Bars(quiet=given.quiet) as progress:
+        found = candidates.compare_drafts(config, progress)
+    text = candidates.describe_drafts(found)
+    if config.picture:
+        is_drawn = candidates.draw_drafts(found, Path(config.picture))
+        text += (
+            f"\n\npicture    {config.picture}" if is_drawn else "\n\nno picture: matplotlib is not installed"
+        )
+    _say(given, text, found)
 
 
 def compare(arguments: Sequence[str]) -> None:
@@ -170,6 +187,7 @@ def methods(arguments: Sequence[str]) -> None:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "plan": plan,
+    "drafts": drafts,
     "select": select,
     "score": score,
     "finetune": finetune,

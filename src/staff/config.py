@@ -348,6 +348,26 @@ class PlanConfig(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DraftsConfig(_Checked):
+    """Compare drafts with the target on a few hundred rows: how faithful each is, and what it costs."""
+
+    data: tuple[str, ...] = ()
+    """The pool, in any format that `staff select` reads."""
+    target: str = ""
+    """The model the coreset is for: a hub id, a folder or a .gguf file."""
+    candidates: tuple[str, ...] = ()
+    """Drafts to compare: hub ids, folders, .gguf files, or self:N, N of the target's own blocks."""
+    rows: Annotated[int, Range(20)] = 300
+    """Rows of the pool, drawn at random, that every model scores."""
+    picture: str | None = None
+    """A PNG file to write: rank correlation against cost."""
+    seed: Seed = 42
+    """Seed of the rows that are drawn."""
+    reading: Reading = Reading()
+    engine: Engine = Engine()
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(_Checked):
     """Answer a test file with a model and compare with its references."""
 

@@ -210,8 +210,8 @@ def find_models(config: SelectConfig, methods: Mapping[str, Method]) -> dict[str
         wanted |= {need.base for need in needs}
     if not wanted:
         return {}
+    from staff.models import families
     from staff.models import files as model_files
-    from staff.models import load
 
     if not config.target:
         raise ValueError("name the model that the coreset is for with --target")
@@ -219,9 +219,15 @@ def find_models(config: SelectConfig, methods: Mapping[str, Method]) -> dict[str
     if "draft" not in wanted:
         return {"target": target}
     if not config.draft:
-        siblings = ", ".join(load.suggest_drafts(config.target))
+        siblings = [
+            name if share is None else f"{name} (r about {share:.2f})"
+            for name, share in families.suggest_drafts(config.target).items()
+        ]
         known = "No smaller sibling of its family is known here"
-        known = f"Known smaller siblings of its family: {siblings}" if siblings else known
+        if siblings:
+            known = (
+                f"Known smaller siblings of its family: {', '.join(siblings)}; untuned, a draft costs r + v"
+            )
         raise ValueError(
             f"--method {' '.join(config.method)} needs a small draft of the target's family: name one with "
             f"--draft. "
@@ -229,7 +235,7 @@ def find_models(config: SelectConfig, methods: Mapping[str, Method]) -> dict[str
             f"scores the "
             "target itself"
         )
-    if load.self_blocks(config.draft) is not None:
+    if families.self_blocks(config.draft) is not None:
         return {"target": target, "draft": target}
     return {"target": target, "draft": model_files.resolve(config.draft, "--draft")}
 

@@ -191,7 +191,7 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
     """
     from staff.data import rows as formats
     from staff.data.tokens import in_common, tokenise
-    from staff.models import drafts
+    from staff.models import drafts, families
     from staff.models import load as models
 
     if not config.data or not config.target:
@@ -200,7 +200,7 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
     engine, of = config.engine, config.reading
     device = models.pick_device(engine.device)
     dtype = models.pick_dtype(engine.dtype, device)
-    blocks = models.self_blocks(config.draft)
+    blocks = families.self_blocks(config.draft)
     names = {"target": config.target}
     if config.draft:
         names["draft"] = config.target if blocks else config.draft

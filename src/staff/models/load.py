@@ -1,13 +1,10 @@
-"""Load models, and say which smaller sibling could be the draft and what a token costs. No torch until one is
-loaded."""
+"""Load models, and say what a token costs in one. No torch until one is loaded."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
-import re
 import struct
 import warnings
 from collections.abc import Callable
@@ -29,91 +26,6 @@ if TYPE_CHECKING:  # models are found and identified without torch: a finished r
     from staff.data.tokens import Pool
 
 logger = logging.getLogger(__name__)
-
-# family -> (what its names look like, model types in a config.json, siblings smallest first)
-FAMILIES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
-    "Qwen3": (
-        r"qwen3(?!\.)",
-        ("qwen3",),
-        ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B", "Qwen/Qwen3-8B", "Qwen/Qwen3-14B"),
-    ),
-    "Qwen2.5": (
-        r"qwen2\.5",
-        ("qwen2",),
-        ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-14B"),
-    ),
-    "Llama 3": (
-        r"llama-?3",
-        (),
-        ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-3B", "meta-llama/Llama-3.1-8B"),
-    ),
-    "Llama 2": (r"llama-?2", (), ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-13b-hf")),
-    "Gemma 3": (
-        r"gemma-?3(?!n)",
-        ("gemma3", "gemma3_text"),
-        ("google/gemma-3-270m", "google/gemma-3-1b-pt", "google/gemma-3-4b-pt", "google/gemma-3-12b-pt"),
-    ),
-    "Gemma 2": (r"gemma-?2-", ("gemma2",), ("google/gemma-2-2b", "google/gemma-2-9b")),
-    "Gemma": (r"gemma-\d+b", ("gemma",), ("google/gemma-2b", "google/gemma-7b")),
-    "Mistral": (r"mistral|ministral", ("mistral",), ("mistralai/Mistral-7B-v0.3",)),
-    "Phi-3": (r"phi-?3", ("phi3",), ("microsoft/Phi-3-mini-4k-instruct",)),
-    "SmolLM2": (
-        r"smollm2",
-        (),
-        ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-360M", "HuggingFaceTB/SmolLM2-1.7B"),
-    ),
-    "Pythia": (
-        r"pythia",
-        ("gpt_neox",),
-        ("EleutherAI/pythia-70m", "EleutherAI/pythia-160m", "EleutherAI/pythia-410m", "EleutherAI/pythia-1b"),
-    ),
-    "GPT-2": (
-        r"gpt-?2",
-        ("gpt2",),
-        ("openai-community/gpt2", "openai-community/gpt2-medium", "openai-community/gpt2-large"),
-    ),
-    "OPT": (
-        r"opt-",
-        ("opt",),
-        ("facebook/opt-125m", "facebook/opt-350m", "facebook/opt-1.3b", "facebook/opt-2.7b"),
-    ),
-    "OLMo 2": (r"olmo-?2", ("olmo2",), ("allenai/OLMo-2-0425-1B", "allenai/OLMo-2-1124-7B")),
-}
-
-
-def self_blocks(draft: str | None) -> int | None:
-    """N of "self:N", None for anything else.
-
-    Raises:
-        ValueError: "self" without a number of blocks.
-    """
-    if draft is None or not draft.startswith("self"):
-        return None
-    match = re.fullmatch(r"self:(\d+)", draft)
-    if not match or int(match[1]) < 1:
-        raise ValueError(f"--draft {draft}: say how many of the target's blocks to keep, as in self:8")
-    return int(match[1])
-
-
-def suggest_drafts(target: str) -> list[str]:
-    """Hub ids of the known smaller siblings of a target's family, smallest first; empty for a family not
-    known."""
-    name = Path(target).name.lower() if Path(target).exists() else target.lower()
-    model_type, size = None, None
-    config = Path(target) / "config.json"
-    if config.is_file():
-        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    size = _size(name)
-    for pattern, model_types, siblings in FAMILIES.values():
-        if re.search(pattern, name) or model_type in model_types:
-            return [sibling for sibling in siblings if size is None or (_size(sibling) or 0) < size]
-    return []
-
-
-def _size(name: str) -> float | None:
-    """Parameters as a model's name tells them, in billions."""
-    found = re.findall(r"(\d+(?:\.\d+)?)\s*([bm])(?![a-z])", name.lower())
-    return float(found[-1][0]) / (1000 if found[-1][1] == "m" else 1) if found else None
 
 
 def pick_device(device: str) -> torch.device:

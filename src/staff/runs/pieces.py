@@ -17,7 +17,7 @@ from staff import files, graph
 from staff.config import SelectConfig
 from staff.data import rows as reading
 from staff.data.tokens import Pool, in_common, tokenise
-from staff.models import adapters, drafts, load
+from staff.models import adapters, drafts, families, load
 from staff.models.files import Source, tokenizer_fingerprint
 from staff.models.finetune import train_lora
 from staff.plan import SNAPSHOTS
@@ -149,7 +149,7 @@ class Pieces:
             source, self.dtype, self.device, engine.trust_remote_code, engine.load_in, merge
         )
         self.inputs.check(base)
-        num_blocks = load.self_blocks(self.config.draft) if base == "draft" else None
+        num_blocks = families.self_blocks(self.config.draft) if base == "draft" else None
         return drafts.cut(model, num_blocks, self.config.draft_blocks) if num_blocks else model
 
     def adapter(self, name: str) -> Path:
