@@ -227,3 +227,11 @@ def test_a_command_killed_at_any_file_ends_with_the_same_bytes_and_account(
     process.kill()
     process.join()
     ends_alike(command, family, inputs, root, before, whole)
+
+
+def test_scores_of_a_finished_cell_that_were_damaged_are_made_again(family, inputs, tmp_path):
+    in_a_fork(compare, tmp_path, inputs, family, before=[stand_in]).join()
+    whole = contents(tmp_path)
+    (scores,) = tmp_path.glob("x/cells/sums/staff-0.5/*/scores.jsonl")
+    scores.write_bytes(scores.read_bytes()[:-9])
+    ends_alike("compare", family, inputs, tmp_path, [stand_in], whole)

@@ -95,7 +95,7 @@ def _tune(
     if files.sealed(folder) is None:
         tell = run.counter(Stage("tokenise"), len(pool))
         reading = config.reading
-        tokens = tokenise(pool.examples(), tokenizer, reading.max_length, tell, reading, pool.numbers)
+        tokens = tokenise(pool.examples(), tokenizer, reading.max_length, tell, reading, pool.where)
         pool, usable = in_common(pool, {"": tokens})
         tokens = usable[""]
         load.check_room(source, tokens, pool.numbers, engine.trust_remote_code)

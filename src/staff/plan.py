@@ -209,7 +209,7 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
     pools: dict[str, Pool] = {}
     for label, source in sources.items():
         tokenizer = models.load_tokenizer(source, engine.trust_remote_code)
-        pools[label] = tokenise(rows.examples(), tokenizer, of.max_length, None, of, rows.numbers)
+        pools[label] = tokenise(rows.examples(), tokenizer, of.max_length, None, of, rows.where)
     rows, pools = in_common(rows, pools)
     for label, source in sources.items():
         models.check_room(source, pools[label], rows.numbers, engine.trust_remote_code)

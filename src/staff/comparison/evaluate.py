@@ -117,7 +117,7 @@ def evaluate(config: EvaluateConfig, *, on_progress: Progress | None = None) -> 
 
             tokenizer = models.load_tokenizer(source, config.engine.trust_remote_code)
             tokenizer.chat_template = template_of(tokenizer, reading)
-            pool = tokenise(examples, tokenizer, reading.max_length, None, reading, rows.numbers)
+            pool = tokenise(examples, tokenizer, reading.max_length, None, reading, rows.where)
             left_out = {place for place, _ in pool.dropped}
             rows, pools = in_common(rows, {"": pool})
             examples = [example for place, example in enumerate(examples) if place not in left_out]

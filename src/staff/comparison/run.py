@@ -30,6 +30,7 @@ from staff.comparison.grid import (
 from staff.config import SelectConfig
 from staff.data import rows as formats
 from staff.files import (
+    changed_files,
     check_mark,
     clear_asides,
     differences,
@@ -223,8 +224,11 @@ def _made_of(grid: Grid, cell: Cell) -> str:
 
 def _figures(grid: Grid, cell: Cell) -> Figures | None:
     """A finished cell's figures, None where it is not finished."""
-    result = read_checked(grid.place(cell.folder, "cell.json"))
-    return result["figures"] if result and result["made_of"] == _made_of(grid, cell) else None
+    folder = grid.place(cell.folder)
+    result = read_checked(folder / "cell.json")
+    if not result or result["made_of"] != _made_of(grid, cell) or changed_files(folder, result["files"]):
+        return None
+    return result["figures"]
 
 
 def _work(grid: Grid, cell: Cell, runs: dict[str, list[Run]], tell: Progress) -> bool:
@@ -269,7 +273,9 @@ def _work(grid: Grid, cell: Cell, runs: dict[str, list[Run]], tell: Progress) ->
     judged = evaluate_config(comparison, task, model, str(folder / "scores.jsonl"))
     summary = evaluation.evaluate(judged, on_progress=tell)
     figures |= {**summary["metrics"], "loss": summary["loss"], "evaluate_seconds": summary["seconds"]}
-    write_checked(folder / "cell.json", {"made_of": _made_of(grid, cell), "figures": figures})
+    made = {"scores.jsonl": hash_file(folder / "scores.jsonl")}
+    about = {"made_of": _made_of(grid, cell), "figures": figures, "files": made}
+    write_checked(folder / "cell.json", about)
     return True
 
 
@@ -323,7 +329,7 @@ def _lengths(grid: Grid, task: Task) -> dict[str, np.ndarray]:
     if lengths is None:
         rows = formats.read(list(task.train), **of.keywords())
         tokenizer = models.load_tokenizer(source, config.engine.trust_remote_code)
-        pool = tokenise(rows.examples(), tokenizer, of.max_length, None, of, rows.numbers)
+        pool = tokenise(rows.examples(), tokenizer, of.max_length, None, of, rows.where)
         rows, pools = in_common(rows, {"": pool})
         pool = pools[""]
         lengths = {"rows": rows.numbers, "tokens": pool.lengths, "responses": pool.response_tokens()}

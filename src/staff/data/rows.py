@@ -132,6 +132,10 @@ class Rows:
         """The user's own rows at these positions, in the order asked for."""
         return map(dict, self.source.fetch(self._numbers(positions)))
 
+    def where(self, position: int) -> str:
+        """What messages call the row at a position: 'train.jsonl: row 3'."""
+        return _where(self.source, int(self.numbers[position]))
+
     def without(self, reasons: Mapping[int, str]) -> Rows:
         """The rows without those at some positions, which count as skipped, each for its reason."""
         skipped = ((int(self.numbers[i]), reason) for i, reason in reasons.items())

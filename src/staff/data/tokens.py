@@ -131,7 +131,7 @@ def tokenise(
     max_length: int,
     on_progress: Callable[[int], None] | None = None,
     reading: Reading = USUAL,
-    numbers: Sequence[int] | np.ndarray | None = None,
+    name_of: Callable[[int], str] = "row {}".format,
 ) -> Pool:
     """Make a pool: each text as the model's chat template renders it, tokenised whole, trained turns marked.
 
@@ -150,7 +150,7 @@ def tokenise(
         max_length: tokens at most.
         on_progress: called with the number of rows done.
         reading: its chat_template, template_date, on_long and on_bad_row hold here.
-        numbers: the rows' numbers for messages; else their places.
+        name_of: place -> what messages call the row.
 
     Returns:
         The pool; rows that can't be used are in its `dropped` where on_bad_row or on_long say so.
@@ -171,9 +171,8 @@ def tokenise(
             except BadRow as error:
                 is_long = isinstance(error, LongRow)
                 if not (reading.on_bad_row == "skip" or (is_long and reading.on_long == "drop")):
-                    number = place if numbers is None else numbers[place]
                     cure = "" if is_long else ", or leave such rows out with --on-bad-row skip"
-                    raise ValueError(f"row {number} {error}{cure}") from None
+                    raise ValueError(f"{name_of(place)} {error}{cure}") from None
                 dropped.append((place, str(error)))
             else:
                 input_ids.extend(sample.ids)

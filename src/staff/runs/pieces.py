@@ -103,7 +103,7 @@ class Pieces:
                 base, began = self.specs[name].base, time.monotonic()
                 tell = self.run.counter(Stage("tokenise"), len(self.rows))
                 examples, tokenizer, how = self.rows.examples(), self._tokenizer(base), self.config.reading
-                pool = tokenise(examples, tokenizer, how.max_length, tell, how, self.rows.numbers)
+                pool = tokenise(examples, tokenizer, how.max_length, tell, how, self.rows.where)
                 arrays = pool.to_arrays()
                 self.inputs.check("data", base)
                 self._spend(Stage("tokenise"), time.monotonic() - began)
@@ -369,7 +369,7 @@ class Pieces:
         validation = reading.read(config.validation, **config.reading.keywords())
         tokenizer = self._tokenizer(self.specs[name].base)
         how = config.reading
-        query = tokenise(validation.examples(), tokenizer, how.max_length, None, how, validation.numbers)
+        query = tokenise(validation.examples(), tokenizer, how.max_length, None, how, validation.where)
         self._check_room(self.specs[name].base, query, validation.numbers)
         pool = self.pool(name)
 
