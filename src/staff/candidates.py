@@ -61,7 +61,7 @@ def compare_drafts(config: DraftsConfig, on_progress: Progress | None = None) ->
     some = dataclasses.replace(pool, numbers=pool.numbers[drawn])
     for label, source in sources.items():
         tokenizer, how = load.load_tokenizer(source, engine.trust_remote_code), config.reading
-        pools[label] = tokenise(some.examples(), tokenizer, how.max_length, None, how, some.numbers)
+        pools[label] = tokenise(some.examples(), tokenizer, how.max_length, None, how, some.where)
     some, pools = in_common(some, pools)
     told = {}
     for label, source in sources.items():
