@@ -609,6 +609,18 @@ def test_parquet_and_the_same_rows_in_memory_are_read_alike(tmp_path):
         assert 0 < len(rows) < 300
 
 
+def test_rows_that_whole_columns_show_to_be_fine_are_not_looked_at_one_by_one(tmp_path):
+    chat = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    for good, bad in (
+        ({"prompt": "p", "response": "r"}, {"prompt": "p", "response": " "}),
+        ({"messages": chat}, {"messages": chat[:1]}),
+        ({"instruction": "i", "input": "", "output": "o"}, {"instruction": "", "input": "x", "output": "o"}),
+    ):
+        pq.write_table(pa.Table.from_pylist([good, bad, good]), tmp_path / "a.parquet")
+        rows = read(tmp_path / "a.parquet", on_bad_row="skip")
+        assert [row for _, row in rows.source.scan(rows.layout)] == [None, bad, None]
+
+
 def test_columns_of_any_type_come_out_as_pyarrow_has_them(tmp_path):
     inner = pa.struct([("x", pa.list_(pa.int32())), ("y", pa.large_string())])
     table = pa.table(

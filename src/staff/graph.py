@@ -70,12 +70,8 @@ def neighbours(
     everyone = np.arange(n)
     if exact or (exact is None and n <= APPROXIMATE_ABOVE):
         if n > APPROXIMATE_ABOVE:
-            logger.warning(
-                "looking at all %.1e pairs of %d samples for their neighbours; "
-                "exact=False looks in nearby clusters alone",
-                n * n,
-                n,
-            )
+            way = "exact=False looks in nearby clusters alone"
+            logger.warning("looking at all %.1e pairs of %d samples for their neighbours; %s", n * n, n, way)
         return _nearest(features, everyone, everyone, num_neighbours)
 
     num_lists = max(1, round(n**0.5))
@@ -96,13 +92,9 @@ def neighbours(
     truth = _nearest(features, checked, everyone, num_neighbours)
     hits = sum(len(np.intersect1d(a, b)) for a, b in zip(nearest[checked], truth, strict=True))
     recall = hits / truth.size
-    logger.log(
-        logging.INFO if recall >= 0.9 else logging.WARNING,
-        "approximate neighbours of %d samples: %.0f %% of the true ones among those of %d samples",
-        n,
-        100 * recall,
-        len(checked),
-    )
+    said = f"approximate neighbours of {n} samples: {recall:.0%} of the true ones"
+    level = logging.INFO if recall >= 0.9 else logging.WARNING
+    logger.log(level, "%s among those of %d samples", said, len(checked))
     return nearest
 
 
@@ -122,10 +114,9 @@ def clusters(features: np.ndarray, *, seed: int, num_clusters: int | None = None
     n = len(features)
     if n == 0:
         return np.empty(0, np.int64)
-    num_clusters = num_clusters or max(1, min(NUM_CLUSTERS, n // 20))
-    return _cluster(
-        features, min(num_clusters, n), seed, rows_a_cluster=ROWS_A_CLUSTER if n > APPROXIMATE_ABOVE else n
-    )[0]
+    num_clusters = min(num_clusters or max(1, min(NUM_CLUSTERS, n // 20)), n)
+    rows_a_cluster = ROWS_A_CLUSTER if n > APPROXIMATE_ABOVE else n
+    return _cluster(features, num_clusters, seed, rows_a_cluster)[0]
 
 
 def _cluster(
@@ -233,10 +224,8 @@ def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def need_sklearn() -> None:
     """Raise ImportError, with the cure, where scikit-learn is not there."""
     if importlib.util.find_spec("sklearn") is None:
-        raise ImportError(
-            "clusters, and neighbours among more than 20,000 samples, need scikit-learn: "
-            "pip install 'staff-coreset[graph]'"
-        )
+        what = "clusters, and neighbours among more than 20,000 samples, need scikit-learn"
+        raise ImportError(f"{what}: pip install 'staff-coreset[graph]'")
 
 
 def _check(features: np.ndarray) -> np.ndarray:
@@ -247,10 +236,8 @@ def _check(features: np.ndarray) -> np.ndarray:
         raise ValueError(f"features must be one row a sample, (n, d); found shape {features.shape}")
     bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
     if len(bad):
-        raise ValueError(
-            f"{len(bad)} of {len(features)} samples have features that are nan or infinite "
-            f"(positions {bad[:5].tolist()})"
-        )
+        what = "samples have features that are nan or infinite"
+        raise ValueError(f"{len(bad)} of {len(features)} {what} (positions {bad[:5].tolist()})")
     return features
 
 

@@ -73,11 +73,9 @@ def locate(
         if not name or "\0" in name:
             kinds = "a file, a folder, a hub data set (owner/name), or - for standard input"
             raise ValueError(f"data is {name!r}; give {kinds}")
+    asked = Input(config=config, split=split, revision=revision)
     info = Path(dataset_info) if dataset_info is not None else None
-    inputs = [
-        _one(name, split, config, revision) if info is None else _factory(name, info, split, config, revision)
-        for name in names
-    ]
+    inputs = [_one(name, asked) if info is None else _factory(name, info, asked) for name in names]
     first = inputs[0]
     if len(inputs) == 1:
         return first
@@ -95,7 +93,7 @@ def locate(
     return Input(paths, tuple(n for i in inputs for n in i.names), layout=first.layout)
 
 
-def _one(name: str, split: str | None, config: str | None, revision: str | None) -> Input:
+def _one(name: str, asked: Input) -> Input:
     if name == "-":
         if sys.stdin is None or sys.stdin.isatty():
             raise ValueError(f"{STDIN} is a terminal; {PIPE}")
@@ -108,14 +106,14 @@ def _one(name: str, split: str | None, config: str | None, revision: str | None)
         with open(path, "rb") as pipe:
             return _spooled(pipe, name)
     if path.is_dir():
-        return _folder(path, split)
+        return _folder(path, asked.split)
     if path.exists():
-        if split is not None or config is not None or revision is not None:
+        if asked != Input():
             flags = "--split, --dataset-config and --revision are for hub data sets, --split also for folders"
             raise ValueError(f"{name} is a file: {flags}")
         return Input((path,), (name,))
     if DATA_ID.fullmatch(name) and suffix_of(path) not in SUFFIXES and not path.parent.is_dir():
-        return Input(hub=name, config=config, split=split, revision=revision)
+        return replace(asked, hub=name)
     raise _missing(path)
 
 
@@ -240,7 +238,7 @@ def read_json(path: Path) -> dict:
 # ---- LLaMA-Factory ----
 
 
-def _factory(name: str, info: Path, split: str | None, config: str | None, revision: str | None) -> Input:
+def _factory(name: str, info: Path, asked: Input) -> Input:
     info = info / "dataset_info.json" if info.is_dir() else info
     if not info.exists():
         raise _missing(info)
@@ -255,22 +253,23 @@ def _factory(name: str, info: Path, split: str | None, config: str | None, revis
     samples = entry.get("num_samples")
     if samples is not None and (not isinstance(samples, int) or samples < 1):
         raise ValueError(f"{where}: 'num_samples' is {shown(samples)}; it must be a number of rows")
-    split, hub, folder = split or entry.get("split"), entry.get("hf_hub_url"), entry.get("folder")
+    asked = replace(asked, split=asked.split or entry.get("split"), layout=layout, samples=samples)
+    hub, folder = entry.get("hf_hub_url"), entry.get("folder")
     if hub:
         # `datasets` takes names of its own builders, such as text, and folders for data sets too
         if not DATA_ID.fullmatch(hub) or os.path.exists(hub):
             raise ValueError(f"{where}: 'hf_hub_url' is {hub!r}; it must be a hub data set, owner/name")
         if folder and (os.path.isabs(folder) or ".." in Path(folder).parts or "://" in folder):
             raise ValueError(f"{where}: 'folder' is {folder!r}; it must be a folder of the hub data set")
-        config, revision = config or entry.get("subset"), revision or entry.get("revision")
-        return Input((), (), hub, config, split, revision, folder, layout, samples)
+        config, revision = asked.config or entry.get("subset"), asked.revision or entry.get("revision")
+        return replace(asked, hub=hub, folder=folder, config=config, revision=revision)
     if not entry.get("file_name"):
         found = ", ".join(entry) or "nothing"
         raise ValueError(f"{where} has no 'file_name' (nor 'hf_hub_url'); found {found}")
     path = inside(info.parent, entry["file_name"], info)
     if not path.exists():
         raise ValueError(f"{where}: {_missing(path)}")
-    source = _folder(path, split) if path.is_dir() else Input((path,), (str(path),))
+    source = _folder(path, asked.split) if path.is_dir() else Input((path,), (str(path),))
     return replace(source, layout=layout, samples=samples)
 
 
