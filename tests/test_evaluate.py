@@ -8,12 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
+from typing import ClassVar
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+from architectures import tiny_model
 from family import TEMPLATE, config_of, make_rows, make_tokenizer
 from staff import jobs
 from staff.comparison import evaluate as evaluation
@@ -150,10 +152,10 @@ def test_less_memory_means_smaller_batches_and_the_same_answers(
 ):
     original = evaluation._Answerer._generate
 
-    def little(self, prompts):
+    def little(self, prompts, **asked):
         if len(prompts) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return original(self, prompts)
+        return original(self, prompts, **asked)
 
     monkeypatch.setattr(evaluation._Answerer, "_generate", little)
     answer(family, data, tmp_path / "x.jsonl")
@@ -356,9 +358,49 @@ def test_a_model_that_says_what_it_was_trained_on_gets_full_marks_whatever_its_t
 
     def say(self, asked):
         said = [by_heart[tuple(prompt)] for prompt in asked]
-        return np.array([np.pad(each, (0, max(map(len, said)) - len(each))) for each in said])
+        behind = max(map(len, asked)), max(map(len, said))
+        return torch.tensor(np.array([np.pad(each, (behind[0], behind[1] - len(each))) for each in said]))
 
     monkeypatch.setattr(evaluation._Answerer, "_generate", say)
+    monkeypatch.setattr(evaluation._Answerer, "_is_the_same", lambda *_: True)
     summary = answer(tmp_path, data, tmp_path / "x.jsonl", max_new_tokens=100)
     assert {summary["metrics"][name] for name in ("exact", "rougeL")} == {100}
     assert read_examples(tmp_path / "x.jsonl")["prediction"] == [e.turns[-1].content for e in examples]
+
+
+class Numbers:
+    """Token ids as text."""
+
+    eos_token_id, pad_token_id, chat_template = 2, 0, None
+    all_special_ids: ClassVar = [0, 1, 2]
+    added_tokens_decoder: ClassVar = {}
+
+    def decode(self, ids, skip_special_tokens=False):
+        return " ".join(map(str, ids))
+
+
+@pytest.mark.parametrize(
+    ("kind", "together"),
+    [
+        ("rwkv", "one by one"),
+        ("recurrent_gemma", "of one length"),
+        ("mamba", "any"),
+        ("llama", "any"),
+        ("gpt2", "any"),
+    ],
+)
+def test_an_answer_is_that_of_the_prompt_alone_whatever_the_model_makes_of_padding(
+    kind, together, monkeypatch, caplog
+):
+    monkeypatch.setattr("staff.data.chat.scaffold", lambda tokenizer: "")
+    monkeypatch.setattr("staff.data.chat.control_tokens", lambda tokenizer: None)
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(3, 97, n).astype(np.int32) for n in (3, 17, 8, 5, 17, 26, 8, 11)]
+    answerer = evaluation._Answerer(tiny_model(kind).float(), Numbers(), 2, 6, 4096)
+    found = answerer.answer(prompts)["prediction"]
+    assert found == [answerer.answer([prompt])["prediction"][0] for prompt in prompts]
+    assert answerer.together == together
+    assert (f"or padding: prompts are taken {together}" in caplog.text) == (together != "any")
+    if together != "any":
+        answerer.together = "any"
+        assert answerer.answer(prompts)["prediction"] != found

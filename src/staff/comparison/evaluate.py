@@ -39,7 +39,8 @@ logger = logging.getLogger(__name__)
 ROWS_A_SHARD = (
     128  # examples whose answers are written together: a resumed evaluation begins at the first missing shard
 )
-ANSWERING = 2  # raised when the same inputs would give other answers than before
+PADS = 16  # of a prompt of random tokens, to see whether a model heeds padding
+ANSWERING = 3  # raised when the same inputs would give other answers than before
 JUDGED_WITH = ("torch", "transformers", "rouge-score", "sacrebleu")
 NO_MATTER = (
     "data",
@@ -298,6 +299,11 @@ class _Answerer:
             pad_token_id=self.pad,
         )
         causal.generation_config = plain
+        beside = {"any": PADS, "of one length": 0}  # prompts that may be answered in one batch
+        self.together = next((kind for kind, more in beside.items() if self._is_the_same(more)), "one by one")
+        if self.together != "any":
+            said = "%s answers otherwise beside other prompts or padding: prompts are taken %s"
+            logger.warning(said, type(causal).__name__, self.together)
 
     def answer(self, prompts: list[np.ndarray]) -> dict[str, list[Any]]:
         """Greedy answers in the prompts' order: prediction, answer_tokens, cut."""
@@ -308,15 +314,38 @@ class _Answerer:
         answers: dict[str, list[Any]] = {"prediction": [""] * n, "answer_tokens": [0] * n, "cut": [False] * n}
 
         def run(places: np.ndarray) -> None:
-            for place, tokens in zip(places, self._generate([prompts[i] for i in places]), strict=True):
+            found = self._generate([prompts[i] for i in places])
+            behind = max(len(prompts[i]) for i in places)
+            for place, tokens in zip(places, found[:, behind:].cpu().numpy(), strict=True):
                 ends = np.flatnonzero(np.isin(tokens, self.stop))
                 own = tokens[: ends[0]] if len(ends) else tokens
                 answers["prediction"][place] = self._said(own)
                 answers["answer_tokens"][place] = len(own)
                 answers["cut"][place] = not len(ends)
 
-        self._within_memory(lambda budget: batches(lengths, budget), run)
+        alike = {"any": 0 * lengths, "of one length": lengths, "one by one": np.arange(n)}[self.together]
+        together = [np.flatnonzero(alike == kind) for kind in np.unique(alike)]
+        self._within_memory(
+            lambda budget: [places[part] for places in together for part in batches(lengths[places], budget)],
+            run,
+        )
         return answers
+
+    def _is_the_same(self, more: int) -> bool:
+        """Are a prompt's next tokens the same alone and beside one of so many more, padded on the left?"""
+        import torch
+
+        known = self.model.get_input_embeddings().weight
+        short, long = np.arange(3, 8) % len(known), np.arange(9, 14 + more) % len(known)
+        asked = {"max_new_tokens": 2, "return_dict_in_generate": True, "output_logits": True}
+        alone, padded = (self._generate(prompts, **asked).logits for prompts in ([short], [short, long]))
+        for one, other in zip(alone, padded, strict=False):  # the first may end an answer
+            off = torch.linalg.vector_norm((other[0] - one[0]).float()) / torch.linalg.vector_norm(
+                one[0].float()
+            )
+            if not off < torch.finfo(known.dtype).eps ** 0.5:
+                return False
+        return True
 
     def _said(self, tokens: np.ndarray) -> str:
         """The answer without control tokens, and without what the template puts before it, such as a think
@@ -326,7 +355,8 @@ class _Answerer:
             return self.control.sub("", whole.rpartition(self.mark)[2]).strip()
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
-    def _generate(self, prompts: list[np.ndarray]) -> np.ndarray:
+    def _generate(self, prompts: Sequence[np.ndarray], **asked: Any) -> Any:
+        """What the model's `generate` gives of prompts padded on the left."""
         import torch
 
         length = max(map(len, prompts))
@@ -336,11 +366,11 @@ class _Answerer:
             ids[row, length - len(prompt) :] = prompt
             attends[row, length - len(prompt) :] = 1
         with torch.inference_mode():
-            out = self.model.generate(
+            return self.model.generate(
                 input_ids=torch.from_numpy(ids).to(self.device),
                 attention_mask=torch.from_numpy(attends).to(self.device),
+                **asked,
             )
-        return out[:, length:].cpu().numpy()
 
     def losses(self, pool: Pool, positions: np.ndarray) -> np.ndarray:
         """(k,) mean cross-entropy of each reference's tokens, float64 of what the model computes in."""
