@@ -334,25 +334,32 @@ def test_a_separator_of_lines_inside_an_answer_ends_no_row(family, tmp_path):
         assert answer(family, tmp_path / "data.jsonl", output, max_new_tokens=2) == summary
 
 
-THINKS = TEMPLATE.replace(
+CALLED = "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
+THINKS = TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] }}" + CALLED).replace(
     "{{ m['content'] }}",
     "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}",
 )
 CHANNELS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}<pad>final<|message|>"
-    "{% else %}<|message|>{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
+    "{% else %}<|message|>{% endif %}{{ m.content }}" + CALLED + "<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
 )
 
 
 @pytest.mark.parametrize("template", [THINKS, CHANNELS])
 def test_a_model_that_says_what_it_was_trained_on_gets_full_marks_whatever_its_template_puts_before_it(
-    template, family, data, tmp_path, monkeypatch
+    template, family, tmp_path, monkeypatch
 ):
     shutil.copytree(family / "target", tmp_path / "target")
     tokenizer = make_tokenizer(template)
     tokenizer.save_pretrained(tmp_path / "target")
-    examples = list(read(data).examples())
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "clock"}}]}
+    roles = (("user", "prompt"), ("assistant", "response"))
+    rows = [{"messages": [{"role": r, "content": row[name]} for r, name in roles]} for row in make_rows(5)]
+    given = tmp_path / "chats.jsonl"
+    rows.append({"messages": [{"role": "user", "content": "What is the time?"}, call]})
+    given.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    examples = list(read(given).examples())
     pool, (prompts, _, _) = tokenise(examples, tokenizer, 1000), prompts_of(examples, tokenizer, 1000)
     by_heart = {tuple(prompt): pool.ids(i)[len(prompt) :] for i, prompt in enumerate(prompts)}
 
@@ -363,9 +370,11 @@ def test_a_model_that_says_what_it_was_trained_on_gets_full_marks_whatever_its_t
 
     monkeypatch.setattr(evaluation._Answerer, "_generate", say)
     monkeypatch.setattr(evaluation._Answerer, "_is_the_same", lambda *_: True)
-    summary = answer(tmp_path, data, tmp_path / "x.jsonl", max_new_tokens=100)
+    summary = answer(tmp_path, given, tmp_path / "x.jsonl", max_new_tokens=100)
     assert {summary["metrics"][name] for name in ("exact", "rougeL")} == {100}
-    assert read_examples(tmp_path / "x.jsonl")["prediction"] == [e.turns[-1].content for e in examples]
+    said = read_examples(tmp_path / "x.jsonl")["prediction"]
+    assert said[:-1] == [e.turns[-1].content for e in examples[:-1]]
+    assert said[-1] == '<call>{"name": "clock"}</call>'
 
 
 class Numbers:

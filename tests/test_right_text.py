@@ -366,8 +366,7 @@ def test_a_row_that_the_template_refuses_is_named_and_can_be_skipped_in_the_pool
         tokenise(rows.examples(), strict, 1000)
     skip = Reading(on_bad_row="skip")
     pools = {
-        i: tokenise(rows.examples(), t, 1000, None, skip, rows.where)
-        for i, t in enumerate([strict, lenient])
+        i: tokenise(rows.examples(), t, 1000, None, skip, rows.where) for i, t in enumerate([strict, lenient])
     }
     assert (len(pools[0]), len(pools[1])) == (2, 3)
     left, pools = in_common(rows, pools)

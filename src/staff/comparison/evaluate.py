@@ -33,22 +33,18 @@ from staff.types import Progress, Stage
 
 if TYPE_CHECKING:
     from staff.data.tokens import Pool
+    from staff.data.turns import Example
 
 logger = logging.getLogger(__name__)
 
 ROWS_A_SHARD = (
-    128  # examples whose answers are written together: a resumed evaluation begins at the first missing shard
+    128  # examples whose answers are written together: a resumed one begins at the first missing shard
 )
 PADS = 16  # of a prompt of random tokens, to see whether a model heeds padding
 ANSWERING = 3  # raised when the same inputs would give other answers than before
 JUDGED_WITH = ("torch", "transformers", "rouge-score", "sacrebleu")
-NO_MATTER = (
-    "data",
-    "model",
-    "output",
-    "device",
-    "trust_remote_code",
-)  # known by content, or of no consequence
+# known by content, or of no consequence
+NO_MATTER = ("data", "model", "output", "device", "trust_remote_code")
 
 
 def evaluate(config: EvaluateConfig, *, on_progress: Progress | None = None) -> dict[str, Any]:
@@ -74,7 +70,7 @@ def evaluate(config: EvaluateConfig, *, on_progress: Progress | None = None) -> 
             f"--output {output}: the scores are written a row an example; "
             "name a file that ends in .jsonl or .parquet"
         )
-    from staff.data.chat import scaffold, template_of
+    from staff.data.chat import template_of
     from staff.data.tokens import in_common, tokenise
     from staff.models import load as models
     from staff.models.files import tokenizer_fingerprint, with_date
@@ -125,10 +121,10 @@ def evaluate(config: EvaluateConfig, *, on_progress: Progress | None = None) -> 
             room = (config.engine.trust_remote_code, config.max_new_tokens)
             models.check_room(source, pools[""], rows.numbers, *room)
             folder = run.piece("answers", {"made_of": made_of})
-            answers, shortened = _answers(config, examples, pools[""], tokenizer, load, run, folder)
+            of = (examples, pools[""], tokenizer, load, run, folder, rows.numbers)
+            answers, shortened = _answers(config, *of)
             run.tell(Stage("judge"), 0, 1)
-            mark, texts = scaffold(tokenizer), [example.turns[-1].text for example in examples]
-            references = [(text.rpartition(mark)[2] if mark else text).strip() for text in texts]
+            references = _references(examples, pools[""], tokenizer)
             each, overall, how = metrics.judge_answers(answers["prediction"], references)
             table: dict[str, Sequence[Any]] = {
                 "row": rows.numbers.tolist(),
@@ -166,12 +162,13 @@ def evaluate(config: EvaluateConfig, *, on_progress: Progress | None = None) -> 
 
 def _answers(
     config: EvaluateConfig,
-    examples: Sequence[Any],
+    examples: Sequence[Example],
     pool: Pool,
     tokenizer: Any,
     load: Callable[[], Any],
     run: RunFolder,
     folder: Path,
+    numbers: np.ndarray,
 ) -> tuple[dict[str, list[Any]], int]:
     """Answers and losses of all examples, by shards kept in `folder`; and how many prompts lost text.
 
@@ -181,7 +178,7 @@ def _answers(
     from staff.data.samples import prompts_of
 
     room = config.reading.max_length - config.max_new_tokens
-    prompts, end, shortened = prompts_of(examples, tokenizer, room, config.reading)
+    prompts, end, shortened = prompts_of(examples, tokenizer, room, config.reading, numbers)
     if shortened:
         logger.warning(
             "%d prompts lost the start of their text: no room for an answer in --max-length %d",
@@ -214,6 +211,37 @@ def _answers(
     back = np.argsort(order)
     answers = {name: [values[i] for i in back] for name, values in columns.items()}
     return {**answers, "prompt_tokens": [len(prompt) for prompt in prompts]}, shortened
+
+
+def _said(tokenizer: Any) -> Callable[[np.ndarray], str]:
+    """What an answer's tokens say, without control tokens, and without what the template puts before it, such
+    as a think block."""
+    from staff.data.chat import control_tokens, scaffold
+
+    mark, control = scaffold(tokenizer), control_tokens(tokenizer)
+
+    def said(tokens: np.ndarray) -> str:
+        whole = tokenizer.decode(tokens)
+        if mark and mark in whole and control:
+            return control.sub("", whole.rpartition(mark)[2]).strip()
+        return tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+    return said
+
+
+def _references(examples: Sequence[Example], pool: Pool, tokenizer: Any) -> list[str]:
+    """What answers are compared with: the file's own text, of tool calls the template's way to write them."""
+    from staff.data.chat import scaffold
+
+    mark, said, references = scaffold(tokenizer), _said(tokenizer), []
+    for i, example in enumerate(examples):
+        turn = example.turns[-1]
+        if (turn.fields or {}).get("tool_calls"):
+            before = np.flatnonzero(~pool.response(i))
+            references.append(said(pool.ids(i)[before[-1] + 1 :]))
+        else:
+            references.append((turn.text.rpartition(mark)[2] if mark else turn.text).strip())
+    return references
 
 
 def summary_path(output: str | Path) -> Path:
@@ -274,10 +302,9 @@ class _Answerer:
     def __init__(self, model: Any, tokenizer: Any, end: int, max_new_tokens: int, batch_tokens: int):
         from transformers import GenerationConfig
 
-        from staff.data.chat import control_tokens, scaffold
         from staff.models import anatomy
 
-        self.mark, self.control = scaffold(tokenizer), control_tokens(tokenizer)
+        self.said = _said(tokenizer)
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.batch_tokens = max_new_tokens, batch_tokens
         self.device = next(model.parameters()).device
@@ -319,7 +346,7 @@ class _Answerer:
             for place, tokens in zip(places, found[:, behind:].cpu().numpy(), strict=True):
                 ends = np.flatnonzero(np.isin(tokens, self.stop))
                 own = tokens[: ends[0]] if len(ends) else tokens
-                answers["prediction"][place] = self._said(own)
+                answers["prediction"][place] = self.said(own)
                 answers["answer_tokens"][place] = len(own)
                 answers["cut"][place] = not len(ends)
 
@@ -346,14 +373,6 @@ class _Answerer:
             if not off < torch.finfo(known.dtype).eps ** 0.5:
                 return False
         return True
-
-    def _said(self, tokens: np.ndarray) -> str:
-        """The answer without control tokens, and without what the template puts before it, such as a think
-        block."""
-        whole = self.tokenizer.decode(tokens)
-        if self.mark and self.mark in whole and self.control:
-            return self.control.sub("", whole.rpartition(self.mark)[2]).strip()
-        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
     def _generate(self, prompts: Sequence[np.ndarray], **asked: Any) -> Any:
         """What the model's `generate` gives of prompts padded on the left."""
