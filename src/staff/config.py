@@ -158,7 +158,7 @@ class Engine(_Checked):
 class Scoring(_Checked):
     """What an effort is, and how it is taken."""
 
-    scope: Scope = "last-value"
+    scope: Scope = "last-block"
     """Which weights the effort is taken on."""
     loss: Literal["mean", "sum", "sqrt"] = "mean"
     """L of a sample: its response tokens' losses summed and divided by their number, by nothing, or by its
