@@ -14,7 +14,7 @@ import re
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +28,7 @@ BLOCK = 1 << 20  # bytes read at a time
 LONGEST_ROW = 1 << 28  # bytes; past it a file is taken for something else
 UNPACKED = 100  # times a gzipped file's own size that it may unpack to, once that is more than
 UNPACKED_AT_LEAST = 1 << 23  # these bytes
+GZIP = b"\x1f\x8b"
 GZIP_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
 DELIMITERS = (",", "\t", ";", "|")
 REFUSED = {
@@ -132,21 +133,19 @@ def peek(path: Path, name: str, size: int = 1 << 16) -> TextFile:
         ValueError: it can't be opened, is empty, or is of a kind that can't be read.
     """
     with _readable(name):
-        with open(path, "rb") as file:
-            head = file.read(size)
-        gzipped = head.startswith(b"\x1f\x8b")
-        if gzipped:
-            with gzip.open(path, "rb") as unpacked:
-                head = unpacked.read(size)
-        seen = stamp(path)
+        with open(path, "rb") as packed:
+            gzipped = packed.read(2) == GZIP
+        file = TextFile(path, name, b"", gzipped, stamp(path))
+    with file.open() as stream:
+        head = stream.read(size)
     if not head:
         raise ValueError(f"{name} is empty; it should hold at least one row")
     for magic, (what, cure) in REFUSED.items():
         if head.startswith(magic):
             raise ValueError(f"{name} is {what}; {cure}")
-    if head.startswith(b"\x1f\x8b"):
+    if head.startswith(GZIP):
         raise ValueError(f"{name} is gzipped twice; unpack it once with gunzip")
-    return TextFile(path, name, head, gzipped, seen)
+    return replace(file, head=head)
 
 
 def kind_of(file: TextFile, known: Sequence[str]) -> str:
@@ -196,11 +195,12 @@ def kind_of(file: TextFile, known: Sequence[str]) -> str:
 
 
 def _is_json(text: bytes) -> bool:
-    with contextlib.suppress(RecursionError):
-        try:
-            json.loads(text)
-        except ValueError:
-            return False
+    try:
+        json.loads(text)
+    except RecursionError:
+        return True
+    except ValueError:
+        return False
     return True
 
 
