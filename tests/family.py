@@ -153,16 +153,25 @@ def finish(process, receive) -> str | None:
     return message
 
 
-def run_staff(*arguments, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    """The command line in a process of its own, forked so that nothing is imported again."""
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+def run_staff(*arguments, cwd: Path | None = None, given: str = "") -> subprocess.CompletedProcess:
+    """The command line in a process of its own, forked so that nothing is imported again.
+
+    Args:
+        given: on standard input.
+    """
+    with contextlib.ExitStack() as stack:
+        out, err, stdin = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3))
+        stdin.write(given)
+        stdin.seek(0)
 
         def work():
             from staff import cli
 
+            os.dup2(stdin.fileno(), 0)
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
             sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+            sys.stdin = os.fdopen(0, closefd=False)
             sys.argv = ["staff", *map(str, arguments)]
             os.chdir(cwd or ".")
             logging.getLogger().handlers.clear()  # pytest's own

@@ -6,8 +6,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 from typing import ClassVar
 
 import numpy as np
@@ -16,7 +14,7 @@ import pytest
 import torch
 
 from architectures import tiny_model
-from family import TEMPLATE, config_of, make_rows, make_tokenizer
+from family import TEMPLATE, config_of, make_rows, make_tokenizer, run_staff
 from staff import jobs
 from staff.comparison import evaluate as evaluation
 from staff.comparison.evaluate import evaluate, read_examples, summary_path
@@ -248,21 +246,9 @@ def test_what_cannot_be_evaluated_is_one_clear_error(settings, message, family, 
 
 
 def test_the_command_prints_what_was_found_and_how_it_was_counted(family, data, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "staff.cli",
-        "evaluate",
-        "--data",
-        data,
-        "--model",
-        family / "draft",
-        "--max-new-tokens",
-        "4",
-    ]
-    result = subprocess.run(
-        [*map(str, command), "--output", str(tmp_path / "x.jsonl")], capture_output=True, text=True
-    )
+    model = family / "draft"
+    flags = ("--data", data, "--model", model, "--max-new-tokens", "4", "--output", tmp_path / "x.jsonl")
+    result = run_staff("evaluate", *flags)
     assert result.returncode == 0, result.stderr
     assert "examples   13" in result.stdout
     assert "rougeL" in result.stdout

@@ -7,6 +7,7 @@ import sys
 import pytest
 from rich.text import Text
 
+from family import run_staff
 from staff.data.rows import read
 from staff.inspection import SPELLS_CONTROL, inspect, render, tokenizer_of
 
@@ -183,15 +184,9 @@ def test_inspecting_without_a_model_loads_no_torch(tmp_path):
     assert done.stdout == "set()\n"
 
 
-def staff(*arguments, **options):
-    return subprocess.run(
-        [sys.executable, "-m", "staff.cli", *map(str, arguments)], capture_output=True, text=True, **options
-    )
-
-
 def test_the_command_shows_what_is_masked_and_cut_and_its_json_is_one_line(family, tmp_path):
     rows = make(tmp_path, [{"prompt": "[b]p[/b] " * 9, "response": "r"}, {"prompt": "p"}])
-    said = staff("inspect", "--data", rows.paths[0], "--model", family / "target", "--max-length", "60")
+    said = run_staff("inspect", "--data", rows.paths[0], "--model", family / "target", "--max-length", "60")
     assert (said.returncode, said.stderr) == (0, "")
     for part in (
         "1 of 2 rows can't be used",
@@ -201,7 +196,9 @@ def test_the_command_shows_what_is_masked_and_cut_and_its_json_is_one_line(famil
         "assistant\nr<|im_end|>",
     ):
         assert part in said.stdout
-    (line,) = staff("inspect", "--data", "-", "--json", input=rows.paths[0].read_text()).stdout.splitlines()
+    (line,) = run_staff(
+        "inspect", "--data", "-", "--json", given=rows.paths[0].read_text()
+    ).stdout.splitlines()
     report = json.loads(line)
     assert (report["rows"], report["tokens"]) == (1, None)
 
@@ -220,7 +217,7 @@ def test_the_command_loads_no_weights_and_without_a_model_no_torch(family, tmp_p
             (tokenizer_alone / path.name).write_bytes(path.read_bytes())
     assert (
         "<|im_start|>assistant"
-        in staff("inspect", "--data", rows.paths[0], "--model", tokenizer_alone).stdout
+        in run_staff("inspect", "--data", rows.paths[0], "--model", tokenizer_alone).stdout
     )
 
 
@@ -261,7 +258,7 @@ def test_an_adapter_without_a_tokenizer_takes_its_bases(family, tmp_path):
 )
 def test_what_is_wrong_is_one_message(arguments, message, tmp_path):
     (tmp_path / "pool.jsonl").write_text('{"prompt": "p", "response": "r"}\n')
-    said = staff("inspect", *arguments, cwd=tmp_path)
+    said = run_staff("inspect", *arguments, cwd=tmp_path)
     assert said.returncode == 2
     assert message in said.stderr
     assert "Traceback" not in said.stderr

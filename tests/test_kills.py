@@ -173,10 +173,12 @@ def contents(root):
 
 
 def _without_times(value):
+    """Without dates, and of seconds whether they are known."""
     if not isinstance(value, dict):
         return value
-    words = ("seconds", "ended", "checksum", "cost.json")
-    return {k: _without_times(v) for k, v in value.items() if not any(word in k for word in words)}
+    words = ("repeated_seconds", "ended", "checksum", "cost.json")
+    kept = {k: v for k, v in value.items() if not any(word in k for word in words)}
+    return {k: v in ("", None) if "seconds" in k else _without_times(v) for k, v in kept.items()}
 
 
 def seconds(root):
