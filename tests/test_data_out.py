@@ -184,6 +184,21 @@ def test_what_a_run_leaves_for_other_trainers_are_the_rows_that_were_kept(family
     assert (none.path / "coreset.jsonl").read_bytes() == b""
 
 
+def test_a_data_frame_that_differs_in_the_middle_of_an_array_is_another_pool(tmp_path):
+    pandas = pytest.importorskip("pandas")
+
+    def pool(value):
+        vector = np.arange(2000.0)
+        vector[1000] = value
+        return pandas.DataFrame({"prompt": ["a", "b"], "response": ["c", "d"], "vector": [vector, vector]})
+
+    run = staff.select(pool(1.0), method="random", budget=1, output=tmp_path / "x")
+    (row,) = map(json.loads, (run.path / "coreset.jsonl").read_text().splitlines())
+    assert (len(row["vector"]), row["vector"][1000]) == (2000, 1.0)
+    with pytest.raises(ValueError, match="data changed since"):
+        staff.select(pool(7.0), method="random", budget=1, output=tmp_path / "x")
+
+
 def kept_ids(run):
     return {ROWS[i]["id"] for i in run.indices}
 
