@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+import staff
+from family import write_pool
 from staff.files import SEAL
 from staff.models import attention
 from staff.models import finetune as training
@@ -271,3 +273,36 @@ def test_the_bases_own_dropout_is_off(kind, tmp_path):
         training.train_lora(model, pool, np.arange(4), output, epochs=2, batch_size=2, learning_rate=1e-2)
         adapters.append((output / "adapter_model.safetensors").read_bytes())
     assert adapters[0] == adapters[1]
+
+
+@pytest.mark.parametrize("fault", ["loss", "adapter"])
+def test_a_tuning_that_diverges_is_one_message_with_a_cure(tmp_path, fault, monkeypatch):
+    model, pool = make_model("llama", torch.float32), make_pool()
+    if fault == "adapter":  # the last step's own
+
+        def spoil(self, *args, **kwargs):
+            next(p for n, p in self.model.named_parameters() if "lora_B" in n).data.fill_(np.nan)
+
+        monkeypatch.setattr(training.Trainer, "train", spoil)
+        said = "fine-tuning diverged, the adapter is nan"
+    else:
+        said = r"fine-tuning diverged, the loss is nan at step \d+"
+    with pytest.raises(ValueError, match=rf"{said}: lower --learning-rate \(now 1e\+30\), and add --update"):
+        train_lora(model, pool, np.arange(7), tmp_path, epochs=5, batch_size=2, learning_rate=1e30)
+    assert not (tmp_path / "finished.json").exists()
+
+
+def test_a_tuned_draft_whose_efforts_are_no_numbers_is_told_with_the_cure(family, tmp_path, monkeypatch):
+    data = write_pool(tmp_path / "pool.jsonl", 12)
+
+    def overflow(*args, **kwargs):
+        raise ValueError("2 samples have an effort that is nan or infinite")
+
+    monkeypatch.setattr("staff.scoring.selfcheck.check", overflow)
+    settings = {"target": str(family / "target"), "draft": str(family / "draft"), "pruning_rate": 0.5}
+    with pytest.raises(
+        ValueError, match=r"the draft after fine-tuning: 2 samples .*; or a lower --learning-rate than"
+    ):
+        staff.select(str(data), output=tmp_path / "x", draft_epochs=0.5, **settings)
+    with pytest.raises(ValueError, match=r"^2 samples have an effort"):
+        staff.select(str(data), output=tmp_path / "y", **settings)

@@ -204,7 +204,8 @@ def test_weights_that_are_no_numbers_are_named(tmp_path, value):
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = value
     model.save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"layers.1.mlp.up_proj.weight holds nan or infinity in float16: try --dtype"
+        ValueError,
+        match=r"layers.1.mlp.up_proj.weight holds nan or infinity: it overflows in float16, try --dtype",
     ):
         load_base(tmp_path, torch.float16)
     if np.isfinite(value):

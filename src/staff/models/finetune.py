@@ -92,7 +92,16 @@ class _ResponseTrainer(Trainer):
             outputs = model(**given, logits_to_keep=first, use_cache=False)
         hidden = self._decoder_output.pop()[inputs["row"], inputs["before"]]
         loss = response_scores(hidden, self._head, inputs["response_ids"]).loss.mean()
+        if not loss.isfinite():
+            raise _diverged(self.args.learning_rate, f"the loss is nan at step {self.state.global_step + 1}")
         return (loss, outputs) if return_outputs else loss
+
+
+def _diverged(learning_rate: float, how: str) -> ValueError:
+    return ValueError(
+        f"fine-tuning diverged, {how}: lower --learning-rate (now {learning_rate:g}), and add --update; or "
+        "tune in another --dtype"
+    )
 
 
 class _Watch(TrainerCallback):
@@ -169,7 +178,7 @@ def train_lora(
         the model with its adapter.
 
     Raises:
-        ValueError: no samples, or the memory does not hold a step.
+        ValueError: no samples, the memory does not hold a step, or the loss is no number any more.
     """
     if len(positions) == 0:
         raise ValueError("there is nothing to fine-tune on: no samples")
@@ -225,6 +234,8 @@ def train_lora(
             f"out of memory while fine-tuning with --batch-size {batch_size}: lower it, or --max-length, "
             f"and add --update"
         ) from error
+    if not all(p.isfinite().all() for name, p in model.named_parameters() if "lora_" in name):
+        raise _diverged(learning_rate, "the adapter is nan")
     aside = output / ".adapter"
     model.save_pretrained(aside)
     for name in ADAPTER:

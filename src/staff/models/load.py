@@ -276,8 +276,10 @@ def _check_weights(model: torch.nn.Module, told: dict[str, Any], source: Source)
         if weight.numel() and weight.dtype.is_floating_point and weight.dtype.itemsize > 1:
             low, high = (end.item() for end in weight.aminmax())
             if not math.isfinite(low + high):
-                what = f"{source.name}: {name} holds nan or infinity in {str(weight.dtype)[6:]}"
-                raise ValueError(f"{what}: try --dtype float32 (or bfloat16), else the files are damaged")
+                raise ValueError(
+                    f"{source.name}: {name} holds nan or infinity: it overflows in {str(weight.dtype)[6:]}, "
+                    "try --dtype float32 (or bfloat16); or its file is damaged"
+                )
 
 
 def _put_on(model: torch.nn.Module, adapter: Path, merge: bool) -> torch.nn.Module:

@@ -202,10 +202,16 @@ class Pieces:
             rank, alpha = training.lora_rank, training.lora_alpha
             model = adapters.add_lora(model, rank, alpha, config.seed, training.lora_targets)
         loss, balance = config.scoring.loss, config.scoring.balance_layers
-        scorer = Scorer(model, scope, loss=loss, balance=balance, seed=config.seed)
-        if not files.read_checked(self._checked_at(name)):
-            told = selfcheck.check(scorer, self.pool(name), config.scoring.batch_tokens)
-            files.write_checked(self._checked_at(name), told)
+        try:
+            scorer = Scorer(model, scope, loss=loss, balance=balance, seed=config.seed)
+            if not files.read_checked(self._checked_at(name)):
+                told = selfcheck.check(scorer, self.pool(name), config.scoring.batch_tokens)
+                files.write_checked(self._checked_at(name), told)
+        except ValueError as error:
+            if not adapter:
+                raise
+            cure = f"a lower --learning-rate than {training.learning_rate:g} and --update, where it diverged"
+            raise ValueError(f"the {spec.base} after fine-tuning: {error}; or {cure}") from error
         self._scorer = ((name, snapshot), scorer)
         self._spend(Stage("load"), time.monotonic() - began)
         folder = self.run.piece("size", self._base_key(name))
