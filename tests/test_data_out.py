@@ -4,8 +4,6 @@ remarks on the data."""
 import gzip
 import json
 import logging
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +12,7 @@ import pytest
 import yaml
 
 import staff
-from family import make_rows
+from family import make_rows, run_staff
 from staff import jobs
 from staff.config import FinetuneConfig, Reading, ScoreConfig, SelectConfig
 from staff.console import grid_table, summary
@@ -242,24 +240,10 @@ def test_a_hub_data_set_is_asked_for_by_name_config_split_and_revision(tmp_path,
 
 
 def test_standard_input_is_a_pool_like_any_other(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "staff.cli",
-        "select",
-        "--data",
-        "-",
-        "--method",
-        "random",
-        "--budget",
-        "5",
-        "--output",
-        "x",
-        "--json",
-    ]
+    command = ("select", "--data", "-", "--method", "random", "--budget", 5, "--output", "x", "--json")
 
     def pipe(rows):
-        return subprocess.run(command, input=lines(rows), capture_output=True, cwd=tmp_path)
+        return run_staff(*command, cwd=tmp_path, given=lines(rows).decode())
 
     first = pipe(ROWS)
     assert first.returncode == 0, first.stderr
@@ -271,8 +255,8 @@ def test_standard_input_is_a_pool_like_any_other(tmp_path):
     assert json.loads(pipe(ROWS).stdout) == json.loads(first.stdout)  # finished, and known again by its rows
     other = pipe(ROWS[:-1])
     assert other.returncode == 2
-    assert b"data changed since" in other.stderr
-    assert b"standard input is empty" in pipe([]).stderr
+    assert "data changed since" in other.stderr
+    assert "standard input is empty" in pipe([]).stderr
 
 
 ODD = [
