@@ -1,14 +1,16 @@
 # make demo: from a file of examples to a coreset, with a real language model, in a few minutes on 2 CPU cores
 # make test: everything that is checked
-# make soak: kills, full disks, damaged input and every layout, many times over; one part alone: PART=ends, input or layouts
+# make soak: kills, full disks, damaged input, every layout and every class of transformers, many times over; one part alone:
+# PART=ends, input, layouts or models
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_MODEL := examples/SmolLM2-135M-Instruct.gguf
 DEMO_POOL := examples/medquad/first-1000.jsonl
 
-PART := ends input layouts
+PART := ends input layouts models
 SOAK_ends := tests/test_ends.py tests/test_kills.py
 SOAK_input := tests/test_bad_input.py
+SOAK_models := tests/test_architectures.py
 SOAK_layouts := tests/test_gradnorm.py tests/test_finetune.py tests/test_prefix.py tests/test_draft.py
 
 .PHONY: demo test soak clean

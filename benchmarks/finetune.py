@@ -187,7 +187,7 @@ def run_bare(as_ours: bool, model, pool, steps: int, seed: int) -> tuple[float, 
             given = {name: step[name] for name in GIVEN if name in step}
             attending = attention.short_samples(step["lengths"]) if as_ours else contextlib.nullcontext()
             with torch.autocast("cpu", torch.bfloat16), attending:
-                hidden = anatomy.decoder(model)(**given, use_cache=False).last_hidden_state
+                hidden = anatomy.final_states(model, **given, use_cache=False)
                 logits = head(hidden[step["row"], step["before"]])
             torch.nn.functional.cross_entropy(logits.float(), step["response_ids"]).backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)

@@ -185,7 +185,7 @@ def forward_all_logits(model, pool, batch_tokens):
 def forward_no_logits(model, pool, batch_tokens):
     """No score: the forward pass without the head."""
     return _forward(
-        lambda ids: anatomy.decoder(model)(input_ids=ids, use_cache=False).last_hidden_state,
+        lambda ids: anatomy.final_states(model, input_ids=ids, use_cache=False),
         pool,
         batch_tokens,
     )
@@ -219,7 +219,7 @@ def _value_weight_alone(model):
 
 def _mean_losses(model, batch):
     """(B,) each sample's mean loss, through a head over response tokens alone."""
-    hidden = anatomy.decoder(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    hidden = anatomy.final_states(model, input_ids=batch.input_ids, use_cache=False)
     logits = model.get_output_embeddings()(hidden[batch.sample_of, batch.before])
     return mean_by_sample(
         F.cross_entropy(logits.float(), batch.labels, reduction="none"), batch.sample_of, batch.counts

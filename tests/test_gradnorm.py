@@ -10,7 +10,7 @@ from staff.models import anatomy
 from staff.scoring import scopes
 from staff.scoring.gradnorm import Head, response_scores, squared_norm_of_products
 from staff.scoring.scorer import Scorer
-from tiny import ADAPTED_EXPERTS, CHECKED, VALUE, make_model, make_pool
+from tiny import CHECKED, VALUE, make_model, make_pool
 
 POSITIONS = np.arange(7)
 
@@ -124,14 +124,7 @@ def largest_error(layout, scope):
 @pytest.mark.parametrize("scope", scopes.SCOPES)
 @pytest.mark.parametrize("layout", CHECKED)
 def test_efforts_equal_one_backward_pass_a_sample_to_1e_10(layout, scope):
-    if layout in ADAPTED_EXPERTS and scope == "lora":
-        with pytest.raises(
-            ValueError,
-            match=r"its adapter changes experts from within .*layers.2.mlp.*: use --scope last-value",
-        ):
-            Scorer(with_lora(make_model(layout)), scope)
-    else:
-        assert largest_error(layout, scope) < 1e-10
+    assert largest_error(layout, scope) < 1e-10
 
 
 @pytest.mark.parametrize("layout", CHECKED)

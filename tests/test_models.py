@@ -333,13 +333,6 @@ def test_every_scope_of_a_model_with_experts_is_told_from_the_configuration_alon
         models.check_model(source, scope)
 
 
-def test_an_adapter_on_experts_is_refused_from_the_configuration_alone(tmp_path):
-    make_model("mixtral", torch.float32).config.save_pretrained(tmp_path)
-    save_file({}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="scope 'lora' can't be had, its adapter changes experts"):
-        models.check_model(models.resolve(str(tmp_path)), "lora")
-
-
 def test_a_token_costs_the_experts_it_meets():
     size = models.measure(make_model("mixtral"))
     attention, expert, router = 2 * 32 * 32 + 2 * 32 * 16, 3 * 32 * 48, 32 * 4

@@ -134,33 +134,35 @@ def test_a_model_without_attention_has_no_value_projection():
         transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2)
     )
     with pytest.raises(
-        ValueError, match="found no value projection in MambaForCausalLM; try --scope last-block"
+        ValueError, match=r"found no value projection in MambaForCausalLM, .* use --scope last-block"
     ):
         Scorer(model.eval())
     assert efforts(model, "last-block").min() > 0
 
 
-def test_a_router_of_plain_linear_experts_is_caught_by_how_they_see_their_tokens():
+def test_linear_experts_that_see_some_tokens_are_scored_one_sample_at_a_time(caplog):
     class Routed(torch.nn.Module):
         def __init__(self, width):
             super().__init__()
-            self.one, self.other = torch.nn.Linear(width, width), torch.nn.Linear(width, width)
+            self.experts = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(3))
 
         def forward(self, hidden):
             flat = hidden.reshape(-1, hidden.shape[-1])
             goes = flat[:, 0] > 0
             mixed = torch.zeros_like(flat)
-            mixed[goes], mixed[~goes] = self.one(flat[goes]), self.other(flat[~goes])
+            mixed[goes], mixed[~goes] = self.experts[0](flat[goes]), self.experts[1](flat[~goes])
             return mixed.reshape(hidden.shape)
 
-    model = make_model("llama", torch.float32)
-    model.model.layers[2].mlp = Routed(32)
+    model = make_model("llama")
+    model.model.layers[2].mlp = Routed(32).double()
     assert efforts(model).min() > 0
-    with pytest.raises(
-        ValueError,
-        match=r"scope 'last-block' is not available: blocks.2.mlp.one sees \(\d+, 32\) of a batch of 2 x 16 tokens",
-    ):
-        Scorer(model, "last-block")
+    scorer = Scorer(model, "last-block")
+    assert scorer.tokens_borne == 1
+    assert "blocks.2.mlp.experts.0.weight (and 2 more) sees its tokens in a way of its own" in caplog.text
+    weights = [(p, None) for n, p in model.named_parameters() if "layers.2." in n and p.ndim == 2]
+    expected = [oracle(model, POOL, i, weights)[0] for i in POSITIONS]
+    np.testing.assert_allclose(scorer.scores(POOL, POSITIONS, 1000)["effort"], expected, rtol=1e-6)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_every_scope_says_what_it_costs():

@@ -86,7 +86,6 @@ LAYOUTS = {
 EIGHT = ("llama", "gemma2-capped", "opt", "gpt-neox", "gpt2", "gemma3n-shared", "mixtral", "deepseek-v3")
 CHECKED = tuple(LAYOUTS) if os.environ.get("STAFF_SOAK") == "1" else EIGHT  # `make soak` checks all
 EXPERT_LAYOUTS = ("mixtral", "qwen3-moe", "qwen2-moe", "gpt-oss", "deepseek-v3")
-ADAPTED_EXPERTS = ("mixtral", "qwen3-moe", "deepseek-v3")  # where PEFT puts LoRA on the experts themselves
 
 
 def interleaved(heads: int, group: int, first: int, last: int) -> list[int]:

@@ -400,13 +400,13 @@ class _Answerer:
         from staff.scoring import scopes
         from staff.scoring.gradnorm import mean_by_sample, response_scores
 
-        decoder, head = anatomy.decoder(self.model), scopes.head_of(self.model)
+        head = scopes.head_of(self.model)
         losses = np.zeros(len(positions))
 
         def run(places: np.ndarray) -> None:
             with torch.inference_mode():
                 batch = collate(pool, positions[places], self.device)
-                hidden = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+                hidden = anatomy.final_states(self.model, input_ids=batch.input_ids, use_cache=False)
                 each = response_scores(hidden[batch.sample_of, batch.before], head, batch.labels).loss
                 losses[places] = mean_by_sample(each, batch.sample_of, batch.counts).cpu().numpy()
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -31,37 +35,55 @@ def inner(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def decoder(model: nn.Module) -> nn.Module:
-    """The part below the head: tokens to final hidden states."""
-    causal = inner(model)
-    found, within = causal.get_decoder(), blocks(model)
-    if found is causal or all(module is not within for module in found.modules()):
-        # Llama 4 finds no further than itself, ModernBERT its head
-        found = next(
-            child for child in causal.children() if any(module is within for module in child.modules())
-        )
-    return found
+@contextlib.contextmanager
+def head_inputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Within the block, what a pass hands to the head is put into the list, and the head computes nothing.
+
+    So whatever a model does between its blocks and its head (a norm, a dense layer, a factor) is in it.
+    """
+    head, kept = inner(model).get_output_embeddings(), []
+    own = head.__dict__.get("forward")  # accelerate's, where a model lies on several devices
+
+    def keep(states: Tensor) -> Tensor:
+        kept.append(states)
+        return states[..., :1]
+
+    head.forward = keep
+    try:
+        yield kept
+    finally:
+        del head.forward
+        if own:
+            head.forward = own
+
+
+def final_states(model: nn.Module, **inputs: Any) -> Tensor:
+    """The final hidden states, (B, T, H): what goes into the head."""
+    with head_inputs(model) as kept:
+        inner(model)(**inputs)
+    (states,) = kept
+    return states
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
-    """The model's blocks: its outermost ModuleList with one entry a layer.
+    """The model's blocks: its outermost ModuleList with one entry a layer, of text before that of images.
 
     Raises:
         ValueError: there is none.
     """
     causal, config = inner(model), text_config(model)
-    lists = [
-        (name.count("."), module)
-        for name, module in causal.named_modules()
-        if isinstance(module, nn.ModuleList)
+    lengths = [
+        getattr(config, name, None) for name in ("num_hidden_layers", "num_layers", "num_layers_per_stack")
     ]
-    fitting = [(depth, module) for depth, module in lists if len(module) == config.num_hidden_layers]
-    if not fitting:
-        raise ValueError(
-            f"found no list of {config.num_hidden_layers} blocks in {type(causal).__name__}: this "
-            f"architecture is not supported"
-        )
-    return min(fitting, key=lambda pair: pair[0])[1]
+    for within in (causal.get_decoder(), causal):
+        lists = [(name.count("."), m) for name, m in within.named_modules() if isinstance(m, nn.ModuleList)]
+        for length in lengths:
+            fitting = [pair for pair in lists if len(pair[1]) == length]
+            if fitting:
+                return min(fitting, key=lambda pair: pair[0])[1]
+    raise ValueError(
+        f"found no list of blocks in {type(causal).__name__}: this architecture is not supported"
+    )
 
 
 def text_config(model: nn.Module):
@@ -80,11 +102,11 @@ def positions(model: nn.Module) -> tuple[int | None, bool]:
         return None, False
     tables = {
         name.rpartition(".")[0]: tensor
-        for name, tensor in (*decoder(model).named_parameters(), *decoder(model).named_buffers())
+        for name, tensor in (*inner(model).named_parameters(), *inner(model).named_buffers())
         if tensor.ndim == 2 and ("pos" in name or "wpe" in name) and limit <= len(tensor) <= limit + 8
     }
     for name, tensor in tables.items():
-        padding = getattr(decoder(model).get_submodule(name), "padding_idx", None)
+        padding = getattr(inner(model).get_submodule(name), "padding_idx", None)
         counts_from = 0 if padding is None or len(tensor) > limit else padding + 1
         return limit - counts_from, True
     if not rope:  # MPT's attention biases are a table too

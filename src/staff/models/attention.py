@@ -20,6 +20,10 @@ WINDOWS = (
     "sliding_window",
     "attention_chunk_size",
 )  # settings of models in which a token does not see all before it
+CHOOSERS = (
+    "index_topk",
+    "indexer_budget",
+)  # of those that choose a few by the mask, of all that stand in a batch
 
 
 @contextlib.contextmanager
@@ -163,27 +167,27 @@ def can_pack(model: torch.nn.Module, samples: Sequence[np.ndarray], longest: int
     False where tokens see each other by other ways than the library's attention, where that has a window
     within `longest`, or where positions are not told.
     """
-    decoder, config = anatomy.decoder(model), anatomy.text_config(model)
+    config = anatomy.text_config(model)
     windows = [getattr(config, name, None) for name in WINDOWS]
     if (
-        "position_ids" not in inspect.signature(decoder.forward).parameters
+        "position_ids" not in inspect.signature(anatomy.inner(model).forward).parameters
         or getattr(config, "_attn_implementation", None) != "sdpa"
     ):
         return False
     if any(window and window < longest for window in windows):
         return False
+    if any(getattr(config, name, None) for name in CHOOSERS):
+        return False
     parameter, was_training = next(model.parameters()), model.training
     model.eval()
     try:
         with short_samples([len(sample) for sample in samples]):
-            together = decoder(
-                **{name: part.to(parameter.device) for name, part in packed(samples).items()}, use_cache=False
-            )
+            inputs = {name: part.to(parameter.device) for name, part in packed(samples).items()}
+            found = anatomy.final_states(model, **inputs, use_cache=False)[0].float()
         alone = [
-            decoder(
-                input_ids=torch.as_tensor(np.array(sample), dtype=torch.int64, device=parameter.device)[None],
-                use_cache=False,
-            )
+            anatomy.final_states(
+                model, input_ids=inputs["input_ids"].new_tensor(sample)[None], use_cache=False
+            )[0]
             for sample in samples
         ]
     except (
@@ -196,10 +200,7 @@ def can_pack(model: torch.nn.Module, samples: Sequence[np.ndarray], longest: int
         return False
     finally:
         model.train(was_training)
-    found, wanted = (
-        together.last_hidden_state[0].float(),
-        torch.cat([one.last_hidden_state[0] for one in alone]).float(),
-    )
+    wanted = torch.cat(alone).float()
     off = torch.linalg.vector_norm(found - wanted, dim=-1) / torch.linalg.vector_norm(wanted, dim=-1)
     return bool(off.max() < torch.finfo(parameter.dtype).eps ** 0.5)
 

@@ -69,28 +69,18 @@ class _ResponseTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._head, self._order = head, order
         self.loss_is_scaled_for_ga = False
-        self._decoder_output: list[torch.Tensor] = []
-        # what comes out of the blocks is picked up inside the model's own forward, so that wrappers for
-        # several GPUs work
-        assert isinstance(self.model, torch.nn.Module)
-        anatomy.decoder(self.model).register_forward_hook(self._keep_output)
-
-    def _keep_output(self, module, args, output) -> None:
-        self._decoder_output.append(output.last_hidden_state)
 
     def _get_train_sampler(self, train_dataset=None):
         return self._order
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean over the step's response tokens."""
-        self._decoder_output.clear()
+        assert isinstance(self.model, torch.nn.Module)
         given = {name: inputs[name] for name in GIVEN if name in inputs}
-        # the head runs over one position, for form's sake; by index, since a slice would copy its weight for
-        # every sample
-        first = torch.zeros(1, dtype=torch.int64, device=given["input_ids"].device)
-        with attention.short_samples(inputs["lengths"]):
-            outputs = model(**given, logits_to_keep=first, use_cache=False)
-        hidden = self._decoder_output.pop()[inputs["row"], inputs["before"]]
+        # picked up inside the model's own forward, so that wrappers for several GPUs work
+        with attention.short_samples(inputs["lengths"]), anatomy.head_inputs(self.model) as kept:
+            outputs = model(**given, use_cache=False)
+        hidden = kept.pop()[inputs["row"], inputs["before"]]
         loss = response_scores(hidden, self._head, inputs["response_ids"]).loss.mean()
         if not loss.isfinite():
             raise _diverged(self.args.learning_rate, f"the loss is nan at step {self.state.global_step + 1}")

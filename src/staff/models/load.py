@@ -127,11 +127,11 @@ def check_model(
 
     check_quantised(source, load_in)
     model = _empty(source, trust_remote_code)
+    scopes.check_scope(scope)
     if scope == "lora":
         from staff.models.adapters import add_lora
 
-        model = _quietly(partial(add_lora, model, 1, 1, 0), source)
-    scopes.check_scope(model, scope)
+        _quietly(partial(add_lora, model, 1, 1, 0), source)
 
 
 def _empty(source: Source, trust_remote_code: bool) -> torch.nn.Module:

@@ -1,4 +1,5 @@
-"""Layers that send each token to a few of many experts, with every product told of. torch alone."""
+"""Weights that are no linear layer's: experts with every product told of, products seen as they are made.
+torch alone."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten
 
 
 def is_known(module: nn.Module) -> bool:
@@ -81,4 +83,45 @@ class Products(TorchFunctionMode):
         made = func(*args, **(kwargs or {}))
         if func is nn.functional.linear and args[1].shape == self._shape:
             self._tell(args[0], made)
+        return made
+
+
+# with the places of their arguments that are multiplied; convolutions are none
+PRODUCTS = {
+    **dict.fromkeys(
+        ["linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "dot", "tensordot"], slice(2)
+    ),
+    **dict.fromkeys(["addmm", "addbmm", "baddbmm", "addmv"], slice(1, 3)),
+    **dict.fromkeys(["einsum", "grouped_mm", "_grouped_mm", "grouped_mm_fallback"], slice(None)),
+}
+
+
+class Multiplied(TorchFunctionMode):
+    """Within it, which of some parameters go into a matrix product: themselves, or as a view or a copy.
+
+    Attributes:
+        shapes: of each parameter by name, what shape it had in each of its products.
+    """
+
+    def __init__(self, parameters: dict[str, Tensor]):
+        super().__init__()
+        self.shapes: dict[str, list[torch.Size]] = {name: [] for name in parameters}
+        # by identity, with the tensor, so that no other gets its place
+        self._known = {id(parameter): (name, parameter) for name, parameter in parameters.items()}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        made = func(*args, **(kwargs or {}))
+        tensors = [
+            t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor) and t.is_floating_point()
+        ]
+        known = [self._known[id(t)] for t in tensors if id(t) in self._known]
+        if known and func.__name__ in PRODUCTS:
+            factors = tree_flatten(args[PRODUCTS[func.__name__]])[0]
+            for name, tensor in known:
+                if any(tensor is factor for factor in factors):
+                    self.shapes[name].append(tensor.shape)
+        elif known and len(tensors) == 1:
+            for part in tree_flatten(made)[0]:
+                if isinstance(part, Tensor):
+                    self._known[id(part)] = known[0][0], part
         return made

@@ -49,6 +49,9 @@ class Site:
             that adds B sketch a to the layer's output.
         expert: the name of a tensor of all experts' matrices and which of them; `module` is the layer of
             experts.
+        parameter: the name of a weight of `module` that is multiplied in a way not known here, None for
+            others: its gradient is taken whole, so a batch must be of one sample.
+        twins: other layers that have the same weight; their calls are calls of this one.
     """
 
     module: nn.Module
@@ -56,6 +59,8 @@ class Site:
     name: str = ""
     sketch: Tensor | None = None
     expert: tuple[str, int] | None = None
+    parameter: str | None = None
+    twins: tuple[nn.Module, ...] = ()
 
     @property
     def is_router(self) -> bool:
@@ -96,8 +101,9 @@ class record_sites:
             losses = ...           # one a sample, of a forward pass through the model
             squares = recorded.squared_norms(losses)
 
-    No parameter may require a gradient. The first site's output becomes the leaf of the graph, so everything
-    below it runs as under no_grad. A module that a forward pass calls more than once has its calls added up.
+    No parameter may require a gradient; those that are sites of their own do within. The first site's output
+    becomes the leaf of the graph, so everything below it runs as under no_grad. A module that a forward pass
+    calls more than once has its calls added up.
     """
 
     def __init__(self, sites: Sequence[Site], measure: Callable[[int, Tensor, Tensor], Tensor] | None = None):
@@ -109,12 +115,16 @@ class record_sites:
 
     def __enter__(self) -> record_sites:
         for site, calls in zip(self._sites, self._calls, strict=True):
-            if site.expert:
+            if site.parameter:
+                getattr(site.module, site.parameter).requires_grad_(True)
+            elif site.expert:
                 self._replaced.setdefault(site.module, {})[site.expert] = calls
             elif site.is_router:
                 self._handles += _keep_products(site.module, calls)
             else:
-                self._handles.append(site.module.register_forward_hook(_keep_in(calls)))
+                self._handles += [
+                    module.register_forward_hook(_keep_in(calls)) for module in (site.module, *site.twins)
+                ]
         for module, calls_of in self._replaced.items():
             module.forward = _experts_forward(module, calls_of)
         return self
@@ -124,6 +134,9 @@ class record_sites:
             handle.remove()
         for module in self._replaced:
             del module.forward
+        for site in self._sites:
+            if site.parameter:
+                getattr(site.module, site.parameter).requires_grad_(False)
         for calls in self._calls:
             # a hook on an output holds all of them: without this they'd wait for the garbage collector
             calls.clear()
@@ -169,6 +182,11 @@ class record_sites:
         waiting: list[list[Tensor | None]] = [[None] * len(calls) for calls in self._calls]
         leaves = []
         for place, (site, calls) in enumerate(zip(self._sites, self._calls, strict=True)):
+            if site.parameter:
+                assert batch == 1, f"the gradient of {site.name} is that of all samples together"
+                weight = getattr(site.module, site.parameter)
+                calls.append(_Call(weight.new_ones(1, 1, 1), weight))
+                waiting[place].append(None)
             if not calls and site.expert:  # no token of this batch was sent to it
                 found[place] = of_site(place, [])
             elif not calls:
@@ -232,6 +250,8 @@ def _operands(site: Site, calls: list[_Call], grads: list[Tensor], batch: int) -
         weight = getattr(site.module, site.expert[0])
         *_, inputs, outputs = weight.shape if site.module.is_transposed else weight.mT.shape
         return weight.new_zeros(batch, 1, inputs), weight.new_zeros(batch, 1, outputs)
+    if site.parameter:  # as one row, which is its own gradient
+        return grads[0].reshape(1, 1, -1), calls[0].input
     a = torch.cat([_by_sample(call.input, call, batch) for call in calls], 1)
     g = torch.cat([_by_sample(grad, call, batch) for grad, call in zip(grads, calls, strict=True)], 1)
     if site.rows is not None:

@@ -60,7 +60,7 @@ def similarity(
         "similarity" (k,) float32 in [-1, 1], in the order asked for; 0 for a sample without a gradient.
     """
     cosines = np.zeros(len(positions), np.float32)
-    for places in batches(pool.lengths[positions], batch_tokens):
+    for places in batches(pool.lengths[positions], 1 if scorer.one_by_one else batch_tokens):
         batch = collate(pool, positions[places], scorer.device)
         # a (B, 2) for each site: the inner product with the direction, and with itself
         products = scorer.measure(batch, inner_products(directions))

@@ -6,9 +6,13 @@ forward through the whole model.
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -19,6 +23,7 @@ from staff.models import anatomy
 from staff.scoring import experts
 from staff.scoring.gradnorm import Head, Site, record_sites
 
+logger = logging.getLogger(__name__)
 SCOPES = {
     "last-value": "the last block's value projection: forward, and back through the last block; the default",
     "last-block": "every linear weight of the last block: about the same price",
@@ -27,6 +32,8 @@ SCOPES = {
     "released": "lora_B of a fresh LoRA on that projection, as the authors have it: the price of last-value",
 }
 RELEASED_RANK, RELEASED_ALPHA = 81, 16
+# settings of a model that its logits are multiplied or divided by, and of their soft cap
+SCALES = ("logit_scale", "lm_head_multiplier", "logits_scaling", "output_multiplier")
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 PROBE = (2, 16)  # samples and tokens of the batch that shows how layers see their input
 
@@ -41,7 +48,7 @@ def _linears(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]
 
 
 def _weights(block: nn.Module, prefix: str) -> list[Site]:
-    """Every linear weight of a block: its linear layers, its routers, each expert's matrices."""
+    """Linear weights of a block where they usually are: linear layers, routers, each expert's matrices."""
     weights = [Site(module, None, name) for name, module in _linears(block, prefix)]
     for name, module in block.named_modules():
         if experts.is_known(module):
@@ -60,47 +67,68 @@ def value_projection(model: nn.Module) -> Site:
 
     Found by two probes. With one token, softmax is over a single key and so 1: queries and keys get no
     gradient. With two tokens and a loss on the second, the first token's outputs matter only where attention
-    carries them
-    over: its query, its output projection and its MLP get none. What is left in both is the value projection.
-        A block
-    that shares an earlier block's values has none of its own, and the earlier one is found; so it is with
-    blocks that have no attention. Where values are made in two steps (multi-head latent attention) it is the
-    second.
+    carries them over: its query, its output projection and its MLP get none. What is left in both is the
+    value projection; what has a gradient in the second alone is the keys. Where a convolution or a state
+    space carries tokens too, what is left may also be what hangs on the keys, behind the attention: not that.
+    A block that shares an earlier block's values has none of its own, and the earlier one is found; so it is
+    with blocks whose attention has no softmax. Where values are made in two steps (multi-head latent
+    attention) it is the second.
 
     Raises:
         ValueError: no block has one.
     """
     all_blocks, config = anatomy.blocks(model), anatomy.text_config(model)
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    heads = {"num_attention_heads", config.attribute_map.get("num_attention_heads")} & config.to_dict().keys()
     for index in reversed(range(len(all_blocks))):
-        if not hasattr(config, "num_attention_heads") or (kinds and not _is_softmax(kinds[index])):
+        if not heads or (kinds and not _is_softmax(kinds[index])):
             continue  # no softmax to tell values by: a state space or a linear attention
         named = _linears(all_blocks[index], f"blocks.{index}.")
-        alone = _moves_last_token(model, all_blocks[index], [module for _, module in named], num_tokens=1)
-        carried = _moves_last_token(model, all_blocks[index], [module for _, module in named], num_tokens=2)
-        is_value = {place: alone[place] & carried[place] for place in alone if place in carried}
-        found = [place for place in is_value if is_value[place].any()]
-        if found:
-            place = found[-1]  # of a chain of projections the one run last, next to the attention
-            name, module = named[place]
-            return Site(module, None if is_value[place].all() else torch.nonzero(is_value[place])[:, 0], name)
+        one, two = (_probe(model, all_blocks[index], [module for _, module in named], n) for n in (1, 2))
+        alone, carried = one(None), two(None)
+        in_both = [place for place in alone if place in carried]
+        is_value = {place: alone[place] & carried[place] for place in in_both}
+        keys = {place: ~alone[place] & carried[place] for place in in_both}
+        for place in reversed(in_both):  # of a chain of projections the one run last, next to the attention
+            if is_value[place].any() and not any((keys[p] & hangs).any() for p, hangs in two(place).items()):
+                rows = None if is_value[place].all() else torch.nonzero(is_value[place])[:, 0]
+                return _with_twins(model, [Site(named[place][1], rows, named[place][0])])[0]
     raise ValueError(
-        f"found no value projection in {type(anatomy.inner(model)).__name__}; try --scope last-block"
+        f"found no value projection in {type(anatomy.inner(model)).__name__}, which has no block with "
+        "softmax attention: use --scope last-block"
     )
+
+
+def _with_twins(model: nn.Module, sites: list[Site]) -> list[Site]:
+    """Each weight once, with all the layers that share it (Zamba's blocks of attention)."""
+    sharing: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        if anatomy.is_linear(module) and isinstance(module.weight, Tensor):
+            sharing.setdefault(id(module.weight), []).append(module)
+    found: dict[Any, Site] = {}
+    for site in sites:
+        weight = id(weight_of(site))
+        twins = tuple(module for module in sharing.get(weight, ()) if module is not site.module)
+        if twins and not site.expert:
+            found.setdefault(weight, replace(site, twins=twins))
+        else:
+            found[site] = site
+    return list(found.values())
 
 
 def _is_softmax(kind: str) -> bool:
     return kind in ("attention", "hybrid") or (kind.endswith("_attention") and not kind.startswith("linear"))
 
 
-def _moves_last_token(
+def _probe(
     model: nn.Module, block: nn.Module, modules: list[nn.Module], num_tokens: int
-) -> dict[int, Tensor]:
-    """Which outputs of each module, at the first token, move what comes out of their block at the last token.
+) -> Callable[[int | None], dict[int, Tensor]]:
+    """A pass over a few tokens, and which outputs of each module at the first token move others at the last.
 
     Returns:
-        place in `modules` -> (O,) bool, in the order in which they ran. Modules that did not run, or saw
-        their tokens out of order (routed experts), are left out.
+        a function of a place in `modules`, whose output is moved, or None for the block's, to place -> (O,)
+        bool, in the order in which they ran. Modules that did not run, or saw their tokens out of order
+        (routed experts), are left out.
     """
     outputs: dict[int, Tensor] = {}
     from_block: list[Tensor] = []
@@ -119,6 +147,8 @@ def _moves_last_token(
     device = next(model.parameters()).device
     handles = [module.register_forward_hook(keep(place)) for place, module in enumerate(modules)]
     handles.append(block.register_forward_hook(keep_block))
+    sinks = [parameter for name, parameter in block.named_parameters() if "sink" in name]
+    before = [parameter.clone() for parameter in sinks]
     implementation = causal.config._attn_implementation
     is_plain = implementation in ("sdpa", "eager")
     try:
@@ -126,27 +156,40 @@ def _moves_last_token(
         with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             if not is_plain:
                 causal.set_attn_implementation("eager")
+            for parameter in sinks:  # a key beside the tokens': softmax over one would not be 1
+                parameter.data.fill_(-1e4)
             ids = torch.arange(3, 3 + num_tokens, device=device)[None]
-            anatomy.decoder(model)(input_ids=ids, use_cache=False)
-            states = from_block[
-                0
-            ]  # one sample; with several streams, those come before it or behind its tokens
-            last = (states[:, -1] if len(states) == 1 else states[..., -1, :]).flatten().float()
-            if not last.requires_grad:
-                return {}
-            direction = torch.linspace(-1, 1.3, last.numel(), device=device).cos()
-            grads = torch.autograd.grad((last * direction).sum(), list(outputs.values()), allow_unused=True)
+            anatomy.final_states(model, input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
+        for parameter, values in zip(sinks, before, strict=True):
+            parameter.data.copy_(values)
         if not is_plain:
             causal.set_attn_implementation(implementation)
-    in_order = {
-        place: grad.reshape(num_tokens, -1)[0]
-        for place, grad in zip(outputs, grads, strict=True)
-        if grad is not None and grad.ndim >= 3 and len(grad) == 1 and grad[..., 0].numel() == num_tokens
-    }
-    return {place: grad != 0 for place, grad in in_order.items()}
+
+    def moved(target: int | None) -> dict[int, Tensor]:
+        if target is None:  # one sample; several streams come before it or behind its tokens
+            states = from_block[-1]
+            last = states[:, -1] if len(states) == 1 else states[..., -1, :]
+        else:
+            last = outputs[target].reshape(num_tokens, -1)[-1]
+        last = last.flatten().float()
+        if not last.requires_grad:
+            return {}
+        direction = torch.linspace(-1, 1.3, last.numel(), device=device).cos()
+        with torch.enable_grad():
+            grads = torch.autograd.grad(
+                (last * direction).sum(), list(outputs.values()), allow_unused=True, retain_graph=True
+            )
+        in_order = {
+            place: grad.reshape(num_tokens, -1)[0]
+            for place, grad in zip(outputs, grads, strict=True)
+            if grad is not None and grad.ndim >= 3 and len(grad) == 1 and grad[..., 0].numel() == num_tokens
+        }
+        return {place: grad != 0 for place, grad in in_order.items()}
+
+    return moved
 
 
 def sites(model: nn.Module, scope: str, seed: int = 0) -> list[Site]:
@@ -160,107 +203,122 @@ def sites(model: nn.Module, scope: str, seed: int = 0) -> list[Site]:
     Raises:
         ValueError: unknown scope, or the model does not have what it needs.
     """
-    check_scope(model, scope)
+    check_scope(scope)
     if scope == "last-value":
         return [value_projection(model)]
     if scope == "released":
         return [_released(model, seed)]
     if scope == "lora":
-        found = [
+        within: dict[str, nn.Module] = {"": anatomy.inner(model)}
+        usual = [
             Site(m, None, name)
-            for name, m in model.named_modules()
+            for name, m in anatomy.inner(model).named_modules()
             if anatomy.is_linear(m) and (".lora_A." in name or ".lora_B." in name)
         ]
-        if not found:
+        if not usual:
             raise ValueError("scope 'lora' needs a model with a LoRA adapter; this one has none")
     else:
-        counted = _counted_blocks(model, scope)
-        found = [site for name, block in counted.items() for site in _weights(block, f"{name}.")]
-    return _that_run(model, found, scope)
+        every = {f"blocks.{index}.": block for index, block in enumerate(anatomy.blocks(model))}
+        within = every if scope == "linear" else dict([list(every.items())[-1]])
+        usual = [site for prefix, block in within.items() for site in _weights(block, prefix)]
+    matrices = {
+        prefix + name: (module, name.rsplit(".", 1)[-1])
+        for prefix, block in within.items()
+        for name, parameter in block.named_parameters()
+        if parameter.ndim >= 2 and parameter.is_floating_point() and ("lora_" in name) == (scope == "lora")
+        for module in [block.get_submodule(name.rpartition(".")[0])]
+    }
+    return _that_run(model, _with_twins(model, usual), matrices, scope)
 
 
 def counted(sites: list[Site]) -> list[tuple[str, Tensor, Callable[[Tensor], Tensor]]]:
     """The weights of some sites: name, parameter, and what of the parameter's gradient counts.
 
-    An effort is the root of the sum of the squares of what counts, but for the sketch of scope "released".
+    An effort is the root of the sum of the squares of what counts.
     """
 
     def part(grad: Tensor, site: Site) -> Tensor:
         if site.expert:
             return grad[site.expert[1]]
-        if site.rows is None:
-            return grad
-        return (
-            grad[:, site.rows] if hasattr(site.module, "nf") else grad[site.rows]
-        )  # GPT-2's lie on their side
+        grad = grad.mT if hasattr(site.module, "nf") else grad  # GPT-2's lie on their side
+        grad = grad if site.rows is None else grad[site.rows]
+        return grad if site.sketch is None else grad @ site.sketch.to(grad.dtype).mT
 
     weights: list[tuple[str, Tensor, Callable[[Tensor], Tensor]]] = []
     for site in sites:
-        module: Any = getattr(site.module, "base_layer", site.module)
-        weight: Any = getattr(module, site.expert[0] if site.expert else "weight", None)
-        weights.append((site.name, weight, partial(part, site=site)))
+        weights.append((site.name, weight_of(site), partial(part, site=site)))
     return weights
 
 
-def check_scope(model: nn.Module, scope: str) -> None:
-    """Can the scope be had? Looks at the structure alone, so a model on the meta device will do.
+def weight_of(site: Site) -> Any:
+    """The parameter that a site is of, or is a part of; None where a layer has its weight packed."""
+    module: Any = getattr(site.module, "base_layer", site.module)
+    return getattr(module, site.parameter or (site.expert[0] if site.expert else "weight"), None)
+
+
+def check_scope(scope: str) -> None:
+    """Is there such a scope?
 
     Raises:
-        ValueError: no such scope, or it takes in weights that are no plain linear layers.
+        ValueError: there is not.
     """
     if scope not in SCOPES:
         raise ValueError(f"scope must be one of {', '.join(SCOPES)}; found {scope!r}")
-    wrapped = [name for name, module in model.named_modules() if type(module).__name__ == "ParamWrapper"]
-    if scope == "lora" and wrapped:
-        where = f"its adapter changes experts from within ({wrapped[-1]})"
-        raise ValueError(f"scope 'lora' can't be had, {where}: use --scope last-value or released")
-    if scope not in ("last-block", "linear"):
-        return
-    for block_name, block in _counted_blocks(model, scope).items():
-        for name, module in block.named_modules():
-            if experts.is_known(module):
-                continue
-            routed = isinstance(module, nn.ModuleList) and "expert" in name
-            fused = "expert" in type(module).__name__.lower() and any(
-                True for _ in module.parameters(recurse=False)
-            )
-            cubes = [p for p in module.parameters(recurse=False) if p.ndim >= 3]
-            if routed or fused or (cubes and not isinstance(module, (nn.Conv1d, nn.Conv2d))):
-                raise ValueError(
-                    f"scope {scope!r} needs plain linear weights, but {block_name}.{name} of "
-                    f"{type(anatomy.inner(model)).__name__} sends tokens to "
-                    "experts, whose weights see a part of them: use --scope last-value, lora or released"
-                )
 
 
-def _counted_blocks(model: nn.Module, scope: str) -> dict[str, nn.Module]:
-    """The blocks of scopes "last-block" and "linear" by name."""
-    every = {f"blocks.{index}": block for index, block in enumerate(anatomy.blocks(model))}
-    return every if scope == "linear" else dict([list(every.items())[-1]])
-
-
-def _that_run(model: nn.Module, candidates: list[Site], scope: str) -> list[Site]:
-    """Those weights that a forward pass meets, each with all tokens of the batch in order; all experts of a
-    layer.
+def _that_run(
+    model: nn.Module, usual: list[Site], matrices: dict[str, tuple[nn.Module, str]], scope: str
+) -> list[Site]:
+    """The weights that a forward pass multiplies by: those of the usual layers that see all tokens of a batch
+    in order; every other one as a parameter, whose gradient is taken whole, one sample at a time. All experts
+    of a layer, whichever of them the pass meets.
 
     Raises:
-        ValueError: a layer sees its tokens otherwise.
+        ValueError: a layer of packed weights sees its tokens otherwise.
     """
     samples, tokens = PROBE
     ids = torch.arange(3, 3 + samples * tokens, device=next(model.parameters()).device)
     ids = (ids % anatomy.text_config(model).vocab_size).reshape(PROBE)
-    with torch.no_grad(), record_sites(candidates) as recorded:
-        anatomy.decoder(model)(input_ids=ids, use_cache=False)
-        shapes = recorded.input_shapes()
-    met = {site.module for site, seen in zip(candidates, shapes, strict=True) if seen}
-    for site, seen in zip(candidates, shapes, strict=True):
-        for shape in seen if not site.expert else ():
-            if shape[0] != samples and shape[:-1] != (samples * tokens,):
-                raise ValueError(
-                    f"scope {scope!r} is not available: {site.name} sees {tuple(shape)} of a batch of "
-                    f"{samples} x {tokens} tokens"
-                )
-    return [site for site in candidates if site.module in met]
+    parameters = {name: getattr(module, own) for name, (module, own) in matrices.items()}
+    with torch.no_grad(), experts.Multiplied(parameters) as multiplied, record_sites(usual) as recorded:
+        anatomy.final_states(model, input_ids=ids, use_cache=False)
+        calls = recorded.input_shapes()
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    found: list[Site] = []
+    covered: set[int] = set()
+    ran = {site.module for site, seen in zip(usual, calls, strict=True) if seen}
+    for site, seen in zip(usual, calls, strict=True):
+        weight = weight_of(site)
+        shapes = multiplied.shapes[names[id(weight)]] if id(weight) in names else None
+        whole = shapes is None or shapes == [weight.shape] * len(seen)
+        in_order = all(shape[0] == samples or shape[:-1] == (samples * tokens,) for shape in seen)
+        if site.expert or (seen and whole and in_order):
+            if site.module in ran:
+                found.append(site)
+            covered.add(id(weight))
+        elif seen and shapes is None:
+            raise ValueError(
+                f"scope {scope!r} is not available: {site.name}, of packed weights, sees {tuple(seen[0])} of "
+                f"a batch of {samples} x {tokens} tokens"
+            )
+    met = {_any_of_a_list(name) for name, shapes in multiplied.shapes.items() if shapes}
+    alone = [
+        Site(module, None, name, parameter=own)
+        for name, (module, own) in matrices.items()
+        if _any_of_a_list(name) in met and id(parameters[name]) not in covered
+    ]
+    if alone:
+        logger.warning(
+            "%s: %s%s sees its tokens in a way of its own: scope '%s' takes one sample at a time, slower",
+            type(anatomy.inner(model)).__name__, alone[0].name,
+            f" (and {len(alone) - 1} more)" if len(alone) > 1 else "", scope,
+        )  # fmt: skip
+    return found + alone
+
+
+def _any_of_a_list(name: str) -> str:
+    """A name without the places in lists: an expert that no token is sent to counts as those beside it."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
 def _released(model: nn.Module, seed: int) -> Site:
@@ -278,7 +336,7 @@ def _released(model: nn.Module, seed: int) -> Site:
     inputs = anatomy.weight_shape(site.module)[1]
     drawn = torch.rand(RELEASED_RANK, inputs, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     drawn *= RELEASED_ALPHA / RELEASED_RANK / math.sqrt(inputs)
-    return Site(site.module, site.rows, site.name, drawn.to(next(model.parameters()).device))
+    return replace(site, sketch=drawn.to(next(model.parameters()).device))
 
 
 def drop_tuned_queries_and_values(model: nn.Module) -> list[str]:
@@ -311,34 +369,51 @@ def head_of(model: nn.Module) -> Head:
     """The head, checked against the model's own logits on a probe.
 
     Raises:
-        ValueError: the model does something else to its logits than a scale and a soft cap.
+        ValueError: the model does something else to its logits than a scale and a soft cap, does not run on
+            text alone, or lets a token see those after it.
     """
     causal = anatomy.inner(model)
-    config = anatomy.text_config(model)
-    scale = (getattr(config, "logit_scale", None) or 1.0) * (
-        getattr(config, "lm_head_multiplier", None) or 1.0
-    )
-    scale /= getattr(config, "logits_scaling", None) or 1.0
-    caps = (getattr(config, name, None) for name in CAPS)
-    head = Head(causal.get_output_embeddings(), scale, next((cap for cap in caps if cap), None))
     name = type(causal).__name__
     with torch.no_grad():
         ids = torch.arange(3, 7, device=next(model.parameters()).device)[None]
-        logits = model(input_ids=ids, use_cache=False).logits[0].float()
-        hidden = anatomy.decoder(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
+        try:
+            logits = model(input_ids=ids, use_cache=False).logits[0].float()
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise ValueError(
+                f"{name} does not run on a few tokens of text alone, so it can't be scored: {error}"
+            ) from error
+        with anatomy.head_inputs(model) as kept:
+            causal(input_ids=ids, use_cache=False)
+        if len(kept) != 1 or kept[0].shape[:-1] != ids.shape:
+            raise ValueError(f"{name} makes its logits in a way that is not known here: it can't be scored")
+        hidden = kept[0][0]
         ids[0, -1] = 2  # what comes later changes nothing
-        before = anatomy.decoder(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
-        ours = head.module(hidden).float() * head.scale
-        if head.cap is not None:
-            ours = torch.tanh(ours / head.cap) * head.cap
+        before = anatomy.final_states(model, input_ids=ids, use_cache=False)[0]
+        head = _like(logits, hidden, causal.get_output_embeddings(), anatomy.text_config(model))
     if not logits.isfinite().all():
         raise ValueError(f"{name} overflows in {hidden.dtype}: try --dtype float32 (or bfloat16)")
-    rounding = max(torch.finfo(dtype).eps for dtype in (hidden.dtype, torch.float32)) ** (2 / 3)
-    if not torch.allclose(ours, logits, atol=rounding * logits.abs().max().item(), rtol=0):
+    if head is None:
         raise ValueError(f"{name} makes its logits in a way that is not known here: it can't be scored")
+    rounding = max(torch.finfo(dtype).eps for dtype in (hidden.dtype, torch.float32)) ** (2 / 3)
     if not torch.allclose(before[:-1], hidden[:-1], atol=rounding * hidden.abs().max().item(), rtol=0):
         raise ValueError(
             f"{name} lets a token see those after it: no causal language model, so it can't be scored "
             "(a BERT-like decoder needs is_decoder in its configuration)"
         )
     return head
+
+
+def _like(logits: Tensor, hidden: Tensor, module: nn.Module, config: Any) -> Head | None:
+    """The head whose scale and soft cap, of those that the configuration names, give a model's own logits."""
+    named = [getattr(config, name, None) for name in SCALES]
+    scales = [scale for value in named if value for scale in (value, 1 / value)] + [1.0]
+    caps = [cap for name in CAPS if (cap := getattr(config, name, None))] + [None]
+    weight: Any = module.weight  # as the losses will take it
+    raw = nn.functional.linear(hidden.to(weight.dtype), weight, getattr(module, "bias", None)).float()
+    rounding = max(torch.finfo(dtype).eps for dtype in (hidden.dtype, torch.float32)) ** (2 / 3)
+    tolerance = rounding * logits.abs().max().item()
+    for scale, cap in product(scales, caps):
+        ours = raw * scale if cap is None else cap * torch.tanh(raw * scale / cap)
+        if ours.shape == logits.shape and (ours - logits).abs().max() <= tolerance:
+            return Head(module, scale, cap)
+    return None

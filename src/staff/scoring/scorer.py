@@ -78,14 +78,16 @@ class Scorer:
         seed: int = 0,
     ):
         self.model = model.eval().requires_grad_(False)
-        self.tokens_borne = settled_tokens(model, scope)
         self.loss, self.balance = loss, balance
         self.device = next(model.parameters()).device
         self.head = scopes.head_of(model)
         if scope == "released":
             scopes.drop_tuned_queries_and_values(model)
         self.sites = scopes.sites(model, scope, seed)
-        self._reuses = reuse_prefix and scope in ("last-value", "last-block")
+        self.one_by_one = any(site.parameter for site in self.sites)
+        self.tokens_borne = 1 if self.one_by_one else settled_tokens(model, scope)
+        usual = not any(site.parameter or site.twins for site in self.sites)
+        self._reuses = reuse_prefix and usual and scope in ("last-value", "last-block")
         self._prefix: tuple[weakref.ref[Pool], Prefix | None] | None = None
 
     def scores(
@@ -114,14 +116,12 @@ class Scorer:
         """
         positions = np.asarray(positions)
         is_float16 = self.head.module.weight.dtype == torch.float16
+        budget = 1 if self.one_by_one else batch_tokens or self.tokens_borne
         scores: dict[str, np.ndarray] = {}
         left = np.arange(len(positions))  # places to be scored: all of them, then those that overflowed
         for scale in FLOAT16_SCALES if is_float16 else (None,):
             start = self._start_of(pool, scale) if len(left) else None
-            cut = [
-                left[places]
-                for places in batches(pool.lengths[positions[left]], batch_tokens or self.tokens_borne)
-            ]
+            cut = [left[places] for places in batches(pool.lengths[positions[left]], budget)]
             parts = []
             for places in cut:
                 batch = collate(pool, positions[places], self.device, skip=start.tokens if start else 0)
@@ -188,7 +188,7 @@ class Scorer:
         """The final hidden states, (B, T, H); their mean over each response goes into `states`."""
         extra = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
         with attention.short_samples():
-            hidden = anatomy.decoder(self.model)(input_ids=batch.input_ids, **extra).last_hidden_state
+            hidden = anatomy.final_states(self.model, input_ids=batch.input_ids, **extra)
         if states is not None:
             of_response = hidden.detach()[batch.sample_of, batch.before + 1].float()
             states["features"] = mean_by_sample(of_response, batch.sample_of, batch.counts[:, None])

@@ -139,15 +139,13 @@ def _watch(scorer: Scorer, squares: list[Tensor], undo: list[Any]) -> None:
         if weight is None or weight.dtype not in TOLERANCE:
             weight = torch.zeros(anatomy.weight_shape(site.module), device=scorer.device)
             undo.append(site.module.register_forward_hook(partial(_add, weight)).remove)
-        by_weight.setdefault(id(weight), (weight, []))[1].append((site, counts))
+        by_weight.setdefault(id(weight), (weight, []))[1].append(counts)
 
     def arrived(parts: list[Any], weight: Tensor) -> None:
         assert weight.grad is not None
-        for site, counts in parts:
+        for counts in parts:
             grad = counts(weight.grad)
             grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
-            if site.sketch is not None:
-                grad = (grad.mT if hasattr(site.module, "nf") else grad) @ site.sketch.to(grad.dtype).mT
             squares.append(grad.square().sum())
         weight.grad = None
 
