@@ -59,8 +59,8 @@ def add_lora(
 
 
 def _not_to_be_wrapped(model: nn.Module, linears: dict[str, nn.Module], config: Any) -> list[str]:
-    """Linear layers that hand out more than a product (Llama 4's routers), and those that PEFT says no to
-    (Mamba's)."""
+    """Linear layers that hand out something other than their product (Llama 4's routers, DeepSeek-V4's groups),
+    and those that PEFT says no to (Mamba's)."""
     from peft.tuners.lora import LoraModel
 
     refused = []
@@ -71,11 +71,14 @@ def _not_to_be_wrapped(model: nn.Module, linears: dict[str, nn.Module], config: 
                 says_no(LoraModel, config, model, name.rpartition(".")[2])
         except ValueError:
             refused.append(name)
+
+    def is_product(module: nn.Module, args: Any, output: Any) -> bool:
+        outputs = anatomy.weight_shape(module)[0]
+        return isinstance(output, Tensor) and output.shape == (*args[0].shape[:-1], outputs)
+
     handles = [
         module.register_forward_hook(
-            lambda module, args, output, name=name: (
-                None if isinstance(output, Tensor) else refused.append(name)
-            )
+            lambda *call, name=name: None if is_product(*call) else refused.append(name)
         )
         for name, module in linears.items()
     ]
@@ -83,7 +86,9 @@ def _not_to_be_wrapped(model: nn.Module, linears: dict[str, nn.Module], config: 
     try:
         if device.type != "meta":
             with torch.no_grad():
-                anatomy.decoder(model)(input_ids=torch.arange(3, 7, device=device)[None], use_cache=False)
+                anatomy.final_states(
+                    model, input_ids=torch.arange(3, 7, device=device)[None], use_cache=False
+                )
     finally:
         for handle in handles:
             handle.remove()
