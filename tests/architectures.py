@@ -376,9 +376,8 @@ def row_of(kind: str, found: dict[str, Outcome]) -> str:
 def rows_of_table() -> dict[str, str]:
     """The lines of docs/models.md by class."""
     lines = TABLE.read_text().partition(MARK)[2].splitlines()
-    return {
-        line.split("|")[1].strip(): line for line in lines if line.startswith("| ") and line.count("|") == 9
-    }
+    rows = {line.split("|")[1].strip(): line for line in lines if line.startswith("| ")}
+    return {name: line for name, line in rows.items() if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
 
 
 def write_table(rows: dict[str, str]) -> None:

@@ -59,8 +59,8 @@ def add_lora(
 
 
 def _not_to_be_wrapped(model: nn.Module, linears: dict[str, nn.Module], config: Any) -> list[str]:
-    """Linear layers that hand out something other than their product (Llama 4's routers, DeepSeek-V4's groups),
-    and those that PEFT says no to (Mamba's)."""
+    """Linear layers that hand out something other than their product (Llama 4's routers, DeepSeek-V4's
+    groups), and those that PEFT says no to (Mamba's)."""
     from peft.tuners.lora import LoraModel
 
     refused = []
@@ -82,13 +82,11 @@ def _not_to_be_wrapped(model: nn.Module, linears: dict[str, nn.Module], config: 
         )
         for name, module in linears.items()
     ]
-    device = next(model.parameters()).device
+    ids = torch.arange(3, 7, device=next(model.parameters()).device)[None]
     try:
-        if device.type != "meta":
+        if not ids.is_meta:
             with torch.no_grad():
-                anatomy.final_states(
-                    model, input_ids=torch.arange(3, 7, device=device)[None], use_cache=False
-                )
+                model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
