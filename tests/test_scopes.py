@@ -70,7 +70,7 @@ def test_balanced_layers_are_divided_by_their_mean_over_the_pool_whatever_the_sh
 
 def test_balancing_one_weight_is_refused():
     with pytest.raises(ValueError, match="--balance-layers needs a scope of several weights"):
-        Scoring(balance_layers=True)
+        Scoring(scope="last-value", balance_layers=True)
 
 
 def test_a_fresh_adapter_that_never_gets_a_gradient_is_left_out_of_the_balance(tmp_path):

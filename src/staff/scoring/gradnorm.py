@@ -479,7 +479,7 @@ def efforts(
         hidden = forward()[batch.sample_of, batch.before]
         if not hidden.requires_grad:
             raise ValueError(
-                "the model's blocks keep no graph (reversible ones do not), so it can't be scored"
+                "the model's blocks keep no graph (reversible ones don't), so it can't be scored"
             )
         tokens = response_scores(hidden, head, batch.labels, grad_scale=grad_scale or 1.0)
         means = mean_by_sample(tokens.loss, batch.sample_of, batch.counts)
