@@ -348,7 +348,9 @@ def _packed(model: torch.nn.Module) -> Outcome:
 
 def with_lora(kind: str) -> torch.nn.Module:
     """With an adapter as `staff` makes it, its matrices B away from 0."""
-    model = add_lora(tiny_model(kind), 3, 6, seed=0)
+    model = tiny_model(kind)
+    scopes.head_of(model)  # as before any fine-tuning
+    model = add_lora(model, 3, 6, seed=0)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
