@@ -22,7 +22,7 @@ from staff.scoring.scorer import FLOAT16_SCALES, Scorer
 logger = logging.getLogger(__name__)
 
 # how far our efforts may be from the plain ones, relative: several times the most that rounding was seen to
-# do (docs/models.md)
+# do (docs/selfcheck.md)
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.03}
 OF_LOSSES = 1 / 3  # of that: a loss rounds less than a gradient
 LEAST_LOSS = 1e-2  # nats; below, too few digits of 1 - p are left in a plain backward pass
