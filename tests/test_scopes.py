@@ -118,7 +118,7 @@ def test_experts_score_alike_in_any_batch_in_float32(layout):
     np.testing.assert_allclose(Scorer(model).scores(POOL, POSITIONS, 1000)["effort"], one_by_one, rtol=1e-4)
 
 
-def test_a_last_block_without_softmax_attention_sends_the_search_to_one_that_has_it():
+def test_a_last_block_without_softmax_attention_sends_the_search_to_one_that_has_it(caplog):
     torch.manual_seed(0)
     config = transformers.Qwen3NextConfig(
         **{**SHAPE, "num_hidden_layers": 3}, **EXPERTS, num_experts=4, head_dim=8, shared_expert_intermediate_size=16,
@@ -126,7 +126,10 @@ def test_a_last_block_without_softmax_attention_sends_the_search_to_one_that_has
         linear_key_head_dim=8, linear_value_head_dim=8,
     )  # fmt: skip
     model = transformers.Qwen3NextForCausalLM(config).eval().requires_grad_(False)
-    assert scopes.value_projection(model).name == "blocks.1.self_attn.v_proj"
+    assert [site.name for site in scopes.sites(model, "last-value")] == ["blocks.1.self_attn.v_proj"]
+    assert (
+        "the last block has no values of its own: scope 'last-value' takes blocks.1.self_attn" in caplog.text
+    )
 
 
 def test_a_model_without_attention_has_no_value_projection():

@@ -204,10 +204,11 @@ def sites(model: nn.Module, scope: str, seed: int = 0) -> list[Site]:
         ValueError: unknown scope, or the model does not have what it needs.
     """
     check_scope(scope)
-    if scope == "last-value":
-        return [value_projection(model)]
-    if scope == "released":
-        return [_released(model, seed)]
+    if scope in ("last-value", "released"):
+        site = value_projection(model) if scope == "last-value" else _released(model, seed)
+        if not site.name.startswith(f"blocks.{len(anatomy.blocks(model)) - 1}."):
+            logger.warning("the last block has no values of its own: scope '%s' takes %s", scope, site.name)
+        return [site]
     if scope == "lora":
         within: dict[str, nn.Module] = {"": anatomy.inner(model)}
         usual = [
@@ -307,6 +308,11 @@ def _that_run(
         for name, (module, own) in matrices.items()
         if _any_of_a_list(name) in met and id(parameters[name]) not in covered
     ]
+    idle = [site.name for site, seen in zip(usual, calls, strict=True) if not (seen or site.expert)]
+    idle = [name for name in idle if f"{name}.weight" not in {site.name for site in alone}]
+    if idle:
+        more = f" (and {len(idle) - 1} more)" if len(idle) > 1 else ""
+        logger.warning("%s%s takes no part in a pass: it does not count in scope '%s'", idle[0], more, scope)
     if alone:
         logger.warning(
             "%s: %s%s sees its tokens in a way of its own: scope '%s' takes one sample at a time, slower",
