@@ -86,7 +86,7 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     )
 
 
-def text_config(model: nn.Module):
+def text_config(model: nn.Module) -> Any:
     """The configuration of the language model, of a model that sees images too."""
     config = inner(model).config
     return config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -133,11 +133,11 @@ def _probe(
     outputs: dict[int, Tensor] = {}
     from_block: list[Tensor] = []
 
-    def keep_block(module, args, output):
+    def keep_block(module: nn.Module, args: Any, output: Any) -> None:
         from_block.append(output[0] if isinstance(output, tuple | list) else output)
 
-    def keep(place):
-        def hook(module, args, output):
+    def keep(place: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Tensor):  # a router may hand out more
                 outputs[place] = output if output.requires_grad else output.requires_grad_(True)
 
