@@ -123,3 +123,43 @@ def test_a_draft_that_length_beats_is_not_to_be_trusted():
     told = fidelity(np.zeros(300, int), np.array([3000]), 3000, draft - draft.min(), target, length)
     assert told.verdict == "poor"
     assert "the responses' length alone ranks" in told.reason
+
+
+def test_one_sample_a_region_leaves_an_interval_that_holds():
+    draft, target, length, loss = pool(1500, noise=0.8)
+    region_of, sizes = partition(draft, 40)
+    drawn_from = np.flatnonzero(sizes > 1)
+    inside = np.isin(region_of, drawn_from)
+    truth, hits = spearmanr(draft[inside], target[inside])[0], 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        at = np.array([rng.choice(np.flatnonzero(region_of == region)) for region in drawn_from])
+        told = fidelity(region_of[at], sizes, 1500, draft[at], target[at], length[at], loss[at])
+        hits += told.spearman[1] <= truth <= told.spearman[2]
+    assert hits / 60 >= 0.85
+
+
+def test_inside_groups_what_a_draft_knows_of_the_groups_themselves_counts_for_nothing():
+    rng = np.random.default_rng(0)
+    hard = np.repeat([1.0, 100.0], 150)
+    draft, target = hard + rng.uniform(0, 1, 300), hard + rng.uniform(0, 1, 300)
+    halves = [split(draft[part], 5)[1] for part in (slice(150), slice(150, 300))]
+    region_of = np.r_[halves[0], halves[1] + 5]
+    sizes = np.bincount(region_of, minlength=10)
+    together = fidelity(region_of, sizes, 300, draft, target)
+    apart = fidelity(region_of, sizes, 300, draft, target, firsts=(0, 5))
+    assert together.spearman[0] > 0.7
+    assert apart.verdict == "poor"
+    each = [spearmanr(draft[part], target[part])[0] for part in (slice(150), slice(150, 300))]
+    assert apart.spearman[0] == pytest.approx(np.mean(each))
+    assert abs(apart.adjusted_rand[0]) < 0.05
+    same = fidelity(region_of, sizes, 300, draft, draft, firsts=(0, 5))
+    assert same.adjusted_rand[0] == same.kendall[0] == pytest.approx(1)
+
+
+def test_a_draft_that_is_the_length_knows_nothing_else():
+    length = np.random.default_rng(0).permutation(200)
+    target = length + 8.0 * np.random.default_rng(1).normal(size=200)
+    told = fidelity(np.zeros(200, int), np.array([2000]), 2000, 3.0 * length, target, length)
+    assert told.spearman[1] > 0.9
+    assert (told.without_length, told.verdict) == ((0, 0, 0), "poor")

@@ -145,3 +145,12 @@ def test_regions_follow_the_pool(n):
     sizes = np.bincount(split(uncut, regions)[1], minlength=regions)
     if n >= 200:
         assert sizes[sizes > drawn].sum() >= 0.9 * len(uncut)
+
+
+def test_adaptive_verification_never_scores_more_than_it_may():
+    draft, target, *_ = pool()
+    options = {"verification": "adaptive", "verification_budget": 1, "num_regions": 30, "budget": 100}
+    rng = np.random.default_rng(0)
+    chosen = staff(1200, rng=rng, scores=draft, verify=target.__getitem__, **options)
+    assert len(chosen.verified) <= 30
+    assert all(region.verified >= min(region.size, 1) for region in chosen.regions)

@@ -219,15 +219,14 @@ def find_models(config: SelectConfig, methods: Mapping[str, Method]) -> dict[str
     if "draft" not in wanted:
         return {"target": target}
     if not config.draft:
+        suggested = families.suggest_drafts(config.target)
         siblings = [
-            name if share is None else f"{name} (r about {share:.2f})"
-            for name, share in families.suggest_drafts(config.target).items()
+            name if share is None else f"{name} (r about {share:.2f})" for name, share in suggested.items()
         ]
         known = "No smaller sibling of its family is known here"
         if siblings:
-            known = (
-                f"Known smaller siblings of its family: {', '.join(siblings)}; untuned, a draft costs r + v"
-            )
+            smaller = "members" if None in suggested.values() else "smaller siblings"
+            known = f"Known {smaller} of its family: {', '.join(siblings)}; untuned, a draft costs r + v"
         raise ValueError(
             f"--method {' '.join(config.method)} needs a small draft of the target's family: name one with "
             f"--draft. "
@@ -395,5 +394,9 @@ def _fidelity(
     sizes = np.array([region.size for region in selection.regions])
     draft, n = np.asarray(scores)[positions], len(selection.region_of)
     losses = None if loss is None else loss[positions]
-    told = fidelity(regions[places], sizes, n, draft, on_target[places], length[positions], losses)
+    edges = [(region.lower, region.upper) for region in selection.regions]
+    firsts = [i for i, (lower, _) in enumerate(edges) if i == 0 or lower != edges[i - 1][1]]  # of each group
+    told = fidelity(
+        regions[places], sizes, n, draft, on_target[places], length[positions], losses, firsts=firsts
+    )
     return told.as_dict()

@@ -78,8 +78,12 @@ def fidelity(
     length: np.ndarray | None = None,
     loss: np.ndarray | None = None,
     partition: np.ndarray | None = None,
+    firsts: Sequence[int] = (0,),
 ) -> Fidelity:
     """Judge a draft by verified samples.
+
+    Where a coreset is chosen inside groups, samples are ranked and paired inside them too: what a draft knows
+    of the groups themselves decides nothing.
 
     Args:
         regions: (k,) the region of each verified sample.
@@ -89,6 +93,7 @@ def fidelity(
         length: (k,) tokens of their responses; None where they are not known.
         loss: (k,) the draft's losses of them.
         partition: (k,) the draft's regions, where the samples were not drawn by them.
+        firsts: the first region of each group.
     """
     partition = regions if partition is None else partition
     order = np.argsort(regions, kind="stable")[:: max(1, -(-len(regions) // PAIRED))]
@@ -102,11 +107,14 @@ def fidelity(
         few = f"too few to say: {few}"
         return Fidelity(len(regions), share, "unknown", few)
     weights = _replicates(regions, np.asarray(sizes), drawn)
-    pairs = _pair_weights(regions, np.asarray(sizes), drawn)
+    group = np.searchsorted(firsts, partition, "right") - 1
+    pairs = _pair_weights(regions, np.asarray(sizes), drawn) * (group[:, None] == group)
     known = {"length": length, "loss": loss}
     beside = {name: np.asarray(part, float)[order] for name, part in known.items() if part is not None}
-    ranks = {"draft": _ranks(draft, weights), "target": _ranks(target, weights)}
-    ranks |= {name: _ranks(part, weights) for name, part in beside.items()}
+    ranks = {
+        name: _ranks(part, weights, group)
+        for name, part in {"draft": draft, "target": target, **beside}.items()
+    }
 
     def rank_correlation(first: str, second: str) -> np.ndarray:
         return _correlation(ranks[first], ranks[second], weights)
@@ -115,9 +123,11 @@ def fidelity(
     out = None
     if "length" in ranks:
         out = _partial(both, rank_correlation("draft", "length"), rank_correlation("target", "length"))
-    agreement, plain, chance = _rand(
-        partition, _equal_widths(target, int(partition.max()) + 1), weights, pairs
-    )
+    of_target = np.empty_like(partition)
+    for places in (np.flatnonzero(group == each) for each in np.unique(group)):
+        first = firsts[group[places[0]]]
+        of_target[places] = first + _equal_widths(target[places], int(partition[places].max()) + 1 - first)
+    agreement, plain, chance = _rand(partition, of_target, weights, pairs)
     estimates: dict[str, Any] = {
         "spearman": _interval(both),
         "kendall": _interval(_kendall(draft, target, weights, pairs)),
@@ -128,7 +138,7 @@ def fidelity(
     better = []
     for name in beside:
         lead = np.abs(rank_correlation(name, "target")) - both
-        if lead[0] - 1.96 * np.nanstd(lead[1:], ddof=1) > 0:
+        if lead[0] - 1.96 * _spread(lead) > 0:
             better.append(FREE[name])
     verdict, reason = judge(estimates, better)
     rand: dict[str, Any] = {"rand": _known(plain[0]), "rand_by_chance": _known(chance[0])}
@@ -170,16 +180,29 @@ def _replicates(regions: np.ndarray, sizes: np.ndarray, drawn: np.ndarray) -> np
     """(1 + REPLICATES, k) weights: first those of the samples as drawn, |B_i| / b_i, then of the bootstrap.
 
     Of b_i samples b_i - 1 are drawn again, with replacement, and the weights are shrunk to what is known of a
-    region of which b_i of |B_i| were seen (Rao and Wu 1988): where all were seen, nothing is uncertain.
+    region of which b_i of |B_i| were seen (Rao and Wu 1988): where all were seen, nothing is uncertain. One
+    sample says nothing of its region's spread, so such a region is taken together with the next.
     """
     rng = np.random.default_rng(0)  # equal samples give equal intervals
     weights = np.repeat((sizes[regions] / drawn[regions])[None], 1 + REPLICATES, 0)
-    for region in np.flatnonzero(drawn):
-        places, count = np.flatnonzero(regions == region), int(drawn[region])
-        if count == 1:  # nothing is known of its spread: it stays as it is
+
+    def is_alone(joint: list[int]) -> bool:
+        return bool(drawn[joint].sum() == 1 < sizes[joint].sum())
+
+    together: list[list[int]] = []
+    for region in np.flatnonzero(drawn).tolist():
+        if together and is_alone(together[-1]):
+            together[-1].append(region)
+        else:
+            together.append([region])
+    if len(together) > 1 and is_alone(together[-1]):
+        together[-2:] = [together[-2] + together[-1]]
+    for joint in together:
+        places, count = np.flatnonzero(np.isin(regions, joint)), int(drawn[joint].sum())
+        if count == 1:  # all that there is
             continue
         again = rng.multinomial(count - 1, np.full(count, 1 / count), REPLICATES)
-        seen = np.sqrt(1 - count / max(int(sizes[region]), count))
+        seen = np.sqrt(1 - count / max(int(sizes[joint].sum()), count))
         weights[1:, places] *= 1 - seen + seen * count / (count - 1) * again
     return weights
 
@@ -194,14 +217,22 @@ def _pair_weights(regions: np.ndarray, sizes: np.ndarray, drawn: np.ndarray) -> 
     return pairs
 
 
-def _ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(r, k) weighted ranks: the weight below a value, and half of what is equal to it."""
-    order = np.argsort(values, kind="stable")
-    firsts = np.flatnonzero(np.r_[True, np.diff(values[order]) > 0])
-    of_group = np.add.reduceat(weights[:, order], firsts, axis=1)
-    middle = np.cumsum(of_group, 1) - of_group / 2
+def _ranks(values: np.ndarray, weights: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """(r, k) weighted ranks inside groups: the share of a group below a value, and half of what is equal to
+    it."""
+    order = np.lexsort((values, group))
+    starts = np.r_[True, np.diff(group[order]) > 0]
+    firsts = np.flatnonzero(starts | np.r_[True, np.diff(values[order]) > 0])
+    of_value = np.add.reduceat(weights[:, order], firsts, axis=1)
+    middle = np.cumsum(of_value, 1) - of_value / 2
+    counts = np.diff(np.r_[firsts, len(values)])
     ranks = np.empty_like(weights)
-    ranks[:, order] = np.repeat(middle, np.diff(np.r_[firsts, len(values)]), axis=1)
+    ranks[:, order] = np.repeat(middle, counts, axis=1)
+    for each in np.unique(group):
+        places = np.flatnonzero(group == each)
+        total = weights[:, places].sum(1, keepdims=True)
+        ranks[:, places] -= (weights[:, places] * ranks[:, places]).sum(1, keepdims=True) / total
+        ranks[:, places] /= total
     return ranks
 
 
@@ -215,9 +246,10 @@ def _correlation(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> 
 
 
 def _partial(both: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Correlations with a third taken out of both sides."""
+    """Correlations with a third taken out of both sides; 0 where the first is nothing but the third."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (both - first * second) / np.sqrt((1 - first**2) * (1 - second**2))
+        rest = (both - first * second) / np.sqrt((1 - first**2) * (1 - second**2))
+    return np.where(1 - first**2 < 1e-9, 0.0, rest)
 
 
 def _over_pairs(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -261,8 +293,14 @@ def _interval(replicates: np.ndarray) -> Estimate | None:
     if not np.isfinite(value):
         return None
     on_scale = np.arctanh(np.clip(replicates, -1 + 1e-9, 1 - 1e-9))
-    middle, half = on_scale[0], 1.96 * np.nanstd(on_scale[1:], ddof=1)
+    middle, half = on_scale[0], 1.96 * _spread(on_scale)
     return float(value), float(np.tanh(middle - half)), float(np.tanh(middle + half))
+
+
+def _spread(replicates: np.ndarray) -> float:
+    """The standard deviation over the bootstrap, of those in which the figure is defined."""
+    known = replicates[1:][np.isfinite(replicates[1:])]
+    return float(known.std(ddof=1)) if len(known) > 1 else np.inf
 
 
 def _known(value: float) -> float | None:

@@ -51,7 +51,8 @@ def default_regions(n: int) -> int:
 
 
 def default_verified(n: int, num_regions: int) -> int:
-    """b_v: K * b_v is a tenth of the pool or less, but for small pools, of which 24 samples are drawn."""
+    """b_v: K * b_v is a tenth of the pool or less, but for small pools, of which some two dozen samples are
+    drawn."""
     tenth, least = round(0.1 * n / max(num_regions, 1)), -(-24 // max(num_regions, 1))
     return int(np.clip(max(tenth, least), 4, MOST_VERIFIED))
 
@@ -107,10 +108,10 @@ def adaptive(
 ) -> Ratios:
     """Verify where it matters: until the ratios' errors, taken together, are small enough.
 
-    Every region begins with FIRST samples. Then those whose V_i has the largest error get one more each, a
-    quarter of the regions in a round, until the sum of errors is at most `error` of the sum of ratios, or
-    `most` samples are scored. In a region samples come in an order drawn beforehand, so a run that stops
-    earlier scores a part of what one that goes on scores.
+    Every region begins with FIRST samples (one, where `most` holds no more). Then those whose V_i has the
+    largest error get one more each, a quarter of the regions in a round, until the sum of errors is at most
+    `error` of the sum of ratios, or `most` samples are scored. In a region samples come in an order drawn
+    beforehand, so a run that stops earlier scores a part of what one that goes on scores.
 
     Args:
         scores: (n,) of the draft.
@@ -123,7 +124,7 @@ def adaptive(
         own.permutation(positions) for own, positions in zip(draws.spawn(len(members)), members, strict=True)
     ]
     sizes = np.array([*map(len, members)])
-    counts = np.minimum(sizes, FIRST)
+    counts = np.minimum(sizes, FIRST if FIRST * len(members) <= most else 1)
     target = np.full(len(scores), np.nan)
     while True:
         taken = [order[:count] for order, count in zip(orders, counts, strict=True)]
