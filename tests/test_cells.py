@@ -8,6 +8,8 @@ import pytest
 
 import staff
 from family import make_rows, write_pool
+from staff.config import SelectConfig
+from staff.console import grid_table, summary
 from staff.data.tokens import Pool
 from staff.methods import METHODS
 from staff.methods.groups import share_by_size
@@ -236,3 +238,20 @@ def test_a_method_that_follows_a_tuning_asks_for_one_before_any_model_loads(tmp_
             method="s2l",
             pruning_rate=0.5,
         )
+
+
+def test_a_grid_says_how_faithful_the_draft_is_and_what_was_not_verified(everything, family, tmp_path):
+    _, runs = everything
+    config = SelectConfig(target="target")
+    told = grid_table(runs, config)
+    of_staff = next(run for run in runs if run.manifest["method"] == "staff")
+    verdict = of_staff.fidelity.verdict
+    assert [line.split()[-1] for line in told.splitlines() if line.startswith("staff-0.")][:2] == [
+        verdict
+    ] * 2
+    assert told.count(of_staff.fidelity.reason) == 1
+    assert "verified none" not in told
+    (tmp_path / "scores.csv").write_text("row,score\n" + "".join(f"{i},{i}\n" for i in range(48)))
+    settings = {"scores": str(tmp_path / "scores.csv"), "output": tmp_path / "x"}
+    (run,) = staff.select_grid(make_rows(48), methods=["staff"], pruning_rates=[0.5], **settings)
+    assert "none verified, for there is no --target" in summary(run, SelectConfig())

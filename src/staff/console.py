@@ -112,10 +112,9 @@ def summary(run: Run, config: SelectConfig) -> str:
             cure = "Fewer --num-regions hold more samples each"
             lines += _entry("", f"warning: less than half lies in verified regions. {cure}")
     elif manifest["method"] == "staff":
-        why = "for none holds more than its draw takes. Use fewer --num-regions"
-        lines += _entry("", f"warning: none verified, {why}")
+        lines += _entry("", f"warning: none verified, {_why_unverified(config)}")
     if run.fidelity:
-        lines += _entry("fidelity", *_fidelity_lines(run.fidelity))
+        lines += _entry("fidelity", *_fidelity_lines(run.fidelity, config))
     if selection.filled or selection.filled_from_cut:
         lines += _entry(
             "fill",
@@ -139,10 +138,19 @@ def summary(run: Run, config: SelectConfig) -> str:
 def grid_table(runs: list[Run], config: SelectConfig) -> str:
     """A line a coreset, how alike they are, and what all of it cost."""
     lines = ["", *remarks(runs[0].manifest, config.reading.max_length)]
-    lines.append(f"{'coreset':24}{'pruning rate':>13}{'samples':>9}{'verified':>10}")
+    lines.append(f"{'coreset':24}{'pruning rate':>13}{'samples':>9}{'verified':>10}  fidelity")
     for run in runs:
         rate = "" if run.manifest["pruning_rate"] is None else f"{run.manifest['pruning_rate']:g}"
-        lines.append(f"{run.path.name:24}{rate:>13}{len(run.indices):9}{len(run.selection.verified):10}")
+        told = run.fidelity.verdict if run.fidelity else ""
+        line = f"{run.path.name:24}{rate:>13}{len(run.indices):9}{len(run.selection.verified):10}  {told}"
+        lines.append(line.rstrip())
+    # what is verified hangs on neither rate nor pick: runs of a method say the same
+    for said in {
+        run.manifest["method"]: _fidelity_lines(run.fidelity, config) for run in runs if run.fidelity
+    }.values():
+        lines += ["", *_entry("fidelity", *said)]
+    if any(run.manifest["method"] == "staff" and not len(run.selection.verified) for run in runs):
+        lines += ["", f"warning: staff verified none, {_why_unverified(config)}"]
     folder = runs[0].path.parent
     lines += ["", f"{'of the smaller, shared by':50}{'share':>7}{'by chance':>11}"]
     with open(folder / "overlap.csv", encoding="utf-8") as file:
@@ -154,18 +162,26 @@ def grid_table(runs: list[Run], config: SelectConfig) -> str:
     return "\n".join(lines)
 
 
+def _why_unverified(config: SelectConfig) -> str:
+    if not config.target:
+        return "for there is no --target: V_i is 1 in all regions"
+    return "for no region holds more than its draw takes: try --verification adaptive"
+
+
 ADVICE = {
     "poor": "don't trust this draft: --method direct scores the target itself, --method random costs "
-    "nothing; or another --draft (`staff drafts` compares some), or --scope last-block",
+    "nothing; or another --draft or --scope (`staff drafts` compares some)",
     "unknown": "more --verification-budget or fewer --num-regions say more; --method random costs nothing",
 }
 
 
-def _fidelity_lines(fidelity: Fidelity) -> list[str]:
+def _fidelity_lines(fidelity: Fidelity, config: SelectConfig) -> list[str]:
     """How faithful the draft is: the verdict first, then the numbers it was told from."""
     lines = [f"{fidelity.verdict}: {fidelity.reason}"]
     if fidelity.verdict in ADVICE:
         lines.append("warning: " * (fidelity.verdict == "poor") + ADVICE[fidelity.verdict])
+    if fidelity.verdict == "unknown" and config.verification == "adaptive":
+        lines.append("--verification fixed or a smaller --verification-error scores more samples")
     if fidelity.spearman is None:
         return lines
     told = f"told from {fidelity.samples} samples that stand for {fidelity.pool_share:.0%} of the pool"
