@@ -1,12 +1,13 @@
 """Drafts compared before one is chosen: `staff drafts`."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from staff import candidates
-from staff.config import DraftsConfig
+from staff.config import DraftsConfig, Engine, Reading
 from staff.scoring.scorer import Scorer
 
 
@@ -103,3 +104,53 @@ def test_without_candidates_it_says_what_to_name(family, tmp_path):
         candidates.compare_drafts(
             DraftsConfig(data=str(tmp_path / "pool.jsonl"), target=str(family / "target"))
         )
+
+
+def test_a_picture_over_the_data_is_refused_before_any_work(found):
+    config = dataclasses.replace(found[0], picture=found[0].data[0])
+    with pytest.raises(ValueError, match=r"--data .* is the output itself"):
+        candidates.compare_drafts(config)
+
+
+def test_what_is_missing_of_data_and_target_is_named():
+    with pytest.raises(ValueError, match="the data with --data FILE and the target with --target MODEL"):
+        candidates.compare_drafts(DraftsConfig(candidates=("self:1",)))
+
+
+def test_candidates_named_twice_or_as_the_target_is_called_here(found, family, monkeypatch):
+    monkeypatch.chdir(family)
+    named = ("draft", "target", "draft")
+    config = dataclasses.replace(found[0], target="draft", candidates=named, rows=20)
+    rows = candidates.compare_drafts(config)["drafts"]
+    assert [row["candidate"] for row in rows] == ["draft", "draft", "target", "target"]
+    costs = [row["relative_cost"] for row in rows]
+    assert costs[0] == 1 < costs[2]
+
+
+def test_more_blocks_than_there_are_is_one_message(found):
+    with pytest.raises(ValueError, match=r"^self:9: the target has only 4 blocks"):
+        candidates.compare_drafts(dataclasses.replace(found[0], candidates=("self:9",)))
+
+
+def test_a_longer_row_than_a_draft_has_positions_is_named(found, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from family import make_tokenizer
+
+    sizes = {"vocab_size": 259, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path / "short")
+    make_tokenizer().save_pretrained(tmp_path / "short")
+    with pytest.raises(ValueError, match=r"row .* positions"):
+        candidates.compare_drafts(dataclasses.replace(found[0], candidates=(str(tmp_path / "short"),)))
+
+
+def test_the_command_reads_and_loads_as_the_comparison_did(found):
+    config, result, _ = found
+    reading = Reading(columns="prompt=a b", train_on="all", split="train")
+    config = dataclasses.replace(
+        config, reading=reading, engine=Engine(trust_remote_code=True, load_in="8bit")
+    )
+    told = candidates._advice(result["drafts"], config)
+    assert "--columns 'prompt=a b' --train-on all" in told
+    assert "--split train" in told
+    assert "--load-in 8bit --trust-remote-code --pruning-rate" in told

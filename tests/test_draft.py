@@ -51,6 +51,7 @@ def test_blocks_that_share_keys_and_values_cannot_be_left_out():
 def test_self_needs_a_number():
     assert families.self_blocks("self:8") == 8
     assert families.self_blocks("some/model") is None
+    assert families.self_blocks("selfrag/selfrag_llama2_7b") is None
     with pytest.raises(ValueError, match="self:8"):
         families.self_blocks("self")
 
@@ -61,6 +62,9 @@ def test_self_needs_a_number():
         ("Qwen/Qwen2.5-7B-Instruct", ["Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-3B"]),
         ("google/gemma-7b", ["google/gemma-2b"]),
         ("meta-llama/Llama-2-13b-hf", ["meta-llama/Llama-2-7b-hf"]),
+        ("openai-community/gpt2-medium", ["openai-community/gpt2"]),
+        ("openai-community/gpt2", []),
+        ("cerebras/Cerebras-GPT-2.7B", []),
         ("somebody/unheard-of", []),
     ],
 )

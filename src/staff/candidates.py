@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from staff import files
-from staff.config import DraftsConfig, SelectConfig, check_named
+from staff.config import DraftsConfig, Engine, Reading, SelectConfig, check_named, flat
 from staff.methods.fidelity import Fidelity, fidelity, within
 from staff.methods.strata import split
 from staff.methods.verification import default_regions
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 BOTH_SCOPES = ("last-value", "last-block")  # both fall out of one pass
 PAPER_EPOCHS = 3.0
+TARGET = ""  # no candidate is named so
 RANKS = ("good", "usable", "unknown", "poor")
 
 
@@ -41,6 +42,7 @@ def compare_drafts(config: DraftsConfig, on_progress: Progress | None = None) ->
         ValueError: something that the user can mend.
     """
     from staff.data import rows as reading
+    from staff.data.locate import locate
     from staff.data.tokens import in_common, tokenise
     from staff.models import families, load
 
@@ -48,27 +50,34 @@ def compare_drafts(config: DraftsConfig, on_progress: Progress | None = None) ->
     if not config.candidates:
         known = ", ".join(families.suggest_drafts(config.target)) or "self:8, a hub id or a folder"
         raise ValueError(f"name drafts to compare with --candidates, as {known}")
-    pool = reading.read(list(config.data), **config.reading.keywords())
-    n, engine = len(pool), config.engine
-    names = {"target": config.target} | {name: name for name in config.candidates}
-    sources, pools = {}, {}
-    for label, name in names.items():
-        base = config.target if label != "target" and families.self_blocks(name) else name
-        flag = "--target" if label == "target" else "--candidates"
-        sources[label] = load.resolve(base, flag)
-        load.check_model(sources[label], "last-value", engine.load_in, engine.trust_remote_code)
+    candidates, engine = tuple(dict.fromkeys(config.candidates)), config.engine
+    sources, pools = {TARGET: load.resolve(config.target, "--target")}, {}
+    for name in candidates:
+        own = families.self_blocks(name)
+        sources[name] = sources[TARGET] if own else load.resolve(name, "--candidates")
+    how = config.reading
+    located = locate(list(config.data), how.split, how.dataset_config, how.revision, how.dataset_info)
+    if config.picture:
+        given = {name or "--target": source.files() for name, source in sources.items()}
+        files.check_outputs([Path(config.picture)], {**given, "--data": located.paths})
+    for source in sources.values():
+        load.check_model(source, "last-value", engine.load_in, engine.trust_remote_code)
+    pool = reading.read(located, **how.keywords())
+    n = len(pool)
     drawn = np.sort(np.random.default_rng(config.seed).permutation(n)[: config.rows])
     some = dataclasses.replace(pool, numbers=pool.numbers[drawn])
     for label, source in sources.items():
-        tokenizer, how = load.load_tokenizer(source, engine.trust_remote_code), config.reading
+        tokenizer = load.load_tokenizer(source, engine.trust_remote_code)
         pools[label] = tokenise(some.examples(), tokenizer, how.max_length, None, how, some.where)
     some, pools = in_common(some, pools)
     told = {}
     for label, source in sources.items():
-        told[label] = _score(config, label, source, pools[label], on_progress)
-    target, lines = told["target"], []
+        load.check_room(source, pools[label], some.numbers, engine.trust_remote_code)
+    for label in (*candidates, TARGET):  # the dearest last
+        told[label] = _score(config, label, sources[label], pools[label], on_progress)
+    target, lines = told[TARGET], []
     share = most_verified(n, None, None, SelectConfig.hard_cutoff) / n
-    for name in config.candidates:
+    for name in candidates:
         draft = told[name]
         relative = draft["flops"] / target["flops"]
         for scope in BOTH_SCOPES:
@@ -84,7 +93,7 @@ def compare_drafts(config: DraftsConfig, on_progress: Progress | None = None) ->
                     "passes": passes,
                     "tuned_passes": staff_passes(PAPER_EPOCHS, 1, relative, share),
                     "pays": passes < 1,
-                    "fidelity": _faithful(draft, target, scope, pools["target"], n).as_dict(),
+                    "fidelity": _faithful(draft, target, scope, pools[TARGET], n).as_dict(),
                 }
             )
     found = {"rows": len(some), "n": n, "verified_share": share, "drafts": lines}
@@ -106,9 +115,9 @@ def _score(
         if source.gguf:
             source = load.unpack_gguf(source, Path(folder), dtype)
         model = load.load_model(source, dtype, device, trust, load_in)
-    blocks = families.self_blocks(label) if label != "target" else None
+    blocks = families.self_blocks(label)
     model = drafts.cut(model, blocks) if blocks else model
-    stage = f"score on {label}"
+    stage = f"score on {label or 'target'}"
     done = 0
 
     def tell(samples: int) -> None:
@@ -149,9 +158,8 @@ def _faithful(
 def _advice(lines: list[dict[str, Any]], config: DraftsConfig) -> str:
     """What to take and what to type: the most trusted draft that costs less than scoring the target."""
     data = " ".join(map(shlex.quote, config.data))
-    line = (
-        f"staff select --data {data} --target {shlex.quote(config.target)} --pruning-rate 0.8 --output runs/x"
-    )
+    line = f"staff select --data {data} --target {shlex.quote(config.target)}{_flags(config)}"
+    line += " --pruning-rate 0.8 --output runs/x"
     trusted = [row for row in lines if row["pays"] and row["fidelity"]["verdict"] in RANKS[:2]]
     if not trusted:
         reason = "none of these drafts is both faithful and cheaper than the target itself"
@@ -164,6 +172,16 @@ def _advice(lines: list[dict[str, Any]], config: DraftsConfig) -> str:
         f"{best['candidate']} in scope {best['scope']}: {verdict}, at {passes:.2f} passes of the target in "
         f"place of 1\n  {line} --draft {shlex.quote(best['candidate'])} --scope {best['scope']}"
     )
+
+
+def _flags(config: DraftsConfig) -> str:
+    """How rows are read and models loaded, where that is not as it is by itself."""
+    default, words = {**flat(Reading()), **flat(Engine())}, []
+    for name, value in {**flat(config.reading), **flat(config.engine)}.items():
+        if value != default[name]:
+            given = "" if value is True else f" {shlex.quote(str(value))}"
+            words.append(f" --{name.replace('_', '-')}{given}")
+    return "".join(words)
 
 
 def describe_drafts(found: Mapping[str, Any]) -> str:

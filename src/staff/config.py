@@ -426,7 +426,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def check_named(config: Any, *names: str) -> None:
     """Raise ValueError for the settings among these that have nothing in them, all at once."""
-    kinds = {"data": "FILE", "model": "MODEL", "output": "PATH"}
+    kinds = {"data": "FILE", "model": "MODEL", "target": "MODEL", "output": "PATH"}
     missing = [f"the {name} with --{name} {kinds[name]}" for name in names if not getattr(config, name)]
     if missing:
         raise ValueError("name " + " and ".join(missing))

@@ -298,7 +298,7 @@ def check_outputs(outputs: Iterable[Path], inputs: Mapping[str, Iterable[Path]])
                 if source is not None:
                     where = "the output itself" if path == output else f"in the output's folder, {output}"
                     raise ValueError(
-                        f"{name} {source} is {where}: it would be overwritten; name another --output"
+                        f"{name} {source} is {where}: it would be overwritten; name another output"
                     )
 
 

@@ -21,7 +21,7 @@ def chosen_blocks(total: int, keep: int, which: str) -> list[int]:
         ValueError: more blocks than there are, or an unknown choice.
     """
     if keep > total:
-        raise ValueError(f"--draft self:{keep}: the target has only {total} blocks")
+        raise ValueError(f"self:{keep}: the target has only {total} blocks")
     if which == "even":
         return np.linspace(0, total - 1, keep).round().astype(int).tolist() if keep > 1 else [total - 1]
     if which == "first":
@@ -48,7 +48,7 @@ def cut(model: nn.Module, keep: int, which: str = "first") -> nn.Module:
     blocks = anatomy.blocks(model)
     if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
         raise ValueError(
-            f"--draft self:{keep}: {type(model).__name__} shares keys and values between its blocks, so "
+            f"self:{keep}: {type(model).__name__} shares keys and values between its blocks, so "
             f"none can be left out"
         )
     chosen = chosen_blocks(len(blocks), keep, which)

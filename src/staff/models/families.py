@@ -125,7 +125,7 @@ FAMILIES = {
         },
     ),
     "GPT-2": Family(
-        r"gpt-?2",
+        r"gpt-?2(?![.\d])",
         ("gpt2",),
         {
             "openai-community/gpt2": 0.124,
@@ -169,11 +169,11 @@ def self_blocks(draft: str | None) -> int | None:
     Raises:
         ValueError: "self" without a number of blocks.
     """
-    if draft is None or not draft.startswith("self"):
+    if draft is None or not re.match(r"self(:|$)", draft):
         return None
     match = re.fullmatch(r"self:(\d+)", draft)
     if not match or int(match[1]) < 1:
-        raise ValueError(f"--draft {draft}: say how many of the target's blocks to keep, as in self:8")
+        raise ValueError(f"{draft}: say how many of the target's blocks to keep, as in self:8")
     return int(match[1])
 
 
@@ -191,7 +191,8 @@ def suggest_drafts(target: str) -> dict[str, float | None]:
         model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
     for family in FAMILIES.values():
         if re.search(family.names, name) or model_type in family.types:
-            size = _billions(name)
+            sizes = {sibling.lower().rpartition("/")[2]: own for sibling, own in family.members.items()}
+            size = sizes.get(name.rpartition("/")[2], _billions(name))
             return {
                 sibling: own / size if size else None
                 for sibling, own in family.members.items()
