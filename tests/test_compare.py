@@ -37,7 +37,7 @@ methods:
   ccs-draft: {method: ccs, needs: {scores: draft/el2n}, num_strata: 4}
 pruning_rates: [0.5, 0.75]
 seeds: [1, 2]
-select: {num_regions: 4, verification_budget: 2, draft_epochs: 1, learning_rate: 3e-3, batch_tokens: 512,
+select: {scope: last-value, num_regions: 4, verification_budget: 2, draft_epochs: 1, learning_rate: 3e-3, batch_tokens: 512,
   dtype: float32}
 finetune: {epochs: 1, learning_rate: 1e-2, dtype: float32}
 evaluate: {max_new_tokens: 4, dtype: float32}
