@@ -229,7 +229,7 @@ def batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
 def collate(
     pool: Pool,
     positions: Sequence[int] | np.ndarray,
-    device="cpu",
+    device: Any = "cpu",
     skip: int = 0,
 ) -> Batch:
     """Samples of a pool as one padded batch. Padded tokens are never attended to and never labels.
@@ -250,7 +250,7 @@ def collate(
         before.append(places - 1)
         labels.append(sample[places])
 
-    def tensor(array, dtype=torch.int64):
+    def tensor(array: Any, dtype: Any = torch.int64) -> Any:
         return torch.as_tensor(array, dtype=dtype).to(device, non_blocking=True)
 
     return Batch(

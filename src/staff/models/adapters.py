@@ -118,7 +118,7 @@ def joined_products(model: nn.Module) -> Iterator[None]:
             del layer.__dict__["forward"]
 
 
-def _is_plain(layer) -> bool:
+def _is_plain(layer: Any) -> bool:
     """One adapter that is merely added, over weights that are numbers, with nothing hooked in between."""
     names = list(layer.lora_A)
     if (
@@ -141,7 +141,7 @@ def _is_plain(layer) -> bool:
     )
 
 
-def _forward(self, x: Tensor) -> Tensor:
+def _forward(self: Any, x: Tensor) -> Tensor:
     base, name = self.base_layer, self.active_adapters[0]
     matrices = self.lora_A[name].weight, self.lora_B[name].weight
     return _Product.apply(x, base.weight, base.bias, *matrices, self.scaling[name])
@@ -156,7 +156,9 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scale):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             rows = x.reshape(-1, x.shape[-1]).to(weight.dtype)  # (T, I)
             ctx.dtypes = x.dtype, a.dtype, b.dtype
@@ -169,8 +171,9 @@ class _Product(torch.autograd.Function):
         return torch.ops.aten._unsafe_view(found, (*x.shape[:-1], len(weight)))
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, a, b, inner = ctx.saved_tensors
+        (grad,) = grads
         out = grad.reshape(-1, grad.shape[-1])  # (T, O)
         grad_inner = out @ b  # (T, R), to be scaled
         grad_x = None

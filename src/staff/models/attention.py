@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,8 +41,16 @@ def short_samples(lengths: Sequence[int] | None = None) -> Iterator[None]:
     library = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def choose(
-        module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **others
-    ):
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        **others: Any,
+    ) -> Any:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         plain = not dropout and all(others.get(name) is None for name in CHANGES)
         pays = query.device.type == "cpu" and query.dtype == key.dtype == value.dtype == torch.bfloat16
@@ -67,7 +76,9 @@ def short_samples(lengths: Sequence[int] | None = None) -> Iterator[None]:
         place, groups = _groups(np.asarray(lengths))
         rows, ends = torch.as_tensor(place), [size * longest for size, longest in groups]
 
-    def choose_for_each(module, query, key, value, attention_mask, **settings):
+    def choose_for_each(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **settings: Any
+    ) -> Any:
         nonlocal rows
         rows = rows.to(query.device)  # copied by the first block alone
         parts = []
@@ -120,27 +131,27 @@ class _Spread(torch.autograd.Function):
     """(N, ...) laid into (rows, ...) of zeros, each at a row of its own."""
 
     @staticmethod
-    def forward(ctx, states, place, rows):
+    def forward(ctx: Any, states: Tensor, place: Tensor, rows: int) -> Tensor:
         ctx.save_for_backward(place)
         return states.new_zeros(rows, *states.shape[1:]).index_copy_(0, place, states)
 
     @staticmethod
-    def backward(ctx, grad):
-        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0].index_select(0, ctx.saved_tensors[0]), None, None
 
 
 class _Collect(torch.autograd.Function):
     """The other way: of (rows, ...) those at (N,) places that differ."""
 
     @staticmethod
-    def forward(ctx, states, place):
+    def forward(ctx: Any, states: Tensor, place: Tensor) -> Tensor:
         ctx.save_for_backward(place)
         ctx.rows = len(states)
         return states.index_select(0, place)
 
     @staticmethod
-    def backward(ctx, grad):
-        (place,) = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (place,), (grad,) = ctx.saved_tensors, grads
         return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, place, grad), None
 
 

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,15 +66,17 @@ class _Positions(Dataset):
 class _ResponseTrainer(Trainer):
     """The Trainer with our order of samples, and a head that sees response tokens alone."""
 
-    def __init__(self, *args, head: Head, order: _Shuffled, **kwargs):
+    def __init__(self, *args: Any, head: Head, order: _Shuffled, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._head, self._order = head, order
         self.loss_is_scaled_for_ga = False
 
-    def _get_train_sampler(self, train_dataset=None):
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self._order
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """The mean over the step's response tokens."""
         assert isinstance(self.model, torch.nn.Module)
         given = {name: inputs[name] for name in GIVEN if name in inputs}
@@ -108,7 +111,7 @@ class _Watch(TrainerCallback):
         self._seconds, self._on_progress, self._saved = checkpoint_seconds, on_progress, time.monotonic()
         self._output, self._snapshots = output, snapshots
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         for number in range(1, self._snapshots + 1):
             if state.global_step == max(1, round(number * state.max_steps / self._snapshots)):
                 model.save_pretrained(self._output / "snapshots" / str(number))
@@ -117,7 +120,7 @@ class _Watch(TrainerCallback):
         if time.monotonic() - self._saved >= self._seconds and state.global_step < state.max_steps:
             control.should_save = True
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._saved = time.monotonic()
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         seal(checkpoint, sorted(path.name for path in checkpoint.iterdir()))

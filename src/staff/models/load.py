@@ -79,7 +79,7 @@ def _cpu_multiplies_bfloat16() -> bool:
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
 
 
-def _quietly(load: Callable, source: Source):
+def _quietly(load: Callable[[], Any], source: Source) -> Any:
     """Run a loader of transformers' without its bars and advice; turn its errors into one line."""
     from transformers.utils import logging as transformers_logging
 
@@ -98,7 +98,7 @@ def _quietly(load: Callable, source: Source):
         transformers_logging.set_verbosity(verbosity)
 
 
-def load_tokenizer(source: Source, trust_remote_code: bool = False):
+def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
     """The model's tokenizer.
 
     Raises:
@@ -139,7 +139,7 @@ def _empty(source: Source, trust_remote_code: bool) -> torch.nn.Module:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    def make():
+    def make() -> Any:
         extra = {"gguf_file": source.gguf} if source.gguf else {}
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **extra)
         with torch.device("meta"):
@@ -232,7 +232,7 @@ def load_model(
     if is_quantised:
         extra["device_map"] = {"": device}
 
-    def load():
+    def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(
             source.folder,
             dtype=dtype,
@@ -370,7 +370,7 @@ def measure(model: torch.nn.Module) -> Size:
 
     share = anatomy.share_of_experts(model)
 
-    def count(block) -> int:
+    def count(block: torch.nn.Module) -> int:
         total = 0.0
         for name, module in block.named_modules():
             if "lora_" in name:

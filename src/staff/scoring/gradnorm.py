@@ -13,13 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from staff.models import anatomy
 from staff.scoring import experts
+
+if TYPE_CHECKING:
+    from staff.data.tokens import Batch
 
 # what the summed cross-entropy of a sample's response tokens is divided by: their number to this power
 LOSSES = {"mean": 1.0, "sum": 0.0, "sqrt": 0.5}
@@ -129,7 +132,7 @@ class record_sites:
             module.forward = _experts_forward(module, calls_of)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
         for module in self._replaced:
@@ -379,7 +382,17 @@ def response_scores(
 
 class _ResponseScores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, scale, cap, chunk_bytes, grad_scale):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        scale: float,
+        cap: float | None,
+        chunk_bytes: int,
+        grad_scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         needs_grad = ctx.needs_input_grad[0]
         num_tokens = len(labels)
@@ -428,9 +441,9 @@ class _ResponseScores(torch.autograd.Function):
         return loss, el2n, entropy
 
     @staticmethod
-    def backward(ctx, grad_loss, *_):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return (grad * grad_loss[:, None].to(grad.dtype), *[None] * 7)
+        return (grad * grads[0][:, None].to(grad.dtype), *[None] * 7)
 
 
 def mean_by_sample(values: Tensor, sample_of: Tensor, counts: Tensor) -> Tensor:
@@ -451,7 +464,7 @@ def efforts(
     forward: Callable[[], Tensor],
     head: Head,
     sites: Sequence[Site],
-    batch,
+    batch: Batch,
     loss: str = "mean",
     grad_scale: float | None = None,
     also: Sequence[tuple[int, Tensor, Tensor]] = (),

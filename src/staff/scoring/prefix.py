@@ -117,7 +117,9 @@ class _Start(DynamicLayer):
         self._start = keys, values
         self.keys, self.values = keys, values
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         return torch.cat([self._start[0], key_states], -2), torch.cat([self._start[1], value_states], -2)
 
 
