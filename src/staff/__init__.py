@@ -49,6 +49,7 @@ class Settings(TypedDict, total=False):
     public: bool
     license: str
     option: tuple[str, ...]
+    dedup: str | None
     group_by: str | None
     preset: str
     draft_epochs: float

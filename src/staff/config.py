@@ -230,6 +230,9 @@ class SelectConfig(_Checked):
     """How samples are chosen; `staff methods` lists them. Several make a coreset each."""
     option: tuple[str, ...] = ()
     """Options of methods that have no flag of their own, as in num_strata=20 or part=bottom."""
+    dedup: str | None = None
+    """Set repeated rows aside first, the first of each stays: exact, near, or near:0.9 for 90 % of word
+    triples shared."""
     group_by: str | None = None
     """A column of the data: the budget is shared over its values by size, and selection runs inside each."""
     draft_epochs: Epochs = 0.0
@@ -268,6 +271,8 @@ class SelectConfig(_Checked):
         super().__post_init__()
         for name in ("method", "pruning_rate"):
             object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
+        if self.dedup is not None:
+            near_similarity(self.dedup)
         if self.pruning_rate and self.budget is not None:
             raise ValueError("give --pruning-rate or --budget, not both")
 
@@ -405,6 +410,22 @@ class InspectConfig(_Checked):
     trust_remote_code: bool = False
     """Run Python code that a model's repository brings along."""
     reading: Reading = Reading()
+
+
+def near_similarity(dedup: str) -> float | None:
+    """How alike rows are that --dedup takes for one: 0.8 for near, None for exact.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    how, _, share = dedup.partition(":")
+    if dedup == "exact":
+        return None
+    if how != "near" or not re.fullmatch(r"(\d*\.?\d+)?", share) or dedup == "near:":
+        raise ValueError(f"--dedup must be exact, near or near:0.8; found {dedup!r}")
+    similarity = float(share or 0.8)
+    Range(0.1, 1, about="the share of word triples in common").check(similarity, "--dedup near")
+    return similarity
 
 
 # several settings under one name; what else is given overrides them

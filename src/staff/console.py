@@ -99,7 +99,7 @@ def summary(run: Run, config: SelectConfig) -> str:
         lines += _entry("regions", f"{len(regions)} with samples, of {len(selection.regions)}")
     if len(selection.verified):
         verified = [region for region in regions if not math.isnan(region.ratio)]
-        pool_share = sum(region.size for region in verified) / n
+        pool_share = sum(region.size for region in verified) / (n - sum(manifest.get("dropped", {}).values()))
         budget_share = sum(region.selected for region in verified) / max(m, 1)
         ratios, count = sorted(region.ratio for region in verified), len(selection.verified)
         lines += _entry(

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-import zlib
 from collections import Counter
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from rich.markup import escape
 
 from staff.config import Reading
 from staff.data.chat import USUAL
+from staff.data.duplicates import NearIndex
 from staff.data.layouts import shown, visible
 from staff.data.rows import Rows
 from staff.data.turns import Example
@@ -207,26 +208,17 @@ def _tokens(rows: Rows, tokenizer: Any, max_length: int, reading: Reading) -> tu
 
 
 def _near_duplicates(rows: Rows) -> dict:
-    """Pairs of rows that share most of their word triples, equal ones left out, by MinHash (datasketch)."""
-    try:
-        from datasketch import MinHash, MinHashLSH
-    except ImportError:
+    """Pairs of rows that share most of their word triples, equal ones left out."""
+    if find_spec("datasketch") is None:
         return {"rows": None, "reason": "not looked for: pip install datasketch"}
-    some, seen, pairs = _spread(rows, ROWS_FOR_NEAR), set[int](), []
-    index = MinHashLSH(threshold=SIMILAR, num_perm=64)
-    # copied: making the permutations is most of a sketch's cost
-    empty = MinHash(num_perm=64, seed=1, hashfunc=zlib.crc32)
+    some, seen, index = _spread(rows, ROWS_FOR_NEAR), set[int](), NearIndex(SIMILAR)
+    pairs = []
     for number, example in zip(some.numbers.tolist(), some.examples(), strict=True):
         text = "\n".join(_halves(example)).casefold()
         digest = _digest(text)
-        if digest in seen:
-            continue
+        if digest not in seen and (like := index.find_or_add(number, text)) is not None:
+            pairs.append((like, number))
         seen.add(digest)
-        words, sketch = text.split(), empty.copy()
-        sketch.update_batch({" ".join(words[i : i + 3]).encode() for i in range(max(len(words) - 2, 1))})
-        if alike := index.query(sketch):
-            pairs.append((min(alike), number))
-        index.insert(number, sketch, check_duplication=False)
     looked = {"rows_looked_at": len(some), "similarity": SIMILAR}
     return {"rows": len(pairs), "examples": pairs[:5], **looked}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from importlib.util import find_spec
@@ -14,7 +15,7 @@ import numpy as np
 
 from staff import files
 from staff.config import SelectConfig, flat, to_yaml, yaml_value
-from staff.data import hub, rows
+from staff.data import duplicates, hub, rows
 from staff.data.layouts import near
 from staff.data.locate import locate
 from staff.methods import METHODS, Method
@@ -22,6 +23,7 @@ from staff.methods.fidelity import fidelity
 from staff.methods.groups import select_by_group
 from staff.models.files import with_date
 from staff.runs import account, outputs
+from staff.runs.aside import Aside, set_aside
 from staff.runs.outputs import Run
 from staff.runs.scorefile import read_scores
 from staff.runs.store import Inputs, RunFolder, open_run
@@ -84,8 +86,9 @@ def select(
             run.tell(Stage("read"), 0, 1)
             pool = pool or read()
             run.tell(Stage("read"), 1, 1)
-            budgets = [_budget(config, coreset.pruning_rate, len(pool)) for coreset in coresets]
-            groups = _groups(config, pool)
+            for coreset in coresets:
+                _budget(config, coreset.pruning_rate, len(pool))
+            _groups(config, pool)
             for name in config.method:
                 needs = methods[name].needs.values()
                 if pool.layout.text is not None and any(n.quantity == "unconditional_loss" for n in needs):
@@ -100,8 +103,12 @@ def select(
                 wanted = [need for name in config.method for need in methods[name].needs.values()]
                 pieces = Pieces(config, run, pool, sources, inputs, wanted)
                 pool = pieces.usable_rows()
-                budgets = [_budget(config, coreset.pruning_rate, len(pool)) for coreset in coresets]
-                groups = _groups(config, pool)
+            aside = set_aside(config, run, pool, inputs["data"])
+            if pieces:
+                pieces.set_aside(aside)
+            pool = aside.left()
+            budgets = [_budget(config, coreset.pruning_rate, len(aside.rows), aside) for coreset in coresets]
+            groups = _groups(config, pool)
             selections: dict[int, tuple[Selection, np.ndarray | None]] = {}
             for place, (coreset, budget) in enumerate(zip(coresets, budgets, strict=True)):
                 if finished[place]:
@@ -137,9 +144,9 @@ def select(
                 columns, cost, about = _results(
                     config, pool, methods[coresets[place].method], selection, scores, pieces, run
                 )
-                about |= {"inputs": dict(inputs), "settings": settings, "seed": config.seed}
+                about |= aside.facts() | {"inputs": dict(inputs), "settings": settings, "seed": config.seed}
                 finished[place] = outputs.write(
-                    run, coresets[place], keys[place], config, pool, selection, columns, cost, about, target
+                    run, coresets[place], keys[place], config, aside, selection, columns, cost, about, target
                 )
         runs = [done for done in finished if done]
         if len(runs) > 1 and not all((run.path / name).exists() for name in ("cells.csv", "overlap.csv")):
@@ -181,6 +188,8 @@ def check_settings(config: SelectConfig, data: Any, methods: Mapping[str, Method
             raise ValueError(
                 f"--method {name} needs a few rows of the task as it will be judged: --validation FILE"
             )
+    if config.dedup not in (None, "exact") and find_spec("datasketch") is None:
+        raise ValueError(duplicates.MISSING)
     for flag in ("scores", "validation"):
         path = getattr(config, flag)
         if path and not Path(path).is_file():
@@ -286,16 +295,20 @@ def _key(
     return files.fingerprint({"method": named, "rate": rate, "settings": settings, "inputs": inputs})
 
 
-def _budget(config: SelectConfig, pruning_rate: float | None, n: int) -> int:
-    """m of a pool of n usable rows."""
-    if pruning_rate is None:
-        assert config.budget is not None
-        if config.budget > n:
-            raise ValueError(f"--budget {config.budget}: the pool has only {n} usable rows")
-        return config.budget
-    budget = round((1 - pruning_rate) * n)
-    if budget == 0:
-        raise ValueError(f"--pruning-rate {pruning_rate} leaves none of {n} rows: lower it, or give --budget")
+def _budget(config: SelectConfig, pruning_rate: float | None, n: int, aside: Aside | None = None) -> int:
+    """m of a pool of n usable rows, those set aside counted; at most what is left."""
+    budget = config.budget if pruning_rate is None else round((1 - pruning_rate) * n)
+    assert budget is not None
+    asked = f"--budget {budget}" if pruning_rate is None else f"--pruning-rate {pruning_rate}"
+    if budget > n:
+        raise ValueError(f"{asked}: the pool has only {n} usable rows")
+    if budget == 0 and pruning_rate is not None:
+        raise ValueError(f"{asked} leaves none of {n} rows: lower it, or give --budget")
+    left = len(aside.kept) if aside else n
+    if aside and budget > left:
+        why = ", ".join(f"{count} {reason}s" for reason, count in Counter(aside.reasons.values()).items())
+        cure = f"keep {left} at most, a pruning rate of {1 - left / n:.3g} or more (and --update)"
+        raise ValueError(f"{asked}: {budget} of {n} rows, and {left} are left without {why}: {cure}")
     return budget
 
 
@@ -373,7 +386,7 @@ def _results(
         values["verified"] = np.isin(every, selection.verified)
     values["selected"] = np.isin(every, selection.indices)
     return (
-        {**outputs.row_columns(pool), **values},
+        values,
         account.cost_of_run(account.spent(run.work), target_pass, terms),
         about,
     )

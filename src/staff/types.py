@@ -90,6 +90,7 @@ class Stage:
 SENTENCES = {
     "read": "read",
     "tokenise": "tokenise",
+    "dedup": "look for duplicates",
     "unpack": "unpack the {model}",
     "load": "load models",
     "tune": "fine-tune the {model}",

@@ -61,7 +61,8 @@ def write_coreset(
     """
     coreset, train = folder / "coreset.jsonl", folder / "train"
     # of a run with other settings
-    for old in [folder / "skipped.jsonl", *folder.glob("coreset.*"), *(train / name for name in TRAIN)]:
+    lists = (folder / "skipped.jsonl", folder / "dropped.jsonl")
+    for old in [*lists, *folder.glob("coreset.*"), *(train / name for name in TRAIN)]:
         old.unlink(missing_ok=True)
     remove(folder / "coreset")
     rows.write_jsonl(coreset, positions)

@@ -21,6 +21,7 @@ from staff.config import SelectConfig, from_mapping, read_yaml
 from staff.data import export, hub, rows
 from staff.methods.fidelity import Fidelity
 from staff.methods.overlap import Overlap, nestedness, overlaps
+from staff.runs.aside import Aside
 from staff.runs.scorefile import write_scores
 from staff.runs.store import RunFolder, find_finished
 from staff.types import Region, Selection
@@ -126,9 +127,9 @@ def write(
     coreset: Coreset,
     key: str,
     config: SelectConfig,
-    pool: rows.Rows,
+    aside: Aside,
     selection: Selection,
-    columns: Mapping[str, Any],
+    columns: dict[str, Any],
     cost: Mapping[str, Any],
     about: Mapping[str, Any],
     target: tuple[Any, Pool | None] = (None, None),
@@ -137,12 +138,15 @@ def write(
 
     Args:
         key: what the coreset is made of, as a fingerprint.
-        columns: of scores.parquet, n values each.
+        aside: the pool, and what of it was set aside.
+        selection: among the rows that are left.
+        columns: of scores.parquet, a value for each row that is left.
         about: what else the manifest says.
         target: its tokenizer and the pool in its tokens, where they are known.
     """
     folder = coreset.folder
     folder.mkdir(exist_ok=True)
+    pool = aside.left()
     indices = pool.numbers[selection.indices]
     here = Path(config.target).expanduser()
     model = str(here.resolve()) if here.is_dir() else config.target
@@ -156,6 +160,11 @@ def write(
         regions = [[i, *dataclasses.astuple(region)] for i, region in enumerate(selection.regions)]
         files.write_csv(folder / "regions.csv", header, regions)
         names.append("regions.csv")
+    if aside.reasons:
+        aside.write(folder / "dropped.jsonl")
+        names.append("dropped.jsonl")
+    pool, selection = aside.rows, aside.widened(selection)
+    columns = row_columns(pool) | aside.columns(columns, config.dedup is not None)
     write_scores(folder / "scores.parquet", columns)
     filled = np.array([selection.filled, selection.filled_from_cut])
     arrays = {"indices": selection.indices, "verified": selection.verified, "filled": filled}
@@ -230,6 +239,8 @@ def remarks(facts: Mapping[str, Any], max_length: int) -> list[str]:
         "stripped": "answers have reasoning that the chat template leaves away: it is not learnt",
         "spelled": "rows hold text that spells control tokens of the model; it is read so, as trainers do",
     }
+    for reason, count in facts.get("dropped", {}).items():
+        said.append(f"{count} {reason}s were set aside before the choice: dropped.jsonl lists them")
     for name, sentence in sentences.items():
         if facts.get(name):
             some = facts.get(f"{name}_rows", [])

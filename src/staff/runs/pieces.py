@@ -22,6 +22,7 @@ from staff.models.files import Source, tokenizer_fingerprint
 from staff.models.finetune import train_lora
 from staff.plan import SNAPSHOTS
 from staff.runs import account, keys
+from staff.runs.aside import Aside
 from staff.runs.store import Inputs, Ledger, RunFolder
 from staff.scoring import less, selfcheck
 from staff.scoring.scorer import CALIBRATION, Scorer
@@ -63,18 +64,23 @@ class Pieces:
         self._unpacked: dict[str, Source] = {}
         self._whole: set[Path] = set()  # adapters whose checksums were looked at
         self._pools: dict[str, Pool] = {}
+        self._aside: str | None = None  # which rows were set aside, once they are
         template = config.reading.chat_template
         self._tokenizers = {base: tokenizer_fingerprint(source, template) for base, source in sources.items()}
         self._scorer: tuple[tuple[str, Path | None], Scorer] | None = None
 
     # ---- keys ----
 
-    def _pool_key(self, name: str) -> keys.Key:
+    def _tokens_key(self, name: str) -> keys.Key:
         tokenizer = self._tokenizers[self.specs[name].base]
         return keys.pool_key(self.inputs["data"], self.config.reading, tokenizer)
 
+    def _pool_key(self, name: str) -> keys.Key:
+        """The tokens that there are, without the rows that were set aside."""
+        return self._tokens_key(name) | ({"set_aside": self._aside} if self._aside else {})
+
     def _pool_id(self, name: str) -> str:
-        return files.fingerprint(self._pool_key(name))
+        return files.fingerprint(self._tokens_key(name))
 
     def _base_key(self, name: str) -> keys.Key:
         base, draft = self.specs[name].base, self.config.draft or ""
@@ -95,7 +101,7 @@ class Pieces:
 
     def pool(self, name: str) -> Pool:
         """The pool in a model's tokens."""
-        key = self._pool_key(name)
+        key = self._tokens_key(name)
         if self._pool_id(name) not in self._pools:
             path = self.run.piece("pool", key) / "tokens.npz"
             arrays = files.read_arrays(path)
@@ -119,6 +125,12 @@ class Pieces:
         for base in {id(source): base for base, source in self.sources.items()}.values():
             self._check_room(base, self.pool(names[base]), self.rows.numbers)
         return self.rows
+
+    def set_aside(self, aside: Aside) -> None:
+        """Go on with the rows that are left."""
+        if aside.reasons:
+            self.rows, self._aside = aside.left(), files.fingerprint(sorted(aside.reasons))
+            self._pools = {name: pool.take(aside.kept) for name, pool in self._pools.items()}
 
     def _check_room(self, base: str, pool: Pool, numbers: np.ndarray) -> None:
         load.check_room(self._files(base), pool, numbers, self.config.engine.trust_remote_code)

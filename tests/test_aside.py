@@ -1,0 +1,150 @@
+"""Rows that are set aside before a method looks at the pool: repeated ones."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import staff
+from family import make_rows
+from staff import pipeline
+from staff.config import SelectConfig
+from staff.console import summary
+from staff.data.duplicates import find_duplicates
+from staff.data.rows import read
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+TEXTS = [
+    "a quick brown fox jumps over the lazy dog near the river bank today",
+    "an entirely other text that shares no three words in a row with it",
+    "A quick brown fox jumps over the LAZY dog near the river bank\ntoday",  # 0 but for case and space
+    "a quick brown fox jumps over the lazy dog near the river bank today",  # 0
+    "a quick brown fox jumps over the lazy dog near the river bank yesterday",  # 10 of 12 triples of 0
+    "a quick brown cat jumps over the lazy dog near the river bank yesterday",
+]
+
+
+def rows_of(texts, **columns):
+    return [{"id": f"r{i}", "prompt": "p", "response": text, **columns} for i, text in enumerate(texts)]
+
+
+def dropped(run):
+    return [json.loads(line) for line in (run.path / "dropped.jsonl").read_text().splitlines()]
+
+
+def test_equal_rows_go_whatever_their_id_and_nearly_equal_ones_by_the_share_of_triples():
+    pool = list(read(rows_of(TEXTS)).examples())
+    assert find_duplicates(pool, None) == {3: 0}
+    assert find_duplicates(pool, 0.8) == {2: 0, 3: 0, 4: 0}
+    assert find_duplicates(pool, 0.95) == {2: 0, 3: 0}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    other = read(
+        [
+            {"messages": [{"role": role, "content": "hi"}, {"role": "assistant", "content": "ho"}], **more}
+            for role, more in [("user", {}), ("system", {}), ("user", {"tools": tools}), ("user", {})]
+        ]
+    )
+    assert find_duplicates(other.examples(), None) == {3: 0}
+
+
+def test_a_script_without_spaces_is_compared_by_letters():
+    texts = ["今天天气很好我们去公园散步吧", "今天天气很好我们去公园散步", "他昨天买了一本关于历史的书"]
+    assert find_duplicates(read(rows_of(texts)).examples(), 0.8) == {1: 0}
+
+
+def test_what_repeats_is_the_first_row_that_stays_and_pairs_agree_with_all_compared():
+    draws = np.random.default_rng(0)
+    texts = []
+    for i in range(120):
+        words = [f"w{k}" for k in draws.integers(0, 400, 40)] if i % 3 == 0 else texts[-1].split()
+        texts.append(" ".join(f"x{i}" if draws.random() < 0.02 else word for word in words))
+    triples = [{tuple(("p " + text).split()[j : j + 3]) for j in range(39)} for text in texts]
+    firsts, expected = [], {}
+    for i, own in enumerate(triples):
+        like = next((j for j in firsts if len(own & triples[j]) >= 0.8 * len(own | triples[j])), None)
+        if like is None:
+            firsts.append(i)
+        else:
+            expected[i] = like
+    found = find_duplicates(read(rows_of(texts)).examples(), 0.8)
+    assert len(expected) > 40
+    assert sum(found.get(i) == like for i, like in expected.items()) >= 0.95 * len(expected)
+    assert set(found.values()).isdisjoint(found)
+
+
+def test_dedup_and_random_is_one_command_and_counts_the_rows_before(tmp_path):
+    rows = rows_of(TEXTS * 2)
+    run = staff.select(rows, method="random", dedup="near", budget=2, output=tmp_path / "x")
+    assert run.manifest["n"] == 12
+    assert run.manifest["m"] == 2
+    assert run.manifest["dropped"] == {"near-duplicate": 9}
+    assert dropped(run)[:2] == [
+        {"row": 2, "reason": "near-duplicate", "of": 0},
+        {"row": 3, "reason": "near-duplicate", "of": 0},
+    ]
+    assert set(run.indices) <= {0, 1, 5}
+    assert run.coreset == [rows[i] for i in run.indices]
+    table = run.scores.to_pydict()
+    assert table["row"] == list(range(12))
+    assert table["duplicate_of"][:7] == [None, None, 0, 0, 0, None, 0]
+    assert np.flatnonzero(table["selected"]).tolist() == run.indices.tolist()
+    config = SelectConfig(method=("random",), dedup="near", budget=2, output=str(tmp_path / "x"))
+    assert "9 near-duplicates were set aside before the choice" in summary(run, config)
+    again = pipeline.select(config, rows)[0]
+    assert again.manifest["files"] == run.manifest["files"]
+    assert again.selection.indices.tolist() == run.indices.tolist()
+    with pytest.raises(ValueError, match="dedup: 'near' -> 'exact'"):
+        staff.select(rows, method="random", dedup="exact", budget=2, output=tmp_path / "x")
+    other = staff.select(rows, method="random", budget=2, output=tmp_path / "x", update=True)
+    assert not (other.path / "dropped.jsonl").exists()
+    assert "duplicate_of" not in other.scores.column_names
+
+
+def test_more_than_is_left_is_an_error_that_says_what_would_do(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"--budget 4: 4 of 6 rows, and 3 are left without 3 near-dup.*0\.5 or more"
+    ):
+        staff.select(rows_of(TEXTS), method="random", dedup="near", budget=4, output=tmp_path / "x")
+    run = staff.select(rows_of(TEXTS), method="random", dedup="near", pruning_rate=0.5, output=tmp_path / "y")
+    assert run.indices.tolist() == [0, 1, 5]
+
+
+@pytest.mark.parametrize("text", ["nearly", "near:", "near:x", "exact:0.5", "near:0", "near:1.5"])
+def test_other_words_for_dedup_are_refused(text):
+    with pytest.raises(ValueError, match="--dedup"):
+        SelectConfig(dedup=text)
+
+
+def test_near_wants_its_library_before_any_work_and_no_torch(monkeypatch, tmp_path):
+    code = (
+        f"import sys, staff; staff.select({rows_of(TEXTS)!r}, method='random', dedup='near', budget=2, "
+        f"output={str(tmp_path / 'x')!r}); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    monkeypatch.setattr(pipeline, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"staff-coreset\[inspect\]"):
+        staff.select("nowhere.jsonl", method="random", dedup="near", budget=2, output=tmp_path / "y")
+    assert not (tmp_path / "y").exists()
+
+
+def test_a_draft_never_sees_what_was_set_aside(family, tmp_path):
+    rows = make_rows(30)
+    rows = rows[:20] + [{**row, "id": f"again {row['id']}"} for row in rows[:10]] + rows[20:]
+    models = {"target": str(family / "target"), "draft": str(family / "draft")}
+    small = {"num_regions": 3, "verification_budget": 2, "batch_tokens": 512}
+    settings = {**models, **small, "dedup": "exact", "pruning_rate": 0.5}
+    run = staff.select(rows, output=tmp_path / "x", **settings)
+    assert run.cost["stages"]["score on the draft"]["samples"] == 30
+    assert len(run.indices) == 20
+    assert set(range(20, 30)).isdisjoint(run.indices)
+    table = run.scores.to_pydict()
+    aside = [i for i, of in enumerate(table["duplicate_of"]) if of is not None]
+    assert aside == list(range(20, 30))
+    for name in ("effort", "loss", "region", "prompt_tokens", "target_effort"):
+        assert {table[name][i] for i in aside} == {None}
+    assert not any(table["verified"][i] for i in aside)
+    assert table["region"][30:] == run.selection.region_of[30:].tolist()
+    plain = staff.select(make_rows(30), budget=20, output=tmp_path / "y", **models, **small)
+    assert [rows[i] for i in run.indices] == plain.coreset
