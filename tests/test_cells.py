@@ -255,3 +255,4 @@ def test_a_grid_says_how_faithful_the_draft_is_and_what_was_not_verified(everyth
     settings = {"scores": str(tmp_path / "scores.csv"), "output": tmp_path / "x"}
     (run,) = staff.select_grid(make_rows(48), methods=["staff"], pruning_rates=[0.5], **settings)
     assert "none verified, for there is no --target" in summary(run, SelectConfig())
+    assert "try fewer --num-regions" in summary(run, SelectConfig(target="target"))

@@ -165,7 +165,10 @@ def grid_table(runs: list[Run], config: SelectConfig) -> str:
 def _why_unverified(config: SelectConfig) -> str:
     if not config.target:
         return "for there is no --target: V_i is 1 in all regions"
-    return "for no region holds more than its draw takes: try --verification adaptive"
+    return (
+        "for no region holds more than its draw takes: try fewer --num-regions, a smaller "
+        "--verification-budget, or --verification adaptive"
+    )
 
 
 ADVICE = {
