@@ -5,6 +5,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# forked processes load models: in new threads there torch now and then finds its pool invalid
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
 
 import gc
 

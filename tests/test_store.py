@@ -141,3 +141,18 @@ def test_the_ledger_asks_for_each_sample_once_and_remembers_it_on_disk(tmp_path)
     assert again(np.array([3, 4])).tolist() == [30, 40]
     assert calls == [[1, 3], [7], [4]]
     assert len(again) == 4
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 832 vs 726"),
+        RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed"),
+        RuntimeError("basic_ios::clear: iostream error"),
+    ],
+    ids=str,
+)
+def test_a_full_disk_is_one_message_however_a_library_words_it(tmp_path, error):
+    with pytest.raises(ValueError, match="the disk is full"), files.failures_are_said(tmp_path / "x"):
+        raise error

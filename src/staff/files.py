@@ -215,7 +215,7 @@ def _is_full(error: BaseException | None) -> bool:
             return True
         # torch.save reports no errno: a write of its archive that did not go through has hardly another cause
         if isinstance(error, RuntimeError) and re.search(
-            r"PytorchStreamWriter failed|file write failed|unexpected pos", str(error)
+            r"PytorchStreamWriter failed|file write failed|unexpected pos|iostream error", str(error)
         ):
             return True
         error = error.__cause__ or error.__context__
