@@ -136,3 +136,11 @@ def test_what_a_need_has_behind_its_dot_is_made():
     features, _ = blobs(100)
     assert graph.derive("neighbours", features, 0).tolist() == graph.neighbours(features, seed=0).tolist()
     assert graph.derive("clusters", features, 0).tolist() == graph.clusters(features, seed=0).tolist()
+
+
+def test_clusters_at_unit_length_see_directions_alone():
+    features, _ = blobs(100)
+    features[3] = 0  # a row without a direction is a place of its own
+    of_lengths = np.linspace(0.1, 50, 100)[:, None]
+    labels = graph.derive("unit_clusters", features, 0)
+    assert labels.tolist() == graph.derive("unit_clusters", features * of_lengths, 0).tolist()

@@ -432,6 +432,23 @@ def test_s2l_by_hand():
     assert len(selection.indices) == 6
 
 
+def test_coverage_by_hand():
+    # clusters of 6, 3 and 1; m = 5: 3, 1.5 and 0.5, the sixth sample to the earlier of equal remainders
+    clusters = np.array([4, 4, 4, 4, 4, 4, 0, 0, 0, 9])
+    taken = np.zeros(10)
+    for seed in range(300):
+        chosen = METHODS["coverage"].select(10, budget=5, rng=rng(seed), clusters=clusters).indices
+        assert np.bincount(clusters[chosen], minlength=10)[[4, 0, 9]].tolist() == [3, 2, 0]
+        taken[chosen] += 1
+    assert taken[:6].min() > 115  # 150 expected, and 200 of the three
+    assert taken[6:9].min() > 165
+    sizes = np.array([600, 300, 100])
+    chosen = (
+        METHODS["coverage"].select(1000, budget=50, rng=rng(), clusters=np.repeat([0, 1, 2], sizes)).indices
+    )
+    assert np.histogram(chosen, [0, 600, 900, 1000])[0].tolist() == [30, 15, 5]
+
+
 def plain_kcenter(features, budget, first):
     chosen = [first]
     nearest_pick = np.linalg.norm(features - features[first], axis=1)

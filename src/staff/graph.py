@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from staff.methods.features import at_unit_length
+
 logger = logging.getLogger(__name__)
 
 APPROXIMATE_ABOVE = 20_000  # rows from which neighbours are looked for in nearby clusters alone
@@ -26,7 +28,7 @@ NUM_CHECKED = 200  # rows on which an approximate search is held against the exa
 
 
 def derive(made: str, array: np.ndarray, seed: int) -> np.ndarray:
-    """What is made of a quantity: neighbours of (n, d) features, clusters of (n, k) losses.
+    """What is made of a quantity: neighbours or clusters of (n, d) features, clusters of (n, k) losses.
 
     Args:
         made: one of `types.MADE`.
@@ -117,6 +119,11 @@ def clusters(features: np.ndarray, *, seed: int, num_clusters: int | None = None
     num_clusters = min(num_clusters or max(1, min(NUM_CLUSTERS, n // 20)), n)
     rows_a_cluster = ROWS_A_CLUSTER if n > APPROXIMATE_ABOVE else n
     return _cluster(features, num_clusters, seed, rows_a_cluster)[0]
+
+
+def unit_clusters(features: np.ndarray, *, seed: int) -> np.ndarray:
+    """(n,) k-means clusters of the rows at unit length: by direction alone, as a cosine sees them."""
+    return clusters(at_unit_length(_check(features)), seed=seed)
 
 
 def _cluster(
@@ -241,4 +248,8 @@ def _check(features: np.ndarray) -> np.ndarray:
     return features
 
 
-MAKES: dict[str, Callable[..., np.ndarray]] = {"neighbours": neighbours, "clusters": clusters}
+MAKES: dict[str, Callable[..., np.ndarray]] = {
+    "neighbours": neighbours,
+    "clusters": clusters,
+    "unit_clusters": unit_clusters,
+}

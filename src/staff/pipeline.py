@@ -177,7 +177,7 @@ def check_settings(config: SelectConfig, data: Any, methods: Mapping[str, Method
             raise ValueError(f"--option {pair}: {name} is a number, as in {name}={wanted}")
     for name in config.method:
         needs = methods[name].needs.values()
-        if any(need.made == "clusters" for need in needs) and find_spec("sklearn") is None:
+        if any((need.made or "").endswith("clusters") for need in needs) and find_spec("sklearn") is None:
             raise ValueError(f"--method {name} needs scikit-learn: pip install 'staff-coreset[graph]'")
         if not config.draft_epochs and any(need.checkpoints and need.model == "draft" for need in needs):
             raise ValueError(

@@ -12,7 +12,7 @@ Progress = Callable[[str, int, int], None]  # stage, done, in all
 
 # what one pass of a model, or the pool itself, can give of each sample, and what can be made of it
 QUANTITIES = ("effort", "loss", "el2n", "entropy", "features", "unconditional_loss", "similarity", "tokens")
-MADE = ("neighbours", "clusters")
+MADE = ("neighbours", "clusters", "unit_clusters")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Need:
             raise ValueError(
                 f"{text!r} names no numbers: write model/quantity, with a quantity of "
                 f"{', '.join(QUANTITIES)}; "
-                f"or model@checkpoints/quantity; and behind it, with a dot, {' or '.join(MADE)}"
+                f"or model@checkpoints/quantity; and behind it, with a dot, {', '.join(MADE)}"
             )
         return cls(match[1], match[3], bool(match[2]), match[4])
 

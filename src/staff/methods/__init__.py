@@ -12,7 +12,7 @@ import numpy as np
 
 from staff.methods.ccs import ccs
 from staff.methods.d2 import d2
-from staff.methods.features import facility_location, kcenter, moderate, s2l
+from staff.methods.features import coverage, facility_location, kcenter, moderate, s2l
 from staff.methods.staff import staff
 from staff.methods.top import ifd, perplexity, random, top
 from staff.types import Need, Selection
@@ -173,6 +173,12 @@ METHODS: dict[str, Method] = {
         needs={"clusters": "draft@checkpoints/loss.clusters"},
         paper="arXiv:2403.07384",
         about="evenly over clusters of loss trajectories",
+    ),
+    "coverage": entry(
+        coverage,
+        needs={"clusters": "draft/features.unit_clusters"},
+        paper="Neyman 1934",
+        about="drawn from every cluster of like samples, by its size",
     ),
     "less": entry(
         top,

@@ -8,27 +8,8 @@ from typing import Any
 import numpy as np
 
 from staff.methods import Method, check_budget
+from staff.methods.strata import share_by_size
 from staff.types import Need, Selection
-
-
-def share_by_size(sizes: np.ndarray, budget: int) -> np.ndarray:
-    """Share a budget over groups in proportion to their sizes, by largest remainder.
-
-    Args:
-        sizes: (g,) samples a group.
-        budget: m, 0 <= m <= sizes.sum().
-
-    Returns:
-        (g,) int64, each at most its size, summing to m; of equal remainders the earlier group gets the
-        sample.
-    """
-    sizes = np.asarray(sizes, np.int64)
-    total = int(sizes.sum())
-    if total == 0:
-        return np.zeros(len(sizes), np.int64)
-    shares, remainders = np.divmod(sizes * budget, total)  # whole numbers: no rounding to argue about
-    shares[np.argsort(-remainders, kind="stable")[: budget - int(shares.sum())]] += 1
-    return shares
 
 
 def select_by_group(

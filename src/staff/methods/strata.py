@@ -170,3 +170,23 @@ def allocate(ratios: np.ndarray, sizes: np.ndarray, budget: int, rule: str = "re
         budgets[region] = min(int(sizes[region]), left, int(share + 1e-9))
         left -= int(budgets[region])
     return budgets
+
+
+def share_by_size(sizes: np.ndarray, budget: int) -> np.ndarray:
+    """Share a budget over groups in proportion to their sizes, by largest remainder.
+
+    Args:
+        sizes: (g,) samples a group.
+        budget: m, 0 <= m <= sizes.sum().
+
+    Returns:
+        (g,) int64, each at most its size, summing to m; of equal remainders the earlier group gets the
+        sample.
+    """
+    sizes = np.asarray(sizes, np.int64)
+    total = int(sizes.sum())
+    if total == 0:
+        return np.zeros(len(sizes), np.int64)
+    shares, remainders = np.divmod(sizes * budget, total)  # whole numbers: no rounding to argue about
+    shares[np.argsort(-remainders, kind="stable")[: budget - int(shares.sum())]] += 1
+    return shares

@@ -65,6 +65,7 @@ class Pieces:
         self._whole: set[Path] = set()  # adapters whose checksums were looked at
         self._pools: dict[str, Pool] = {}
         self._aside: str | None = None  # which rows were set aside, once they are
+        self._made: dict[Need, np.ndarray] = {}  # the same for every pruning rate
         template = config.reading.chat_template
         self._tokenizers = {base: tokenizer_fingerprint(source, template) for base, source in sources.items()}
         self._scorer: tuple[tuple[str, Path | None], Scorer] | None = None
@@ -252,7 +253,10 @@ class Pieces:
         """(n,) or (n, k) numbers that a method needs: speculative scores, features, and what is made of
         them."""
         if need.made:
-            return graph.derive(need.made, self.array(dataclasses.replace(need, made=None)), self.config.seed)
+            if need not in self._made:
+                quantity = self.array(dataclasses.replace(need, made=None))
+                self._made[need] = graph.derive(need.made, quantity, self.config.seed)
+            return self._made[need]
         if need.model == "pool":
             return self.pool("target" if "target" in self.sources else "raw_draft").response_tokens()
         if need.checkpoints:
