@@ -148,3 +148,81 @@ def test_a_draft_never_sees_what_was_set_aside(family, tmp_path):
     assert table["region"][30:] == run.selection.region_of[30:].tolist()
     plain = staff.select(make_rows(30), budget=20, output=tmp_path / "y", **models, **small)
     assert [rows[i] for i in run.indices] == plain.coreset
+
+
+SMALL = {"num_regions": 3, "verification_budget": 2, "batch_tokens": 512}
+
+
+@pytest.fixture(scope="module")
+def models(family):
+    return {"target": str(family / "target"), "draft": str(family / "draft")}
+
+
+def test_suspects_are_those_whose_prompt_does_not_help_and_no_method_takes_one(models, tmp_path):
+    rows = make_rows(30)
+    rows[5] = {**rows[4], "id": "again"}
+    ratios, told = {}, {"dedup": "exact", "drop_suspects": True, **models, **SMALL}
+    runs = staff.select_grid(
+        rows,
+        methods=["staff", "random", "kcenter"],
+        output=tmp_path / "x",
+        suspect_ratio=1.0,
+        budget=8,
+        **told,
+    )
+    for run in runs:
+        lines = dropped(run)
+        assert lines[[line["row"] for line in lines].index(5)] == {"row": 5, "reason": "duplicate", "of": 4}
+        ratios = {line["row"]: line["ratio"] for line in lines if line["reason"] == "suspect"}
+        assert 0 < len(ratios) < 20
+        assert min(ratios.values()) >= 1
+        assert run.manifest["dropped"] == {"duplicate": 1, "suspect": len(ratios)}
+        assert len(run.indices) == 8
+        assert set(run.indices).isdisjoint([5, *ratios])
+        assert set(run.selection.verified).isdisjoint([5, *ratios])
+    assert runs[0].cost["stages"]["score on the raw draft without prompts"]["samples"] == 29
+    table = runs[0].scores.to_pydict()
+    assert all(table["effort"][i] > 0 and not table["selected"][i] for i in ratios)
+
+    # the ratios are those of two passes by themselves
+    ifd = staff.select(rows, method="ifd", budget=8, output=tmp_path / "y", **models, **SMALL)
+    scored = [dict(np.load(path)) for path in (ifd.path / "work").glob("scores-*/scores.npz")]
+    losses = sorted((scores["loss"] for scores in scored), key=lambda loss: loss[0])
+    either = [losses[0] / losses[1], losses[1] / losses[0]]
+    assert any(
+        sorted(set(np.flatnonzero(ratio >= 1)) - {5}) == sorted(ratios)
+        and np.allclose(ratio[sorted(ratios)], [ratios[i] for i in sorted(ratios)], rtol=1e-3)
+        for ratio in either
+    )
+    more = staff.select(
+        rows, method="random", output=tmp_path / "z", suspect_ratio=0.01, budget=0, **told
+    ).manifest["dropped"]
+    assert more == {"duplicate": 1, "suspect": 29}
+    with pytest.raises(ValueError, match="29 suspects"):
+        staff.select(rows, method="random", output=tmp_path / "w", suspect_ratio=0.01, budget=1, **told)
+
+
+def test_suspects_are_left_out_inside_groups_too(models, tmp_path):
+    rows = [{**row, "source": "ab"[i % 2]} for i, row in enumerate(make_rows(30))]
+    told = {"drop_suspects": True, "group_by": "source", "pruning_rate": 0.7, **models, **SMALL}
+    run = staff.select(rows, output=tmp_path / "x", **told)
+    suspects = {line["row"] for line in dropped(run)}
+    assert suspects
+    assert len(run.indices) == 9
+    assert suspects.isdisjoint(run.indices)
+    assert {run.selection.region_of[i] for i in suspects} == {-1}
+
+
+def test_suspects_need_prompts_and_a_draft(models, tmp_path):
+    texts = [{"text": f"so many words {i}"} for i in range(9)]
+    with pytest.raises(ValueError, match="--drop-suspects weighs what prompts help"):
+        staff.select(texts, method="random", budget=2, drop_suspects=True, output=tmp_path / "x", **models)
+    with pytest.raises(ValueError, match="--drop-suspects needs a small draft"):
+        staff.select(
+            make_rows(9),
+            method="random",
+            budget=2,
+            drop_suspects=True,
+            target=models["target"],
+            output=tmp_path / "x",
+        )

@@ -50,6 +50,8 @@ class Settings(TypedDict, total=False):
     license: str
     option: tuple[str, ...]
     dedup: str | None
+    drop_suspects: bool
+    suspect_ratio: float
     group_by: str | None
     preset: str
     draft_epochs: float

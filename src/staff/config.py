@@ -233,6 +233,10 @@ class SelectConfig(_Checked):
     dedup: str | None = None
     """Set repeated rows aside first, the first of each stays: exact, near, or near:0.9 for 90 % of word
     triples shared."""
+    drop_suspects: bool = False
+    """Leave out rows whose answer the draft, as it comes, finds no likelier with its prompt than without."""
+    suspect_ratio: Annotated[float, Range(0, open_low=True)] = 1.0
+    """Such are rows whose loss is this many times that of the answer alone, or more."""
     group_by: str | None = None
     """A column of the data: the budget is shared over its values by size, and selection runs inside each."""
     draft_epochs: Epochs = 0.0

@@ -20,10 +20,10 @@ from staff.data.layouts import near
 from staff.data.locate import locate
 from staff.methods import METHODS, Method
 from staff.methods.fidelity import fidelity
-from staff.methods.groups import select_by_group
+from staff.methods.groups import narrowed, select_by_group
 from staff.models.files import with_date
 from staff.runs import account, outputs
-from staff.runs.aside import Aside, set_aside
+from staff.runs.aside import Aside, among_all, set_aside
 from staff.runs.outputs import Run
 from staff.runs.scorefile import read_scores
 from staff.runs.store import Inputs, RunFolder, open_run
@@ -93,6 +93,8 @@ def select(
                 needs = methods[name].needs.values()
                 if pool.layout.text is not None and any(n.quantity == "unconditional_loss" for n in needs):
                     raise ValueError(f"--method {name} weighs what prompts help, and plain texts have none")
+            if config.drop_suspects and pool.layout.text is not None:
+                raise ValueError("--drop-suspects weighs what prompts help, and plain texts have none")
             _check_models(config, sources)
             run.begin(settings, inputs, update)
             files.write_text(run.path / "config.yaml", to_yaml(config))
@@ -106,7 +108,12 @@ def select(
             aside = set_aside(config, run, pool, inputs["data"])
             if pieces:
                 pieces.set_aside(aside)
-            pool = aside.left()
+            pool, members = aside.left(), np.arange(len(aside.kept))
+            if config.drop_suspects:
+                assert pieces is not None
+                ratios = pieces.loss_ratios()
+                suspects = np.flatnonzero(ratios >= config.suspect_ratio)
+                aside, members = aside.with_suspects(suspects, ratios[suspects]), np.delete(members, suspects)
             budgets = [_budget(config, coreset.pruning_rate, len(aside.rows), aside) for coreset in coresets]
             groups = _groups(config, pool)
             selections: dict[int, tuple[Selection, np.ndarray | None]] = {}
@@ -128,14 +135,15 @@ def select(
                 if method.verify and pieces and "target" in sources:
                     arguments["verify"] = pieces.ledger(method.verify.model)
                 # select: regions, ratios, budgets, picks (Eq. 3, Eq. 4)
-                rng = np.random.default_rng(config.seed)
+                rng, own = np.random.default_rng(config.seed), arguments
+                if len(members) < len(pool):
+                    own = narrowed(method, members, arguments)
                 if groups is None:
-                    selection = method.select(len(pool), budget=budget, rng=rng, **arguments)
+                    selection = method.select(len(members), budget=budget, rng=rng, **own)
                 else:
-                    selection = select_by_group(
-                        method, groups, len(pool), budget=budget, rng=rng, **arguments
-                    )
-                selections[place] = selection, arguments.get("scores")
+                    labels = np.asarray(groups)[members]
+                    selection = select_by_group(method, labels, len(members), budget=budget, rng=rng, **own)
+                selections[place] = among_all(selection, members, len(pool)), arguments.get("scores")
             if pieces:
                 pieces.free()
             inputs.check()
@@ -217,6 +225,8 @@ def find_models(config: SelectConfig, methods: Mapping[str, Method]) -> dict[str
         if method.verify and (config.target or not config.scores):
             needs.append(method.verify)
         wanted |= {need.base for need in needs}
+    if config.drop_suspects:
+        wanted.add("draft")
     if not wanted:
         return {}
     from staff.models import families
@@ -236,8 +246,9 @@ def find_models(config: SelectConfig, methods: Mapping[str, Method]) -> dict[str
         if siblings:
             smaller = "members" if None in suggested.values() else "smaller siblings"
             known = f"Known {smaller} of its family: {', '.join(siblings)}; untuned, a draft costs r + v"
+        asking = "--drop-suspects" if config.drop_suspects else f"--method {' '.join(config.method)}"
         raise ValueError(
-            f"--method {' '.join(config.method)} needs a small draft of the target's family: name one with "
+            f"{asking} needs a small draft of the target's family: name one with "
             f"--draft. "
             f"{known}. Without one: --draft self:8 keeps 8 of the target's own blocks, --method direct "
             f"scores the "
@@ -304,7 +315,7 @@ def _budget(config: SelectConfig, pruning_rate: float | None, n: int, aside: Asi
         raise ValueError(f"{asked}: the pool has only {n} usable rows")
     if budget == 0 and pruning_rate is not None:
         raise ValueError(f"{asked} leaves none of {n} rows: lower it, or give --budget")
-    left = len(aside.kept) if aside else n
+    left = n - len(aside.reasons) if aside else n
     if aside and budget > left:
         why = ", ".join(f"{count} {reason}s" for reason, count in Counter(aside.reasons.values()).items())
         cure = f"keep {left} at most, a pruning rate of {1 - left / n:.3g} or more (and --update)"

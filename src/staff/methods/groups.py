@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,14 +45,11 @@ def select_by_group(
     if np.ndim(groups) != 1 or len(group_of) != n:
         raise ValueError(f"groups must be one label a sample, ({n},); found shape {np.shape(groups)}")
     check_budget(budget, n)
-    verify = arguments.pop("verify", None)
     shares = share_by_size(np.bincount(group_of, minlength=len(labels)), budget)
     parts = []
     for group, (share, own_rng) in enumerate(zip(shares, rng.spawn(len(labels)), strict=True)):
         members = np.flatnonzero(group_of == group)
-        own = {name: _take(array, members, method.needs.get(name)) for name, array in arguments.items()}
-        if verify is not None:
-            own["verify"] = lambda positions, members=members: verify(members[positions])
+        own = narrowed(method, members, arguments)
         try:
             parts.append((members, method.select(len(members), budget=int(share), rng=own_rng, **own)))
         except ValueError as error:
@@ -74,6 +71,15 @@ def select_by_group(
         sum(part.filled for _, part in parts),
         sum(part.filled_from_cut for _, part in parts),
     )
+
+
+def narrowed(method: Method, members: np.ndarray, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a method is given of some samples alone, whose positions then count from 0; `verify` is asked for
+    positions in the pool."""
+    own = {name: _take(array, members, method.needs.get(name)) for name, array in arguments.items()}
+    if verify := arguments.get("verify"):
+        own["verify"] = lambda positions: verify(members[positions])
+    return own
 
 
 def _take(values: Any, members: np.ndarray, need: Need | None) -> Any:

@@ -28,45 +28,46 @@ class Aside:
     Attributes:
         rows: the whole pool.
         reasons: position in it -> why that row is left out.
-        same_as: position -> position of the earlier row that it repeats.
+        same_as: position -> position of the earlier row that it repeats; no model sees such a row.
+        ratios: position of a suspect -> its loss as a multiple of its answer's alone.
     """
 
     rows: Rows
     reasons: dict[int, str] = dataclasses.field(default_factory=dict)
     same_as: dict[int, int] = dataclasses.field(default_factory=dict)
+    ratios: dict[int, float] = dataclasses.field(default_factory=dict)
 
     @property
     def kept(self) -> np.ndarray:
-        """Positions of the rows that are left."""
-        return np.delete(np.arange(len(self.rows)), list(self.reasons))
+        """Positions of the rows that repeat none."""
+        return np.delete(np.arange(len(self.rows)), list(self.same_as))
 
     def left(self) -> Rows:
-        """The rows that methods choose from."""
+        """The rows that repeat none."""
         return dataclasses.replace(self.rows, numbers=self.rows.numbers[self.kept])
+
+    def with_suspects(self, positions: np.ndarray, ratios: np.ndarray) -> Aside:
+        """Set aside these of the rows that repeat none, too."""
+        found = dict(zip(self.kept[positions].tolist(), ratios.tolist(), strict=True))
+        return dataclasses.replace(self, reasons=self.reasons | dict.fromkeys(found, "suspect"), ratios=found)
 
     def facts(self) -> dict[str, Any]:
         """What the manifest says: how many, by reason."""
         return {"dropped": dict(Counter(self.reasons.values()))} if self.reasons else {}
 
     def widened(self, selection: Selection) -> Selection:
-        """A selection among the rows that are left, its positions those of the whole pool."""
-        kept, region_of = self.kept, None
-        if selection.region_of is not None:
-            region_of = np.full(len(self.rows), -1, np.int64)
-            region_of[kept] = selection.region_of
-        places = {"indices": kept[selection.indices], "verified": kept[selection.verified]}
-        return dataclasses.replace(selection, **places, region_of=region_of)
+        """A selection among the rows that repeat none, its positions those of the whole pool."""
+        return among_all(selection, self.kept, len(self.rows))
 
     def columns(self, columns: dict[str, Any], with_duplicates: bool) -> dict[str, Any]:
-        """Columns over the rows that are left as columns over all: those set aside have no values, and are
-        not selected."""
+        """Columns over the rows that repeat none as columns over all: the others have no values, and are not
+        selected."""
         wide: dict[str, Any] = {}
         for name, values in columns.items():
             array = np.asarray(values)
             wide[name] = np.ma.masked_all(len(self.rows), array.dtype)
-            wide[name][self.kept] = np.ma.masked_where(
-                array != array, array
-            )  # nan is a value that there is not
+            # nan is a value that there is not
+            wide[name][self.kept] = np.ma.masked_where(array != array, array)
         for name in {"verified", "selected"} & wide.keys():
             wide[name] = wide[name].filled(False)
         if with_duplicates:
@@ -77,14 +78,25 @@ class Aside:
         return wide
 
     def write(self, path: Path) -> None:
-        """The rows set aside as JSON Lines: row, reason, and the row that it repeats."""
+        """The rows set aside as JSON Lines: row, reason, the row that it repeats or the ratio of losses."""
         numbers = self.rows.numbers.tolist()
         lines = (
             {"row": numbers[place], "reason": reason}
             | ({"of": numbers[self.same_as[place]]} if place in self.same_as else {})
+            | ({"ratio": float(f"{self.ratios[place]:.4g}")} if place in self.ratios else {})
             for place, reason in sorted(self.reasons.items())
         )
         files.write_whole(path, lambda aside: write_lines(aside, map(dumps, lines)))
+
+
+def among_all(selection: Selection, members: np.ndarray, n: int) -> Selection:
+    """A selection among some of n samples, its positions those of all."""
+    region_of = None
+    if selection.region_of is not None:
+        region_of = np.full(n, -1, np.int64)
+        region_of[members] = selection.region_of
+    places = {"indices": members[selection.indices], "verified": members[selection.verified]}
+    return dataclasses.replace(selection, **places, region_of=region_of)
 
 
 def set_aside(config: SelectConfig, run: RunFolder, rows: Rows, data: str) -> Aside:

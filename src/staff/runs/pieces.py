@@ -129,8 +129,8 @@ class Pieces:
 
     def set_aside(self, aside: Aside) -> None:
         """Go on with the rows that are left."""
-        if aside.reasons:
-            self.rows, self._aside = aside.left(), files.fingerprint(sorted(aside.reasons))
+        if aside.same_as:
+            self.rows, self._aside = aside.left(), files.fingerprint(sorted(aside.same_as))
             self._pools = {name: pool.take(aside.kept) for name, pool in self._pools.items()}
 
     def _check_room(self, base: str, pool: Pool, numbers: np.ndarray) -> None:
@@ -271,6 +271,13 @@ class Pieces:
             dataclasses.replace(other, made=None) == features for other in (need, *self._wanted)
         )
         return self.scores(need.model, with_features=with_features)[need.quantity]
+
+    def loss_ratios(self) -> np.ndarray:
+        """(n,) the raw draft's loss on each answer after its prompt, as a multiple of that on the answer
+        alone."""
+        loss = self.array(Need("raw_draft", "loss")).astype(np.float64)
+        alone = self.array(Need("raw_draft", "unconditional_loss")).astype(np.float64)
+        return np.divide(loss, alone, out=np.ones_like(loss), where=alone > 0)
 
     def scores(
         self,
