@@ -12,6 +12,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+import staff
 from family import TEMPLATE, config_of, make_rows, make_tokenizer, write_pool
 from staff.comparison import evaluate as evaluation
 from staff.comparison.evaluate import evaluate, read_examples
@@ -111,6 +112,19 @@ def test_a_gguf_file_answers_as_its_weights_in_a_folder_do(family, folder, tmp_p
     assert found["gguf"][1]["prediction"] == found["folder"][1]["prediction"]
     assert found["gguf"][1]["loss"] == pytest.approx(found["folder"][1]["loss"], abs=1e-5)
     assert found["gguf"][0]["metrics"] == found["folder"][0]["metrics"]
+
+
+def test_unpacking_is_a_stage_of_its_own_and_not_counted_as_tokenising(folder, tmp_path, monkeypatch):
+    import time
+
+    from staff.models import load
+
+    unpack = load.unpack_gguf
+    monkeypatch.setattr(load, "unpack_gguf", lambda *args: (time.sleep(0.3), unpack(*args))[1])
+    settings = {"target": str(folder / "target.gguf"), "dtype": "float32", "method": "direct", "budget": 5}
+    stages = staff.select(str(folder / "pool.jsonl"), output=tmp_path / "x", **settings).cost["stages"]
+    assert stages["unpack the target"]["seconds"] >= 0.3
+    assert stages["tokenise"]["seconds"] < 0.3
 
 
 def test_a_killed_evaluation_of_a_gguf_file_does_not_unpack_it_again(folder, tmp_path, monkeypatch):

@@ -105,7 +105,7 @@ def _score(
 ) -> dict[str, Any]:
     """Efforts in both scopes, loss, seconds and operations of one model."""
     from staff.models import drafts, families, load
-    from staff.scoring import scopes
+    from staff.scoring import scopes, selfcheck
     from staff.scoring.scorer import Scorer
 
     device = load.pick_device(config.engine.device)
@@ -130,6 +130,7 @@ def _score(
         scorer = Scorer(model, "last-block", balance=True)
     except ValueError:  # its last block can't be taken whole
         scorer = Scorer(model, "last-value", balance=True)
+    selfcheck.check(scorer, pool)
     sites = [site.name for site in scorer.sites]
     value = scopes.value_projection(model).name
     every = np.arange(len(pool))

@@ -107,9 +107,10 @@ class Pieces:
             path = self.run.piece("pool", key) / "tokens.npz"
             arrays = files.read_arrays(path)
             if arrays is None:
-                base, began = self.specs[name].base, time.monotonic()
+                base = self.specs[name].base
+                tokenizer, began = self._tokenizer(base), time.monotonic()  # a .gguf file is unpacked for it
                 tell = self.run.counter(Stage("tokenise"), len(self.rows))
-                examples, tokenizer, how = self.rows.examples(), self._tokenizer(base), self.config.reading
+                examples, how = self.rows.examples(), self.config.reading
                 pool = tokenise(examples, tokenizer, how.max_length, tell, how, self.rows.where)
                 arrays = pool.to_arrays()
                 self.inputs.check("data", base)
@@ -141,9 +142,13 @@ class Pieces:
         source = self.sources[base]
         if source.gguf and base not in self._unpacked:
             folder = self.run.piece("model", {"gguf": self.inputs[base], "dtype": str(self.dtype)})
-            if not (folder / files.SEAL).exists():
-                self.run.tell(Stage("unpack", base), 0, 1)
+            is_new, began, stage = not (folder / files.SEAL).exists(), time.monotonic(), Stage("unpack", base)
+            if is_new:
+                self.run.tell(stage, 0, 1)
             self._unpacked[base] = load.unpack_gguf(source, folder, self.dtype)
+            if is_new:
+                self.run.tell(stage, 1, 1)
+                self._spend(stage, time.monotonic() - began)
         return self._unpacked.get(base, source)
 
     def _tokenizer(self, base: str) -> Any:
