@@ -13,6 +13,7 @@ from staff.models import adapters, load
 from staff.models import finetune as training
 from staff.runs import pieces
 from staff.scoring import selfcheck
+from staff.types import OF_ONE_PASS
 
 
 class Scorer:
@@ -25,8 +26,7 @@ class Scorer:
 
     def scores(self, pool, positions, batch_tokens=None, on_samples=None, *, features=False):
         at = np.asarray(positions, np.float64)[:, None] + self.seed
-        names = ("effort", "loss", "el2n", "entropy")
-        values = {name: 2 + np.sin(at[:, 0] * (place + 1)) for place, name in enumerate(names)}
+        values = {name: 2 + np.sin(at[:, 0] * (place + 1)) for place, name in enumerate(OF_ONE_PASS)}
         values |= {"site_norms": 1 + np.cos(at * [[1, 2, 3]]) ** 2} if self.balance else {}
         values |= {"features": np.sin(at * [[1, 2, 3, 4]])} if features else {}
         if on_samples:

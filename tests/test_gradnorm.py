@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from staff.data.tokens import Pool
 from staff.models import anatomy
 from staff.scoring import scopes
 from staff.scoring.gradnorm import Head, response_scores, squared_norm_of_products
@@ -166,6 +167,31 @@ def test_the_head_in_chunks_equals_autograd_through_whole_logits(scale, cap):
     torch.testing.assert_close(ours.entropy, -(p * p.log()).sum(-1), rtol=1e-12, atol=1e-12)
     one_hot = torch.nn.functional.one_hot(labels, 31)
     torch.testing.assert_close(ours.el2n, (p - one_hot).norm(dim=-1), rtol=1e-12, atol=1e-12)
+
+
+def test_sums_of_the_highest_entropies_and_surprise_where_sure_equal_the_obvious_way():
+    model = make_model("llama")
+    ids = np.random.default_rng(3).integers(1, model.config.vocab_size, 750).astype(np.int32)
+    is_response = np.ones(750, bool)
+    is_response[[0, 1, 740, 741, 746, 747]] = (
+        False  # responses of 738, 4 and 2 tokens: the 3 highest, 1 and 1
+    )
+    pool = Pool(ids, is_response, np.array([0, 740, 746, 750]))
+    found = Scorer(model).scores(pool, [2, 0, 1], 3000)
+    for place, i in enumerate([2, 0, 1]):
+        with torch.no_grad():
+            logits = model(torch.tensor(pool.ids(i)[None], dtype=torch.int64)).logits[0, :-1]
+        mask, entropies, products = pool.response(i)[1:], [], []
+        for row, label in zip(logits[mask], pool.ids(i)[1:][mask], strict=True):
+            p = row.softmax(-1)
+            entropies.append(float(-(p * p.log()).sum()))
+            loss = -float(p[int(label)].log())
+            sure = max(0.0, 1 - entropies[-1] / np.log(len(p)))
+            products.append(sure / (1 + np.exp(-loss)))
+        kept = sorted(entropies)[-max(1, len(entropies) // 200) :]
+        assert len(kept) == (3 if i == 0 else 1)
+        np.testing.assert_allclose(found["hes"][place], sum(kept), rtol=1e-10)
+        np.testing.assert_allclose(found["upd"][place], np.mean(products), rtol=1e-10)
 
 
 def test_nothing_below_the_scope_is_kept_for_a_backward_pass():

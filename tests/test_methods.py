@@ -148,7 +148,7 @@ def test_random_draws_and_every_sample_is_as_likely():
 TEN = np.array([3.0, 9, 1, 7, 7, 5, 0, 8, 7, 2])  # in order: 6 2 9 0 5 (3 4 8) 7 1
 
 
-@pytest.mark.parametrize("name", ["grand", "el2n", "loss", "entropy", "length", "less"])
+@pytest.mark.parametrize("name", ["grand", "el2n", "loss", "entropy", "hes", "upd", "length", "less"])
 def test_the_highest_of_ten_by_hand(name):
     assert METHODS[name].select(10, scores=TEN, budget=4, rng=rng()).indices.tolist() == [
         1,

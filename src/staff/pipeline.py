@@ -27,7 +27,7 @@ from staff.runs.aside import Aside, among_all, set_aside
 from staff.runs.outputs import Run
 from staff.runs.scorefile import read_scores
 from staff.runs.store import Inputs, RunFolder, open_run
-from staff.types import Need, Progress, Selection, Stage
+from staff.types import OF_ONE_PASS, Need, Progress, Selection, Stage
 
 if TYPE_CHECKING:  # torch comes in with them
     from staff.models.files import Source
@@ -369,7 +369,7 @@ def _results(
         name = "draft" if "draft" in pieces.sources else "target"
         tokens = pieces.pool(name)
         response = tokens.response_tokens()
-        if need and need.quantity in ("effort", "el2n", "entropy") and not need.made:
+        if need and need.quantity in OF_ONE_PASS and not need.made:
             values["loss"] = pieces.scores(need.model)["loss"]
         values |= {"prompt_tokens": tokens.lengths - response, "response_tokens": response}
         about |= {**outputs.facts_of(pool, tokens), **pieces.facts, "tokens": int(tokens.lengths.sum())}

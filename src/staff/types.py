@@ -11,7 +11,8 @@ import numpy as np
 Progress = Callable[[str, int, int], None]  # stage, done, in all
 
 # what one pass of a model, or the pool itself, can give of each sample, and what can be made of it
-QUANTITIES = ("effort", "loss", "el2n", "entropy", "features", "unconditional_loss", "similarity", "tokens")
+OF_ONE_PASS = ("effort", "loss", "el2n", "entropy", "hes", "upd")
+QUANTITIES = (*OF_ONE_PASS, "features", "unconditional_loss", "similarity", "tokens")
 MADE = ("neighbours", "clusters", "unit_clusters")
 
 

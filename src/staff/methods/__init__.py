@@ -149,6 +149,18 @@ METHODS: dict[str, Method] = {
         perplexity, needs={"scores": "draft/loss"}, paper="arXiv:2309.04564", about="middling perplexity"
     ),
     "entropy": entry(top, needs={"scores": "draft/entropy"}, about="highest entropy of the predictions"),
+    "hes": entry(
+        top,
+        needs={"scores": "draft/hes"},
+        paper="openreview heVn5cNfje",
+        about="highest sum of the 0.5 % highest entropies",
+    ),
+    "upd": entry(
+        top,
+        needs={"scores": "draft/upd"},
+        paper="arXiv:2503.11441",
+        about="surprised where it was sure of itself",
+    ),
     "length": entry(top, needs={"scores": "pool/tokens"}, paper="arXiv:2402.04833", about="longest response"),
     "ifd": entry(
         ifd,

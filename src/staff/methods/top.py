@@ -30,6 +30,13 @@ def top(n: int, *, budget: int, rng: np.random.Generator, scores: np.ndarray, pa
     one-hot|_2 over a sample's response tokens, each predicted by the token before it; STAFF's released code
     takes raw logits, not shifted, which is neither EL2N nor an error.
 
+    HES keeps the highest sum of the entropies of the 0.5 % most uncertain response tokens, at least one of
+    them (openreview heVn5cNfje); a response of fewer than 400 tokens counts by its one most uncertain token.
+    UPD is the mean over response tokens of sigmoid(loss) * max(0, 1 - entropy / log V), V the vocabulary's
+    size (D3, arXiv 2503.11441): high where the model was sure of something else. D3 weighs it with a model's
+    judgement of quality and with distances; here it stands alone. Both cost nothing beside the draft's one
+    pass, and are taken on the draft as it is tuned, where the papers ask the model that is trained.
+
     LESS keeps the highest similarity of a sample's projected gradient to those of a few validation rows (Xia
     et al. 2024, arXiv 2402.04333); the highest over the validation rows' tasks, where they name any.
 

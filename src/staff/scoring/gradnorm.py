@@ -10,6 +10,7 @@ Axes: B batch, T tokens, I in, O out, N response tokens of a batch, H hidden, V 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -460,6 +461,21 @@ def mean_by_sample(values: Tensor, sample_of: Tensor, counts: Tensor) -> Tensor:
     return values.new_zeros(len(counts), *values.shape[1:]).index_add(0, sample_of, values) / counts
 
 
+def highest_entropies(entropy: Tensor, sample_of: Tensor, counts: Tensor) -> Tensor:
+    """(B,) the sum of each sample's highest entropies, of 1 in 200 response tokens and at least one (HES).
+
+    Args:
+        entropy: (N,), in nats.
+        sample_of: (N,) int64, the sample in the batch that each token belongs to, ascending.
+        counts: (B,) response tokens of each sample, 1 or more.
+    """
+    place = torch.arange(len(entropy), device=entropy.device) - (counts.cumsum(0) - counts)[sample_of]
+    by_sample = entropy.new_zeros(len(counts), int(counts.max())).index_put((sample_of, place), entropy)
+    kept = (counts // 200).clamp(min=1)[:, None]
+    highest = by_sample.topk(int(kept.max()), dim=1).values
+    return highest.masked_fill(torch.arange(highest.shape[1], device=entropy.device) >= kept, 0).sum(1)
+
+
 def efforts(
     forward: Callable[[], Tensor],
     head: Head,
@@ -469,7 +485,7 @@ def efforts(
     grad_scale: float | None = None,
     also: Sequence[tuple[int, Tensor, Tensor]] = (),
 ) -> dict[str, Tensor]:
-    """One pass over a batch: effort, loss, EL2N and entropy of each sample.
+    """One pass over a batch: effort, loss, EL2N, entropy, HES and UPD of each sample.
 
     Args:
         forward: runs the blocks over the batch and returns the final hidden states, (B, T, H).
@@ -482,9 +498,10 @@ def efforts(
         also: calls of sites that were made before; see `record_sites.also`.
 
     Returns:
-        "effort": ||dL/dphi||_2, "loss": L, "el2n", "entropy"; each (B,), L one of its own for each sample, so
-        a score does not depend on the batch. "site_norms": (B, sites), ||dL/dW||_2 of each site; effort^2 is
-        the sum of their squares.
+        "effort": ||dL/dphi||_2, "loss": L, "el2n", "entropy", "hes": the sum of the highest entropies, "upd":
+        the mean over response tokens of sigmoid(loss) * max(0, 1 - entropy / log V); each (B,), L one of its
+        own for each sample, so a score does not depend on the batch. "site_norms": (B, sites), ||dL/dW||_2 of
+        each site; effort^2 is the sum of their squares.
     """
     with torch.enable_grad(), record_sites(sites) as recorded:
         for call in also:
@@ -500,6 +517,8 @@ def efforts(
         grown = torch.ones_like(means) if grad_scale is None else counts.log2().ceil().exp2()
         squares = recorded.squared_norms(means if grad_scale is None else means * grown)
     to_loss = counts ** (1 - LOSSES[loss])
+    weight: Any = head.module.weight
+    sure = (1 - tokens.entropy / math.log(len(weight))).clamp(min=0)
     norms = squares.sqrt()
     effort = squares.sum(1).sqrt()
     if grad_scale is not None:
@@ -509,5 +528,7 @@ def efforts(
         "loss": means.detach() * to_loss,
         "el2n": mean_by_sample(tokens.el2n, batch.sample_of, batch.counts),
         "entropy": mean_by_sample(tokens.entropy, batch.sample_of, batch.counts),
+        "hes": highest_entropies(tokens.entropy, batch.sample_of, batch.counts),
+        "upd": mean_by_sample(tokens.loss.detach().sigmoid() * sure, batch.sample_of, batch.counts),
         "site_norms": norms * to_loss[:, None],
     }

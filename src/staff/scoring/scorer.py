@@ -1,5 +1,5 @@
-"""One pass over a pool: effort, loss, EL2N and entropy of every sample. Torch ends at the return of this
-file."""
+"""One pass over a pool: every sample's effort, loss, EL2N, entropy, HES and UPD. Torch ends at the return of
+this file."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from staff.data.tokens import Batch, Pool, batches, collate
 from staff.models import anatomy, attention
 from staff.scoring import scopes
 from staff.scoring.gradnorm import efforts, mean_by_sample, record_sites, response_scores
+from staff.types import OF_ONE_PASS
 
 if TYPE_CHECKING:  # it needs transformers' cache
     from staff.scoring.prefix import Prefix
 
 logger = logging.getLogger(__name__)
-OF_ONE_PASS = ("effort", "loss", "el2n", "entropy")
 FLOAT16_SCALES = (
     2.0**8,
     2.0**-4,
