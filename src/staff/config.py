@@ -290,7 +290,7 @@ class ScoreConfig(_Checked):
     model: str = ""
     """A hub id, a folder or a .gguf file."""
     output: str | None = None
-    """The Parquet file to write: row, id, effort, loss, el2n, entropy, hes, upd, and tokens of prompt and response."""
+    """The Parquet file to write: row, id, effort, loss, el2n, entropy, hes, upd, prompt_tokens and so on."""
     lora_rank: Count = 8
     """Rank of the fresh adapter that scope lora looks at, where the model has none."""
     lora_alpha: int = 16
