@@ -10,7 +10,7 @@ import pytest
 import staff
 from family import make_rows
 from staff import pipeline
-from staff.config import SelectConfig
+from staff.config import SelectConfig, from_mapping, read_yaml
 from staff.console import summary
 from staff.data.duplicates import find_duplicates
 from staff.data.rows import read
@@ -226,3 +226,36 @@ def test_suspects_need_prompts_and_a_draft(models, tmp_path):
             target=models["target"],
             output=tmp_path / "x",
         )
+
+
+def test_shares_are_met_and_shown_beside_the_pools_own(tmp_path):
+    sources = ["qa"] * 60 + ["chat"] * 6 + ["code"] * 24 + ["law"] * 10
+    rows = [{**row, "source": source} for row, source in zip(make_rows(100), sources, strict=True)]
+    told = {"method": "random", "group_by": "source", "shares": "chat=0.3,qa=0.3,rest", "budget": 40}
+    run = staff.select(rows, output=tmp_path / "x", **told)
+    kept = [row["source"] for row in run.coreset]
+    # chat has 6 of 12; qa, code and law share 34 as 0.3 to 0.282 to 0.118: 14.57, 13.71, 5.71
+    assert {source: kept.count(source) for source in set(sources)} == {
+        "qa": 14,
+        "chat": 6,
+        "code": 14,
+        "law": 6,
+    }
+    assert run.manifest["groups"][0] == {"group": "chat", "rows": 6, "left": 6, "selected": 6, "asked": 0.3}
+    config = SelectConfig(**{**told, "method": ("random",)})
+    text = summary(run, config)
+    assert "qa: 60.0% of the pool, 30.0% asked for, 35.0% of the coreset" in text
+    assert "chat has only 6 of the 12 rows asked for: what it lacks went to the others" in text
+    again = from_mapping(SelectConfig, read_yaml(run.path / "config.yaml"), "test")
+    assert again.shares == config.shares
+    for shares, message in [
+        ("qa=0.5,chat=0.3", "they make 0.8 in all; give the others what is left"),
+        ("qa=0.8,chat=0.3,rest", "they make 1.1 in all"),
+        ("qa=half,rest", "'qa=half' is no value with a share"),
+        ("qa=0.1,qa=0.2,rest", "stands twice"),
+        ("caht=0.5,rest", "no row's source is 'caht'; did you mean 'chat'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            staff.select(rows, output=tmp_path / "y", **{**told, "shares": shares})
+    with pytest.raises(ValueError, match="name the column of these values with --group-by"):
+        SelectConfig(shares="qa=1")

@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from staff.methods import COSTS, METHODS, cost, entry, methods_table
 from staff.methods.features import neighbour_distances
-from staff.methods.groups import select_by_group, share_by_size
+from staff.methods.groups import select_by_group, share_by_size, share_by_wish, wanted_shares
 from staff.methods.overlap import nestedness, overlap, overlaps
 from staff.types import Need
 
@@ -565,6 +566,35 @@ def test_shares_go_by_size_and_the_largest_remainders():
     assert share_by_size([1, 1, 1], 2).tolist() == [1, 1, 0]
     assert share_by_size([4, 0], 4).tolist() == [4, 0]
     assert share_by_size([], 0).tolist() == []
+
+
+def test_shares_are_as_asked_for_and_what_a_group_cannot_fill_flows_on():
+    half, third, fifth = Fraction(1, 2), Fraction(3, 10), Fraction(1, 5)
+    assert share_by_wish([50, 50, 50], [half, third, fifth], 50).tolist() == [25, 15, 10]
+    assert share_by_wish([50, 50, 50], [half, third, fifth], 7).tolist() == [4, 2, 1]  # of 3.5, 2.1, 1.4
+    # the first has 10 of its 25: the others share 40 as 3 to 2
+    assert share_by_wish([10, 50, 50], [half, third, fifth], 50).tolist() == [10, 24, 16]
+    # and again: the second has 20 of its 24
+    assert share_by_wish([10, 20, 50], [half, third, fifth], 50).tolist() == [10, 20, 20]
+    # all that have a share are full: by size
+    assert share_by_wish([10, 30, 60], [Fraction(1), 0, 0], 40).tolist() == [10, 10, 20]
+    assert share_by_wish([10, 30, 60], [Fraction(1), 0, 0], 100).tolist() == [10, 30, 60]
+    assert share_by_wish([0, 3], [half, half], 0).tolist() == [0, 0]
+    draws = rng()
+    for _ in range(50):
+        sizes = draws.integers(0, 9, 5)
+        wanted = [Fraction(int(k), 10) for k in draws.integers(0, 4, 5)]
+        m = int(draws.integers(0, sizes.sum() + 1))
+        shares = share_by_wish(sizes, wanted, m)
+        assert shares.sum() == m
+        assert ((shares >= 0) & (shares <= sizes)).all()
+    named = {"qa": half, "chat": third}
+    assert wanted_shares(named, True, {"qa": 5, "code": 30, "chat": 1, "law": 10}) == {
+        **named,
+        "code": Fraction(3, 20),
+        "law": Fraction(1, 20),
+    }
+    assert wanted_shares({"qa": Fraction(1)}, False, {"qa": 5, "law": 1}) == {"qa": 1, "law": 0}
 
 
 @given(st.lists(st.integers(0, 50), max_size=12), st.data())

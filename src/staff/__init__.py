@@ -53,6 +53,7 @@ class Settings(TypedDict, total=False):
     drop_suspects: bool
     suspect_ratio: float
     group_by: str | None
+    shares: str | None
     preset: str
     draft_epochs: float
     draft_share: float

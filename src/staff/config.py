@@ -13,6 +13,7 @@ import re
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -239,6 +240,9 @@ class SelectConfig(_Checked):
     """Such are rows whose loss is this many times that of the answer alone, or more."""
     group_by: str | None = None
     """A column of the data: the budget is shared over its values by size, and selection runs inside each."""
+    shares: str | None = None
+    """Shares of the coreset by those values in place of their sizes, as in qa=0.5,chat=0.3,rest: the others
+    get what is left, by size."""
     draft_epochs: Epochs = 0.0
     """T, epochs of fine-tuning the draft before it scores; 0 scores it as it comes, the paper has 3."""
     draft_share: Share = 1.0
@@ -277,6 +281,10 @@ class SelectConfig(_Checked):
             object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         if self.dedup is not None:
             near_similarity(self.dedup)
+        if self.shares is not None:
+            parse_shares(self.shares)
+            if self.group_by is None:
+                raise ValueError(f"--shares {self.shares}: name the column of these values with --group-by")
         if self.pruning_rate and self.budget is not None:
             raise ValueError("give --pruning-rate or --budget, not both")
 
@@ -414,6 +422,30 @@ class InspectConfig(_Checked):
     trust_remote_code: bool = False
     """Run Python code that a model's repository brings along."""
     reading: Reading = Reading()
+
+
+def parse_shares(text: str) -> tuple[dict[str, Fraction], bool]:
+    """What --shares asks for: value -> its share, exactly; and whether the rest was named.
+
+    Raises:
+        ValueError: no numbers, a value twice, or shares that do not make up the whole.
+    """
+    shares: dict[str, Fraction] = {}
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        name, _, number = part.rpartition("=")
+        if part == "rest":
+            continue
+        if not re.fullmatch(r"\d*\.?\d+", number) or not 0 <= Fraction(number) <= 1:
+            raise ValueError(f"--shares {text}: {part!r} is no value with a share of 0 to 1, as in qa=0.5")
+        if name in shares:
+            raise ValueError(f"--shares {text}: {name!r} stands twice")
+        shares[name] = Fraction(number)
+    total, rest = sum(shares.values()), "rest" in parts
+    if total > 1 or (total < 1 and not rest):
+        cure = "lower some" if total > 1 else f"give the others what is left with {text},rest"
+        raise ValueError(f"--shares {text}: they make {float(total):g} in all; {cure}")
+    return shares, rest
 
 
 def near_similarity(dedup: str) -> float | None:

@@ -94,6 +94,7 @@ def summary(run: Run, config: SelectConfig) -> str:
         about.append(f"rows left out are listed in {run.path / 'skipped.jsonl'}")
     lines = ["", *_entry("pool", f"{n} samples ({manifest['format']}){tokens}", *about)]
     lines += _entry("coreset", f"{m} samples, {m / n:.0%} of the pool")
+    lines += _entry("groups", *_group_lines(manifest))
     regions = [region for region in selection.regions if region.size]
     if regions:
         lines += _entry("regions", f"{len(regions)} with samples, of {len(selection.regions)}")
@@ -149,6 +150,8 @@ def grid_table(runs: list[Run], config: SelectConfig) -> str:
         run.manifest["method"]: _fidelity_lines(run.fidelity, config) for run in runs if run.fidelity
     }.values():
         lines += ["", *_entry("fidelity", *said)]
+    for run in runs:
+        lines += [f"{run.path.name}: {said}" for said in _short_groups(run.manifest)]
     if any(run.manifest["method"] == "staff" and not len(run.selection.verified) for run in runs):
         lines += ["", f"warning: staff verified none, {_why_unverified(config)}"]
     folder = runs[0].path.parent
@@ -160,6 +163,34 @@ def grid_table(runs: list[Run], config: SelectConfig) -> str:
     lines += ["", _cost_table(runs[-1].cost), ""]
     lines.append(f"coresets are in {folder}, one folder each (cells.csv, overlap.csv)")
     return "\n".join(lines)
+
+
+GROUPS_SHOWN = 12
+
+
+def _group_lines(manifest: dict[str, Any]) -> list[str]:
+    """The largest groups: their shares of the pool, asked for, and of the coreset; and what flowed on."""
+    groups = sorted(manifest.get("groups", ()), key=lambda group: -group["rows"])
+    lines = []
+    for group in groups[:GROUPS_SHOWN]:
+        asked = f"{group['asked']:.1%} asked for, " if "asked" in group else ""
+        of = group["selected"] / max(manifest["m"], 1)
+        pool = group["rows"] / manifest["n"]
+        lines.append(f"{group['group']}: {pool:.1%} of the pool, {asked}{of:.1%} of the coreset")
+    if len(groups) > GROUPS_SHOWN:
+        lines.append(f"and {len(groups) - GROUPS_SHOWN} more, in manifest.json")
+    return lines + _short_groups(manifest)
+
+
+def _short_groups(manifest: dict[str, Any]) -> list[str]:
+    """The groups that had too few rows for the share asked for."""
+    m = manifest["m"]
+    short = [group for group in manifest.get("groups", ()) if group.get("asked", 0) * m > group["left"] + 0.5]
+    return [
+        f"{group['group']} has only {group['left']} of the {group['asked'] * m:.0f} rows asked for: what it "
+        f"lacks went to the others"
+        for group in short[:GROUPS_SHOWN]
+    ]
 
 
 def _why_unverified(config: SelectConfig) -> str:

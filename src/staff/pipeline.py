@@ -6,6 +6,7 @@ import dataclasses
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
+from fractions import Fraction
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from staff import files
-from staff.config import SelectConfig, flat, to_yaml, yaml_value
+from staff.config import SelectConfig, flat, meant, parse_shares, to_yaml, yaml_value
 from staff.data import duplicates, hub, rows
 from staff.data.layouts import near
 from staff.data.locate import locate
 from staff.methods import METHODS, Method
 from staff.methods.fidelity import fidelity
-from staff.methods.groups import narrowed, select_by_group
+from staff.methods.groups import narrowed, select_by_group, wanted_shares
 from staff.models.files import with_date
 from staff.runs import account, outputs
 from staff.runs.aside import Aside, among_all, set_aside
@@ -115,7 +116,9 @@ def select(
                 suspects = np.flatnonzero(ratios >= config.suspect_ratio)
                 aside, members = aside.with_suspects(suspects, ratios[suspects]), np.delete(members, suspects)
             budgets = [_budget(config, coreset.pruning_rate, len(aside.rows), aside) for coreset in coresets]
-            groups = _groups(config, pool)
+            labels = _groups(config, aside.rows)
+            groups = None if labels is None else np.array(labels)[aside.kept][members]
+            asked = _wanted(config, groups)
             selections: dict[int, tuple[Selection, np.ndarray | None]] = {}
             for place, (coreset, budget) in enumerate(zip(coresets, budgets, strict=True)):
                 if finished[place]:
@@ -141,8 +144,9 @@ def select(
                 if groups is None:
                     selection = method.select(len(members), budget=budget, rng=rng, **own)
                 else:
-                    labels = np.asarray(groups)[members]
-                    selection = select_by_group(method, labels, len(members), budget=budget, rng=rng, **own)
+                    selection = select_by_group(
+                        method, groups, len(members), budget=budget, rng=rng, wanted=asked, **own
+                    )
                 selections[place] = among_all(selection, members, len(pool)), arguments.get("scores")
             if pieces:
                 pieces.free()
@@ -152,6 +156,9 @@ def select(
                 columns, cost, about = _results(
                     config, pool, methods[coresets[place].method], selection, scores, pieces, run
                 )
+                if labels is not None and groups is not None:
+                    kept = np.array(labels)[aside.kept[selection.indices]]
+                    about["groups"] = _about_groups(np.array(labels), groups, kept, asked)
                 about |= aside.facts() | {"inputs": dict(inputs), "settings": settings, "seed": config.seed}
                 finished[place] = outputs.write(
                     run, coresets[place], keys[place], config, aside, selection, columns, cost, about, target
@@ -335,7 +342,31 @@ def _groups(config: SelectConfig, pool: rows.Rows) -> list[str] | None:
                 f"--group-by {config.group_by}: row {pool.numbers[place]} has no such column{hint}"
             )
         groups.append(str(row[config.group_by]))
+    for name in parse_shares(config.shares)[0] if config.shares else ():
+        if name not in groups:
+            there = meant(name, sorted(set(groups))[:20])
+            raise ValueError(f"--shares {config.shares}: no row's {config.group_by} is {name!r}; {there}")
     return groups
+
+
+def _wanted(config: SelectConfig, groups: np.ndarray | None) -> dict[str, Fraction] | None:
+    """The share of each group of the rows that are left, where shares were asked for."""
+    if groups is None or config.shares is None:
+        return None
+    return wanted_shares(*parse_shares(config.shares), Counter(groups.tolist()))
+
+
+def _about_groups(
+    labels: np.ndarray, left: np.ndarray, kept: np.ndarray, wanted: Mapping[str, Fraction] | None
+) -> list[dict[str, Any]]:
+    """What the manifest says of each group: rows of the pool, rows left to choose from, rows kept, and the
+    share that was asked for."""
+    there, in_coreset = Counter(left.tolist()), Counter(kept.tolist())
+    return [
+        {"group": label, "rows": rows, "left": there[label], "selected": in_coreset[label]}
+        | ({} if wanted is None else {"asked": float(wanted.get(label, 0))})
+        for label, rows in sorted(Counter(labels.tolist()).items())
+    ]
 
 
 def options(config: SelectConfig, method: Method) -> dict[str, Any]:

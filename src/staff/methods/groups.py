@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,50 @@ from staff.methods.strata import share_by_size
 from staff.types import Need, Selection
 
 
+def share_by_wish(sizes: np.ndarray, wanted: Sequence[Fraction], budget: int) -> np.ndarray:
+    """Share a budget over groups as asked for; what a group cannot fill flows on to the others.
+
+    It goes to those that have a share, in proportion to it, and where all of them are full to the others, by
+    size. Parts of a sample go by largest remainder.
+
+    Args:
+        sizes: (g,) samples a group.
+        wanted: (g,) shares >= 0.
+        budget: m, 0 <= m <= sizes.sum().
+
+    Returns:
+        (g,) int64, each at most its size, summing to m.
+    """
+    sizes = np.asarray(sizes, np.int64)
+    budgets, left = np.zeros(len(sizes), np.int64), budget
+    active = [group for group in range(len(sizes)) if wanted[group] > 0]
+    while active:
+        total = sum(wanted[group] for group in active)
+        quotas = {group: left * wanted[group] / total for group in active}
+        full = [group for group in active if quotas[group] >= sizes[group]]
+        if not full:
+            budgets[active] = [int(quotas[group]) for group in active]
+            remainders = sorted(active, key=lambda group: int(quotas[group]) - quotas[group])
+            budgets[remainders[: left - int(budgets[active].sum())]] += 1
+            return budgets
+        budgets[full] = sizes[full]
+        left -= int(sizes[full].sum())
+        active = [group for group in active if group not in full]
+    return budgets + share_by_size(sizes - budgets, left)
+
+
+def wanted_shares(
+    shares: Mapping[str, Fraction], rest: bool, sizes: Mapping[str, int]
+) -> dict[str, Fraction]:
+    """The share of every group: those named, and what is left to the others by size, where `rest` says so."""
+    others = sum(size for label, size in sizes.items() if label not in shares)
+    left = 1 - sum(shares.values())
+    return {
+        label: shares.get(label, left * Fraction(size, max(others, 1)) if rest else Fraction(0))
+        for label, size in sizes.items()
+    }
+
+
 def select_by_group(
     method: Method,
     groups: Sequence[str] | np.ndarray,
@@ -19,9 +64,10 @@ def select_by_group(
     *,
     budget: int,
     rng: np.random.Generator,
+    wanted: Mapping[str, Fraction] | None = None,
     **arguments: Any,
 ) -> Selection:
-    """Run a method inside each group, with a budget in proportion to the group's size.
+    """Run a method inside each group, with a budget in proportion to the group's size, or as asked for.
 
     Every group has a random stream of its own. Neighbours that lie in another group count as none. `verify`
     is called once a group, always with positions in the pool.
@@ -32,6 +78,7 @@ def select_by_group(
         n: the pool's size, in samples.
         budget: m, in samples, over all groups.
         rng: the source of all randomness.
+        wanted: label -> share, see `share_by_wish`; None: by size.
         **arguments: `verify`, the needed arrays, and options, as for `Method.select`.
 
     Returns:
@@ -45,7 +92,11 @@ def select_by_group(
     if np.ndim(groups) != 1 or len(group_of) != n:
         raise ValueError(f"groups must be one label a sample, ({n},); found shape {np.shape(groups)}")
     check_budget(budget, n)
-    shares = share_by_size(np.bincount(group_of, minlength=len(labels)), budget)
+    sizes = np.bincount(group_of, minlength=len(labels))
+    if wanted is None:
+        shares = share_by_size(sizes, budget)
+    else:
+        shares = share_by_wish(sizes, [wanted[str(label)] for label in labels], budget)
     parts = []
     for group, (share, own_rng) in enumerate(zip(shares, rng.spawn(len(labels)), strict=True)):
         members = np.flatnonzero(group_of == group)
