@@ -176,6 +176,35 @@ def test_less_prefers_samples_like_the_validation_rows(everything, family):
     np.testing.assert_allclose(found, expected, rtol=1e-6)  # kept in float32
 
 
+def test_rds_is_the_cosine_of_states_weighted_by_their_position(family):
+    import torch
+
+    from staff.data.tokens import tokenise
+    from staff.models import load as models
+    from staff.scoring.rds import cosines, embed
+    from staff.scoring.scorer import Scorer
+
+    source = models.resolve(str(family / "draft"))
+    model = models.load_model(source, torch.float64, torch.device("cpu"))
+    rows = staff.data.rows.read(make_rows(9))
+    pool = tokenise(rows.examples(), models.load_tokenizer(source), 256)
+
+    def embedded(i):
+        ids = torch.tensor(pool.ids(i), dtype=torch.int64)[None]
+        with torch.no_grad():
+            states = model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0]
+        mean = sum((t + 1) * state for t, state in enumerate(states))
+        return (mean / mean.norm()).numpy()
+
+    every = np.array([embedded(i) for i in range(9)])
+    scorer, positions = Scorer(model), np.array([5, 0, 8, 3])
+    for batch_tokens in (1, 300, 5000):
+        queries = embed(scorer, pool, np.array([7, 2]), batch_tokens)
+        np.testing.assert_allclose(queries, every[[7, 2]], rtol=1e-5, atol=1e-7)
+        found = cosines(scorer, pool, queries, positions, batch_tokens)["rds"]
+        np.testing.assert_allclose(found, every[positions] @ every[[7, 2]].T, rtol=1e-5, atol=1e-6)
+
+
 def pool_of(pool, positions):
     ids = [pool.ids(i) for i in positions]
     masks = [pool.response(i) for i in positions]
@@ -209,6 +238,7 @@ def test_a_group_gets_its_share_and_a_missing_column_is_named(family, tmp_path):
     ("settings", "message"),
     [
         ({"method": "less"}, "--validation FILE"),
+        ({"method": "rds"}, "--validation FILE"),
         ({"option": ["num_strata=3"]}, "the options of staff are"),
         ({"method": "ccs", "option": ["num_strata"]}, "give name=value"),
     ],

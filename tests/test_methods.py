@@ -44,6 +44,7 @@ def numbers(name, n, seed=0, equal=False):
         "unconditional_loss": np.full(n, 2.0) if equal else draw.lognormal(size=n),
         "features": features,
         "neighbours": nearest(features, 10),
+        "similarities": features,
         "clusters": np.zeros(n, np.int64) if equal else draw.integers(0, 7, n),
     }
     target = draw.lognormal(size=n)
@@ -448,6 +449,30 @@ def test_coverage_by_hand():
         METHODS["coverage"].select(1000, budget=50, rng=rng(), clusters=np.repeat([0, 1, 2], sizes)).indices
     )
     assert np.histogram(chosen, [0, 600, 900, 1000])[0].tolist() == [30, 15, 5]
+
+
+def test_round_robin_by_hand():
+    similarities = np.array([[0.9, 0.9], [0.8, 0.1], [0.7, 0.8], [0.7, 0.8], [0.0, 0.3]])
+    # 0 by the first row; the second wants it too and gets 2, the earlier of equals; 1; 3; and then 4
+    taken = [[], [0], [0, 2], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4]]
+    for budget, expected in enumerate(taken):
+        select = METHODS["rds"].select
+        assert select(5, budget=budget, rng=rng(), similarities=similarities).indices.tolist() == expected
+    with pytest.raises(ValueError, match="no validation row"):
+        METHODS["rds"].select(5, budget=1, rng=rng(), similarities=np.empty((5, 0)))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_round_robin_takes_turns_as_a_walk_over_all_that_is_left_would(ties):
+    for seed in range(5):
+        similarities = rng(seed).normal(size=(60, 7))
+        similarities = similarities.round(0) if ties else similarities
+        left, chosen = similarities.copy(), []
+        while len(chosen) < 40:
+            chosen.append(int(np.argmax(left[:, len(chosen) % 7])))
+            left[chosen[-1]] = -np.inf
+        found = METHODS["rds"].select(60, budget=40, rng=rng(), similarities=similarities)
+        assert found.indices.tolist() == sorted(chosen)
 
 
 def plain_kcenter(features, budget, first):

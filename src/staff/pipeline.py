@@ -28,7 +28,7 @@ from staff.runs.aside import Aside, among_all, set_aside
 from staff.runs.outputs import Run
 from staff.runs.scorefile import read_scores
 from staff.runs.store import Inputs, RunFolder, open_run
-from staff.types import OF_ONE_PASS, Need, Progress, Selection, Stage
+from staff.types import AGAINST_VALIDATION, OF_ONE_PASS, Need, Progress, Selection, Stage
 
 if TYPE_CHECKING:  # torch comes in with them
     from staff.models.files import Source
@@ -199,7 +199,7 @@ def check_settings(config: SelectConfig, data: Any, methods: Mapping[str, Method
                 f"--method {name} follows the draft through its tuning, and it is not tuned: give "
                 f"--draft-epochs, 3 say"
             )
-        if any(need.quantity == "similarity" for need in needs) and not config.validation:
+        if any(need.quantity in AGAINST_VALIDATION for need in needs) and not config.validation:
             raise ValueError(
                 f"--method {name} needs a few rows of the task as it will be judged: --validation FILE"
             )

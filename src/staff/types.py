@@ -12,7 +12,8 @@ Progress = Callable[[str, int, int], None]  # stage, done, in all
 
 # what one pass of a model, or the pool itself, can give of each sample, and what can be made of it
 OF_ONE_PASS = ("effort", "loss", "el2n", "entropy", "hes", "upd")
-QUANTITIES = (*OF_ONE_PASS, "features", "unconditional_loss", "similarity", "tokens")
+AGAINST_VALIDATION = {"similarity": "gradients", "rds": "states"}  # with --validation; a Stage's kind
+QUANTITIES = (*OF_ONE_PASS, "features", "unconditional_loss", *AGAINST_VALIDATION, "tokens")
 MADE = ("neighbours", "clusters", "unit_clusters")
 
 
@@ -99,7 +100,8 @@ SENTENCES = {
     "verify": "verify on the {model}",
     "calibrate": "calibrate the {model}",
     "gradients": "gradients of the {model}",
-    "query": "gradients of the validation rows",
+    "states": "hidden states of the {model}",
+    "query": "look at the validation rows",
     "answer": "answer",
     "judge": "metrics",
 }

@@ -51,7 +51,7 @@ from staff.models.files import Source, tokenizer_fingerprint, with_date
 from staff.runs.account import stages_of
 from staff.runs.keys import model_specs, pool_key
 from staff.runs.outputs import Run
-from staff.types import Progress, Stage
+from staff.types import AGAINST_VALIDATION, Progress, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -411,9 +411,9 @@ def selection_cost(method: Method, config: SelectConfig, run: Run) -> dict[str, 
         spec = specs[need.model]
         if spec.epochs:
             shares[Stage("tune", spec.base)] = 1.0
-        if need.quantity == "similarity":
+        if need.quantity in AGAINST_VALIDATION:
             shares[Stage("query")] = 1.0
-        kind = "gradients" if need.quantity == "similarity" else "score"
+        kind = AGAINST_VALIDATION.get(need.quantity, "score")
         part = "without prompts" if need.quantity == "unconditional_loss" else ""
         twins = [name for name, other in specs.items() if other == spec]  # an untuned draft is the raw one
         for name in (need.model, *twins):

@@ -13,6 +13,7 @@ import numpy as np
 from staff.methods.ccs import ccs
 from staff.methods.d2 import d2
 from staff.methods.features import coverage, facility_location, kcenter, moderate, s2l
+from staff.methods.rds import round_robin
 from staff.methods.staff import staff
 from staff.methods.top import ifd, perplexity, random, top
 from staff.types import Need, Selection
@@ -197,6 +198,12 @@ METHODS: dict[str, Method] = {
         needs={"scores": "draft/similarity"},
         paper="arXiv:2402.04333",
         about="gradient most like some validation rows'",
+    ),
+    "rds": entry(
+        round_robin,
+        needs={"similarities": "draft/rds"},
+        paper="arXiv:2503.01807",
+        about="each validation row in turn takes what is most like it",
     ),
     "staff": entry(
         staff,

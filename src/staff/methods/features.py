@@ -284,17 +284,17 @@ def at_unit_length(features: np.ndarray) -> np.ndarray:
     return np.divide(features, lengths, out=np.zeros_like(features), where=lengths > 0)
 
 
-def check_features(features: np.ndarray, n: int) -> np.ndarray:
+def check_features(features: np.ndarray, n: int, name: str = "features") -> np.ndarray:
     """The features as (n, d) floats, float32 left as it is; ValueError names samples that have none."""
     features = np.asarray(features)
     if features.dtype != np.float32:
         features = features.astype(np.float64)
     if features.ndim != 2 or len(features) != n:
-        raise ValueError(f"features must be one row a sample, ({n}, d); found shape {features.shape}")
+        raise ValueError(f"{name} must be one row a sample, ({n}, d); found shape {features.shape}")
     bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
     if len(bad):
         raise ValueError(
-            f"{len(bad)} of {n} samples have features that are nan or infinite (positions {bad[:5].tolist()})"
+            f"{len(bad)} of {n} samples have {name} that are nan or infinite (positions {bad[:5].tolist()})"
         )
     return features
 

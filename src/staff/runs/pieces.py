@@ -24,10 +24,10 @@ from staff.plan import SNAPSHOTS
 from staff.runs import account, keys
 from staff.runs.aside import Aside
 from staff.runs.store import Inputs, Ledger, RunFolder
-from staff.scoring import less, selfcheck
+from staff.scoring import less, rds, selfcheck
 from staff.scoring.scorer import CALIBRATION, Scorer
 from staff.scoring.shards import Budgets, Score, level, remove_shards, score_by_shards, score_within
-from staff.types import Need, Stage
+from staff.types import AGAINST_VALIDATION, Need, Stage
 
 
 class Pieces:
@@ -269,8 +269,8 @@ class Pieces:
             return np.stack([scores[need.quantity] for scores in steps], 1)
         if need.quantity == "unconditional_loss":
             return self.scores(need.model, without_prompts=True)["loss"]
-        if need.quantity == "similarity":
-            return self._similarity(need.model)
+        if need.quantity in AGAINST_VALIDATION:
+            return self._against_validation(need.model, need.quantity)
         features = dataclasses.replace(need, quantity="features")
         with_features = any(
             dataclasses.replace(other, made=None) == features for other in (need, *self._wanted)
@@ -390,16 +390,17 @@ class Pieces:
         files.write_arrays(folder / "site_means.npz", {"site_means": means})
         return means
 
-    def _similarity(self, name: str) -> np.ndarray:
-        """(n,) how like each sample's gradient is to those of the validation rows (LESS)."""
+    def _against_validation(self, name: str, quantity: str) -> np.ndarray:
+        """How like each sample is to the validation rows: (n,) by its gradient (LESS), (n, q) by its states
+        (RDS+)."""
         config = self.config
         assert config.validation
         key = {**self._scores_key(name), "validation": self.inputs["validation"]}
-        path = self.run.piece("similarity", key) / "similarity.npz"
+        path = self.run.piece(quantity, key) / f"{quantity}.npz"
         arrays = files.read_arrays(path)
         if arrays is not None:
             remove_shards(path)
-            return arrays["similarity"]
+            return arrays[quantity]
         validation = reading.read(config.validation, **config.reading.keywords())
         tokenizer = self._tokenizer(self.specs[name].base)
         how = config.reading
@@ -409,13 +410,18 @@ class Pieces:
 
         def make() -> tuple[Score, int]:
             scorer, began = self.scorer(name), time.monotonic()
-            directions = less.mean_direction(scorer, query)
-            seconds, every = time.monotonic() - began, np.arange(len(query))
+            every, bears = np.arange(len(query)), scorer.tokens_borne
+            score = (
+                partial(less.similarity, scorer, pool, less.mean_direction(scorer, query))
+                if quantity == "similarity"
+                else partial(rds.cosines, scorer, pool, rds.embed(scorer, query, every, bears))
+            )
+            seconds = time.monotonic() - began
             self._spend_pass(Stage("query"), name, query, every, seconds, path.parent.name)
-            return partial(less.similarity, scorer, pool, directions), scorer.tokens_borne
+            return score, bears
 
-        watch = self._watch(Stage("gradients", name), name, pool, path.parent.name)
-        return score_by_shards(make, pool.lengths, path, **watch)["similarity"]
+        watch = self._watch(Stage(AGAINST_VALIDATION[quantity], name), name, pool, path.parent.name)
+        return score_by_shards(make, pool.lengths, path, **watch)[quantity]
 
     def _name_of(self, position: int) -> str:
         return f"row {self.rows.numbers[position]} of the data"

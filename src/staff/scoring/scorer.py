@@ -194,6 +194,11 @@ class Scorer:
             states["features"] = mean_by_sample(of_response, batch.sample_of, batch.counts[:, None])
         return hidden
 
+    @torch.no_grad()
+    def states(self, batch: Batch) -> torch.Tensor:
+        """The final hidden states of a batch, (B, T, H); nothing in particular at padding."""
+        return self._hidden(batch)
+
     def measure(
         self, batch: Batch, measure: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
     ) -> list[torch.Tensor]:
