@@ -679,7 +679,7 @@ def test_a_cut_json_list_is_seen_to_be_cut(cut, tmp_path):
     data = '[\n{"prompt": "ü\\u00fc\\n", "n": -1.5e3},\n{"prompt": true, "m": [null, {}]}]'.encode()
     (tmp_path / "a.json").write_bytes(data[:-cut] if cut < len(data) else b"[")
     with pytest.raises(ValueError, match=r"cut off|not UTF-8|correct"):
-        list(read_json_list(peek(tmp_path / "a.json", "name")))
+        list(read_json_list(peek(tmp_path / "a.json", "name", 100)))
 
 
 # ---- other libraries' data ----

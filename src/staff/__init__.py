@@ -75,6 +75,7 @@ class Settings(TypedDict, total=False):
     split: str | None
     dataset_config: str | None
     revision: str | None
+    max_unpacked: int
     scope: str
     loss: str
     balance_layers: bool

@@ -134,10 +134,12 @@ class Reading(_Checked):
     """Configuration of a hub data set."""
     revision: str | None = None
     """Revision of a hub data set."""
+    max_unpacked: Count = 100
+    """How many times its own size a gzipped file may unpack to, beyond 8 MiB."""
 
     def keywords(self) -> dict[str, Any]:
         """As `rows.read` takes them; the others are of texts and tokens."""
-        names = ("columns", "train_on", "on_bad_row", "dataset_info", "split", "revision")
+        names = ("columns", "train_on", "on_bad_row", "dataset_info", "split", "revision", "max_unpacked")
         return {name: getattr(self, name) for name in names} | {"config": self.dataset_config}
 
 

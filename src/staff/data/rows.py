@@ -192,6 +192,7 @@ def read(
     config: str | None = None,
     revision: str | None = None,
     dataset_info: str | os.PathLike | None = None,
+    max_unpacked: int = 100,
 ) -> Rows:
     """Open data and look at every row once.
 
@@ -204,6 +205,7 @@ def read(
         split, config, revision: of a hub data set; `split` also of a folder that holds several.
         dataset_info: LLaMA-Factory's `dataset_info.json`, or its folder; `data` is then the name of an entry,
             or a file that one describes.
+        max_unpacked: times its own size that a gzipped file may unpack to, beyond 8 MiB.
 
     Returns:
         The rows.
@@ -230,7 +232,7 @@ def read(
         name = f"hub data set {data.hub}" if data.hub else "Dataset"
         source: Any = TableRows(name, (), (str(data.saved or name),), load(data), data.saved is not None)
     else:
-        source, notes = _open(data, REQUIRED if layout is None else layout.columns())
+        source, notes = _open(data, REQUIRED if layout is None else layout.columns(), max_unpacked)
     rows = replace(_checked(source, layout, train_on, skip), paths=data.paths)
     if data.samples is not None:
         notes.append(f"num_samples is {data.samples}: rows are drawn at random, each once, of {len(rows)}")
@@ -272,9 +274,10 @@ def _in_memory(data: Any, split: str | None) -> Any:
     return source
 
 
-def _open(located: Input, known: Sequence[str]) -> tuple[Any, list[str]]:
+def _open(located: Input, known: Sequence[str], max_unpacked: int) -> tuple[Any, list[str]]:
     """The rows of files, and what to note about them."""
-    files = [peek(path, name) for path, name in zip(located.paths, located.names, strict=True)]
+    named = zip(located.paths, located.names, strict=True)
+    files = [peek(path, name, max_unpacked) for path, name in named]
     kinds = [kind_of(file, known) for file in files]
     kind = kinds[0]
     for file, other in zip(files, kinds, strict=True):

@@ -26,8 +26,7 @@ from staff.data.writers import write_lines
 
 BLOCK = 1 << 20  # bytes read at a time
 LONGEST_ROW = 1 << 28  # bytes; past it a file is taken for something else
-UNPACKED = 100  # times a gzipped file's own size that it may unpack to, once that is more than
-UNPACKED_AT_LEAST = 1 << 23  # these bytes
+UNPACKED_AT_LEAST = 1 << 23  # bytes that a gzipped file may unpack to, whatever its own size
 GZIP = b"\x1f\x8b"
 GZIP_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
 DELIMITERS = (",", "\t", ";", "|")
@@ -60,6 +59,7 @@ class TextFile:
         head: its first bytes, unpacked.
         gzipped: it is unpacked while it is read.
         stamp: size and time of change at the first look; a file that changes under us is an error.
+        max_unpacked: times its own size that a gzipped file may unpack to.
     """
 
     path: Path
@@ -67,6 +67,7 @@ class TextFile:
     head: bytes
     gzipped: bool
     stamp: tuple[int, int]
+    max_unpacked: int
 
     @contextlib.contextmanager
     def open(self) -> Iterator[IO[bytes]]:
@@ -82,14 +83,14 @@ class TextFile:
     @property
     def limit(self) -> int:
         """Bytes that it may hold, unpacked."""
-        return max(UNPACKED * self.stamp[0], UNPACKED_AT_LEAST) if self.gzipped else 1 << 62
+        return max(self.max_unpacked * self.stamp[0], UNPACKED_AT_LEAST) if self.gzipped else 1 << 62
 
     def check(self, size: int) -> None:
         """Raise ValueError where a gzipped file unpacks to what no text does; it could take all memory."""
         if size > self.limit:
             raise ValueError(
-                f"{self.name} unpacks to more than {UNPACKED} times its size, {self.limit >> 20} MiB; "
-                "if it is meant so, unpack it with gunzip and give what comes out"
+                f"{self.name} unpacks to more than {self.max_unpacked} times its size, "
+                f"{self.limit >> 20} MiB; if it is meant so, raise --max-unpacked, or unpack it with gunzip"
             )
 
     def read(self) -> bytes:
@@ -126,7 +127,7 @@ def check_unchanged(path: Path, name: str, seen: tuple[int, int]) -> None:
 # ---- what is it? ----
 
 
-def peek(path: Path, name: str, size: int = 1 << 16) -> TextFile:
+def peek(path: Path, name: str, max_unpacked: int, size: int = 1 << 16) -> TextFile:
     """The beginning of a file, unpacked.
 
     Raises:
@@ -135,7 +136,7 @@ def peek(path: Path, name: str, size: int = 1 << 16) -> TextFile:
     with _readable(name):
         with open(path, "rb") as packed:
             gzipped = packed.read(2) == GZIP
-        file = TextFile(path, name, b"", gzipped, stamp(path))
+        file = TextFile(path, name, b"", gzipped, stamp(path), max_unpacked)
     with file.open() as stream:
         head = stream.read(size)
     if not head:
