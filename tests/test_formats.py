@@ -667,7 +667,7 @@ def test_a_json_list_gives_the_rows_and_the_line_each_begins_on(rows, indent, as
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         file.write(text.encode("utf-8", "surrogatepass"))
         file.flush()
-        read_rows = list(read_json_list(peek(Path(file.name), "name")))
+        read_rows = list(read_json_list(peek(Path(file.name), "name", 100)))
     assert [row for _, row in read_rows] == rows
     lines = text.split("\n")
     assert all(lines[line - 1].lstrip(" [").startswith("{") for line, _ in read_rows)
