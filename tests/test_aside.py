@@ -259,3 +259,19 @@ def test_shares_are_met_and_shown_beside_the_pools_own(tmp_path):
             staff.select(rows, output=tmp_path / "y", **{**told, "shares": shares})
     with pytest.raises(ValueError, match="name the column of these values with --group-by"):
         SelectConfig(shares="qa=1")
+
+
+def test_weights_stand_beside_every_row_that_could_be_drawn(tmp_path):
+    rows = [{**row, "source": "aab"[i % 3]} for i, row in enumerate(rows_of(TEXTS[1:] + TEXTS[:1]))]
+    run = staff.select(rows, method="random", dedup="exact", budget=2, output=tmp_path / "x")
+    assert run.scores["weight"].to_pylist() == [2.5, 2.5, 2.5, 2.5, 2.5, None]
+    rows = [{**row, "source": "aab"[i % 3]} for i, row in enumerate(make_rows(30))]
+    told = {"method": "random", "group_by": "source", "shares": "a=0.2,b=0.8"}
+    run = staff.select(rows, budget=10, output=tmp_path / "y", **told)
+    weights = run.scores["weight"].to_pylist()
+    assert weights == [10.0 if row["source"] == "a" else 1.25 for row in rows]
+    assert sum(weights[i] for i in run.indices) == 30
+    again = staff.select(rows, budget=10, output=tmp_path / "y", **told)
+    assert again.selection.weights.tolist() == weights
+    longest = staff.select(rows, method="random", pruning_rate=0, output=tmp_path / "z")
+    assert set(longest.scores["weight"].to_pylist()) == {1.0}

@@ -121,7 +121,7 @@ def test_scores_of_all_rows_lie_beside_the_coreset_and_go_in_again(family, tmp_p
     run = staff.select(ROWS, output=tmp_path / "x", **models, **SMALL)
     table = pq.read_table(run.path / "scores.parquet").to_pydict()
     names = ["row", "id", "effort", "loss", "prompt_tokens", "response_tokens"]
-    assert list(table) == [*names, "target_effort", "region", "verified", "selected"]
+    assert list(table) == [*names, "target_effort", "region", "verified", "weight", "selected"]
     verified = run.selection.verified.tolist()
     assert [place for place, effort in enumerate(table["target_effort"]) if effort is not None] == verified
     assert np.flatnonzero(table["verified"]).tolist() == verified
@@ -164,7 +164,7 @@ def test_scores_are_matched_to_ids_by_value_whatever_their_type(name, tmp_path):
 def test_rows_without_ids_and_methods_without_scores_leave_those_columns_empty_or_out(tmp_path):
     run = staff.select([{"prompt": "p", "response": str(i)} for i in range(4)], output=tmp_path / "x", **HALF)
     table = pq.read_table(run.path / "scores.parquet")
-    assert table.schema.names == ["row", "id", "selected"]
+    assert table.schema.names == ["row", "id", "weight", "selected"]
     assert table["id"].to_pylist() == [None] * 4
     assert table.schema.field("id").type == pa.string()
 

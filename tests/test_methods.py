@@ -593,6 +593,34 @@ def test_shares_go_by_size_and_the_largest_remainders():
     assert share_by_size([], 0).tolist() == []
 
 
+@pytest.mark.parametrize("name", ["random", "coverage", "s2l", "ccs", "staff"])
+def test_weights_are_the_inverse_of_how_often_a_sample_is_drawn(name):
+    n, m, times = 40, 18, 3_000
+    scores = np.arange(n) ** 1.5
+    given = {"coverage": "clusters", "s2l": "clusters", "ccs": "scores", "staff": "scores"}
+    arrays = {"clusters": np.arange(n) % 7 % 4, "scores": scores}
+    arguments = {given[name]: arrays[given[name]]} if name in given else {}
+    options = {}
+    if name == "staff":  # V_i of 0.3 leave some of the budget to be filled
+        options = {"num_regions": 4, "pick": "random", "allocation": "paper", "verification_budget": 2}
+        options["verify"] = lambda positions: 0.3 * scores[positions]
+    options |= {"num_strata": 5} if name == "ccs" else {}
+    draws, taken = rng(), np.zeros(n)
+    for _ in range(times):
+        selection = METHODS[name].function(n, budget=m, rng=draws, **arguments, **options)
+        taken[selection.indices] += 1
+    assert selection.weights is not None
+    if name == "random":
+        assert np.allclose(selection.weights, n / m)
+    if name == "staff":
+        assert selection.filled
+    drawn = taken > 0
+    chance = 1 / selection.weights[drawn]
+    error = np.sqrt(np.maximum(chance * (1 - chance), 1e-9) / times)
+    assert (np.abs(taken[drawn] / times - chance) < 5 * error).all()
+    assert np.isclose(chance.sum(), m)
+
+
 def test_shares_are_as_asked_for_and_what_a_group_cannot_fill_flows_on():
     half, third, fifth = Fraction(1, 2), Fraction(3, 10), Fraction(1, 5)
     assert share_by_wish([50, 50, 50], [half, third, fifth], 50).tolist() == [25, 15, 10]

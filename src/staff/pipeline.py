@@ -426,6 +426,7 @@ def _results(
         values["region"] = selection.region_of  # -1: cut
     if len(selection.verified):
         values["verified"] = np.isin(every, selection.verified)
+    values["weight"] = selection.weights
     values["selected"] = np.isin(every, selection.indices)
     return (
         values,

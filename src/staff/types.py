@@ -145,6 +145,8 @@ class Selection:
         verified: (v,) int64 pool positions that the target scored, sorted.
         filled: samples drawn at random from the uncut ones, because the regions' budgets left some of m over.
         filled_from_cut: samples taken back from the hardest ones for the same reason.
+        weights: (n,) 1 / the probability with which a sample is drawn, 1 for those that are not drawn
+            so; None where all are such.
     """
 
     indices: np.ndarray
@@ -153,3 +155,4 @@ class Selection:
     verified: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     filled: int = 0
     filled_from_cut: int = 0
+    weights: np.ndarray | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from staff.methods.strata import allocate, check_scores, members_of, set_hardest_aside, take_back
+from staff.methods.strata import allocate, check_scores, members_of, set_hardest_aside, take_back, weights_of
 from staff.types import Region, Selection
 
 
@@ -70,6 +70,7 @@ def ccs(
         regions,
         region_of,
         filled_from_cut=len(back),
+        weights=weights_of(members, budgets, n),
     )
 
 

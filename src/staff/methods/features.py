@@ -7,7 +7,7 @@ import logging
 
 import numpy as np
 
-from staff.methods.strata import allocate, members_of, share_by_size
+from staff.methods.strata import allocate, members_of, share_by_size, weights_of
 from staff.methods.top import top
 from staff.types import Selection
 
@@ -97,7 +97,8 @@ def _draw_from(members: list[np.ndarray], budgets: np.ndarray, rng: np.random.Ge
         for positions, share in zip(members, budgets, strict=True)
         if share
     ]
-    return Selection(np.sort(np.concatenate([np.empty(0, np.int64), *chosen])))
+    weights = weights_of(members, budgets, sum(map(len, members)))
+    return Selection(np.sort(np.concatenate([np.empty(0, np.int64), *chosen])), weights=weights)
 
 
 def kcenter(

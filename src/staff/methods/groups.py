@@ -109,8 +109,10 @@ def select_by_group(
 
     regions = tuple(region for _, part in parts for region in part.regions)
     region_of = np.full(n, -1, np.int64) if regions else None
+    weights = np.ones(n)
     first = 0
     for members, part in parts:
+        weights[members] = 1.0 if part.weights is None else part.weights
         if region_of is not None and part.region_of is not None:
             region_of[members] = np.where(part.region_of >= 0, part.region_of + first, -1)
         first += len(part.regions)
@@ -121,6 +123,7 @@ def select_by_group(
         _join([members[part.verified] for members, part in parts]),
         sum(part.filled for _, part in parts),
         sum(part.filled_from_cut for _, part in parts),
+        weights,
     )
 
 

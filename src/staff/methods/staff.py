@@ -16,6 +16,7 @@ from staff.methods.strata import (
     set_hardest_aside,
     split,
     take_back,
+    weights_of,
 )
 from staff.types import Region, Selection
 
@@ -147,7 +148,11 @@ def staff(
         )
         for i in range(num_regions)
     )
-    return Selection(np.flatnonzero(is_taken), regions, region_of, verified, len(filled), len(from_cut))
+    weights = None
+    if pick == "random":
+        weights = weights_of(members, budgets, n, len(filled) / max(len(spare), 1))
+    counts = len(filled), len(from_cut)
+    return Selection(np.flatnonzero(is_taken), regions, region_of, verified, *counts, weights)
 
 
 def _pick(

@@ -121,6 +121,26 @@ def members_of(region_of: np.ndarray, num_regions: int) -> list[np.ndarray]:
     )
 
 
+def weights_of(members: list[np.ndarray], budgets: np.ndarray, n: int, filled: float = 0.0) -> np.ndarray:
+    """1 / the probability with which each sample is drawn, where m_i of each part are drawn at random.
+
+    Args:
+        members: k arrays of positions.
+        budgets: (k,) m_i.
+        n: the pool's size, in samples.
+        filled: share of those of all parts not drawn so that are drawn afterwards.
+
+    Returns:
+        (n,) float64; 1 for samples of no part, and of one that nothing is drawn of.
+    """
+    weights = np.ones(n)
+    for positions, budget in zip(members, budgets, strict=True):
+        if len(positions) and (budget or filled):
+            chance = budget / len(positions)
+            weights[positions] = 1 / (chance + (1 - chance) * filled)
+    return weights
+
+
 def allocate(ratios: np.ndarray, sizes: np.ndarray, budget: int, rule: str = "released") -> np.ndarray:
     """Share the selection budget out over the regions, smallest first (STAFF, Eq. 4).
 

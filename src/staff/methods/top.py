@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from staff.methods.strata import check_scores, highest
+from staff.methods.strata import check_scores, highest, weights_of
 from staff.types import Selection
 
 PARTS = ("top", "middle", "bottom")
@@ -18,7 +18,8 @@ def random(n: int, *, budget: int, rng: np.random.Generator) -> Selection:
         budget: m, in samples, 0 <= m <= n.
         rng: the source of all randomness.
     """
-    return Selection(np.sort(rng.choice(n, budget, replace=False)))
+    weights = weights_of([np.arange(n)], np.array([budget]), n)
+    return Selection(np.sort(rng.choice(n, budget, replace=False)), weights=weights)
 
 
 def top(n: int, *, budget: int, rng: np.random.Generator, scores: np.ndarray, part: str = "top") -> Selection:

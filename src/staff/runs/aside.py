@@ -90,13 +90,15 @@ class Aside:
 
 
 def among_all(selection: Selection, members: np.ndarray, n: int) -> Selection:
-    """A selection among some of n samples, its positions those of all."""
+    """A selection among some of n samples, its positions those of all; the others have no weight."""
     region_of = None
     if selection.region_of is not None:
         region_of = np.full(n, -1, np.int64)
         region_of[members] = selection.region_of
+    weights = np.full(n, np.nan)
+    weights[members] = 1.0 if selection.weights is None else selection.weights
     places = {"indices": members[selection.indices], "verified": members[selection.verified]}
-    return dataclasses.replace(selection, **places, region_of=region_of)
+    return dataclasses.replace(selection, **places, region_of=region_of, weights=weights)
 
 
 def set_aside(config: SelectConfig, run: RunFolder, rows: Rows, data: str) -> Aside:

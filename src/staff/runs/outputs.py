@@ -168,6 +168,7 @@ def write(
     write_scores(folder / "scores.parquet", columns)
     filled = np.array([selection.filled, selection.filled_from_cut])
     arrays = {"indices": selection.indices, "verified": selection.verified, "filled": filled}
+    arrays |= {} if selection.weights is None else {"weights": selection.weights}
     arrays |= {} if selection.region_of is None else {"region_of": selection.region_of}
     files.write_arrays(coreset.selection_path, arrays)
     files.write_json(folder / "cost.json", cost)
@@ -304,8 +305,9 @@ def find_run(coreset: Coreset, key: str | None, read: Callable[[], rows.Rows]) -
         with open(path / "regions.csv", encoding="utf-8", newline="") as file:
             _, *lines = csv.reader(file)
         regions = tuple(Region(*(kind(v) for kind, v in zip(kinds, line[1:], strict=True))) for line in lines)
-    filled = map(int, arrays["filled"])
-    selection = Selection(arrays["indices"], regions, arrays.get("region_of"), arrays["verified"], *filled)
+    filled, from_cut = map(int, arrays["filled"])
+    region_of, verified, weights = arrays.get("region_of"), arrays["verified"], arrays.get("weights")
+    selection = Selection(arrays["indices"], regions, region_of, verified, filled, from_cut, weights)
     indices = np.load(path / "indices.npy", allow_pickle=False)
     return Run(path, indices, selection, cost, manifest, read)
 
