@@ -234,6 +234,13 @@ def test_a_group_gets_its_share_and_a_missing_column_is_named(family, tmp_path):
         choose_one(family, rows, tmp_path / "y", method="direct", pruning_rate=0.5, group_by="topic")
 
 
+def test_a_method_with_groups_of_its_own_makes_none_where_the_user_has_some(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(staff.graph, "derive", lambda *_: pytest.fail("clusters that nobody asked for"))
+    rows = [{**row, "source": "a" if i % 3 else "b"} for i, row in enumerate(make_rows(30))]
+    run = choose_one(family, rows, tmp_path / "x", method="ltd", pruning_rate=0.5, group_by="source")
+    assert sorted(rows[i]["source"] for i in run.indices) == ["a"] * 10 + ["b"] * 5
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -475,6 +475,37 @@ def test_round_robin_takes_turns_as_a_walk_over_all_that_is_left_would(ties):
         assert found.indices.tolist() == sorted(chosen)
 
 
+def angles(degrees, lengths=1.0):
+    radians = np.radians(degrees)
+    return np.stack([np.cos(radians), np.sin(radians)], 1) * np.reshape(lengths, (-1, 1))
+
+
+def test_ltd_by_hand():
+    # directions, whatever their lengths: cluster 4 of six, mean near 19; cluster 2 of three, near 202; one
+    # alone. m = 5: 3, 1.5 and 0.5, the sample left over to the earlier of equal remainders (2 before 9)
+    degrees = [0, 10, 20, 25, 42, 21, 190, 200, 215, 300]
+    features = angles(degrees, [1, 9, 2, 1, 5, 1, 1, 4, 1, 2])
+    clusters = np.array([4] * 6 + [2] * 3 + [9])
+    for budget, expected in (
+        (1, [2]),  # of cluster 4 the one nearest to the mean
+        (3, [2, 4, 7]),  # 0.9, 1.8 and 0.3 samples: of cluster 4 the 42 besides, which is farther than the 0
+        (5, [0, 2, 4, 7, 8]),
+    ):
+        chosen = METHODS["ltd"].select(10, budget=budget, rng=rng(), features=features, clusters=clusters)
+        assert chosen.indices.tolist() == expected, budget
+
+
+def test_ltd_takes_the_users_groups_in_place_of_its_clusters():
+    features = angles([0, 10, 20, 30, 41, 100, 110, 150])
+    groups = np.array(["a"] * 5 + ["b"] * 3)
+    for arguments in ({"clusters": np.arange(8)}, {}):
+        chosen = select_by_group(
+            METHODS["ltd"], groups, 8, budget=5, rng=rng(), features=features, **arguments
+        )
+        # 3.1 and 1.9: of a the 20 and both ends, of b the 110 and then the 150
+        assert chosen.indices.tolist() == [0, 2, 4, 6, 7]
+
+
 def plain_kcenter(features, budget, first):
     chosen = [first]
     nearest_pick = np.linalg.norm(features - features[first], axis=1)

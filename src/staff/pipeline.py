@@ -131,7 +131,7 @@ def select(
                     if config.scores and argument == "scores":
                         ids = [example.id for example in pool.examples()]
                         arguments[argument] = read_scores(config.scores, pool.numbers, ids)
-                    else:
+                    elif groups is None or argument != method.groups:
                         assert pieces is not None
                         arguments[argument] = pieces.array(need)
                 # verify: efforts of single samples on the target, asked for from within (Eq. 3)

@@ -12,7 +12,7 @@ import numpy as np
 
 from staff.methods.ccs import ccs
 from staff.methods.d2 import d2
-from staff.methods.features import coverage, facility_location, kcenter, moderate, s2l
+from staff.methods.features import coverage, facility_location, kcenter, ltd, moderate, s2l
 from staff.methods.rds import round_robin
 from staff.methods.staff import staff
 from staff.methods.top import ifd, perplexity, random, top
@@ -33,6 +33,8 @@ class Method:
         paper: where it comes from.
         about: what it keeps, in a few words.
         fixed: options that this entry sets for good; they are no options of it any more.
+        groups: the needed argument that parts the pool, one label a sample; the user's own groups
+            (`--group-by`) take its place. None: it is run inside them as it is.
 
     Raises:
         ValueError: a need that names no numbers.
@@ -44,6 +46,7 @@ class Method:
     paper: str | None = None
     about: str = ""
     fixed: Mapping[str, object] = field(default_factory=lambda: NOTHING)
+    groups: str | None = None
 
     def options(self) -> dict[str, object]:
         """The function's own options and their defaults."""
@@ -192,6 +195,13 @@ METHODS: dict[str, Method] = {
         needs={"clusters": "draft/features.unit_clusters"},
         paper="Neyman 1934",
         about="drawn from every cluster of like samples, by its size",
+    ),
+    "ltd": entry(
+        ltd,
+        needs={"features": "draft/features", "clusters": "draft/features.unit_clusters"},
+        groups="clusters",
+        paper="arXiv:2305.09246",
+        about="every cluster's middle, then its far ends",
     ),
     "less": entry(
         top,

@@ -152,6 +152,38 @@ def kcenter(
     return Selection(np.sort(pool[_farthest_first(features, budget, int(rng.integers(len(features))))]))
 
 
+def ltd(
+    n: int, *, budget: int, rng: np.random.Generator, features: np.ndarray, clusters: np.ndarray
+) -> Selection:
+    """Spread the picks of every cluster: first the sample nearest to its mean, then again and again the one
+    farthest from all picks (LTD, Chen et al. 2023, arXiv 2305.09246).
+
+    Features count at unit length. A cluster's share goes by its size, by largest remainder; with `--group-by`
+    the groups take the clusters' place, as the paper's tasks do. Costs the draft's one pass, k-means, and
+    distances of every sample to its own cluster's picks: with 100 clusters a hundredth of k-center's.
+
+    Where ours departs: the features are a draft's mean last hidden states over the response, not a sentence
+    encoder's over prompt and response, and the paper's choice of one prompt template a task is left to the
+    data.
+
+    Args:
+        n: the pool's size, in samples.
+        budget: m, in samples, 0 <= m <= n.
+        rng: not used; there is nothing to draw.
+        features: (n, d) float; of equal distances the earlier sample is taken.
+        clusters: (n,) integers >= 0, the cluster of each sample.
+    """
+    features, clusters = at_unit_length(check_features(features, n)), check_clusters(clusters, n)
+    members = members_of(clusters, int(clusters.max(initial=-1)) + 1)
+    chosen = [np.empty(0, np.int64)]
+    for positions, share in zip(members, share_by_size(np.bincount(clusters), budget), strict=True):
+        if share:
+            own = features[positions]
+            first = int(np.argmin(np.linalg.norm(own - own.mean(axis=0), axis=1)))
+            chosen.append(positions[_farthest_first(own, int(share), first)])
+    return Selection(np.sort(np.concatenate(chosen)))
+
+
 def _farthest_first(features: np.ndarray, count: int, first: int) -> np.ndarray:
     """Positions of `count` picks, each farthest from those before; of equal distances the lowest position."""
     features = features - features.mean(axis=0)  # keeps |x|^2 + |c|^2 - 2 x.c from cancelling

@@ -70,7 +70,8 @@ def select_by_group(
     """Run a method inside each group, with a budget in proportion to the group's size, or as asked for.
 
     Every group has a random stream of its own. Neighbours that lie in another group count as none. `verify`
-    is called once a group, always with positions in the pool.
+    is called once a group, always with positions in the pool. Where a method parts the pool itself, as `ltd`
+    does, the groups are its parts.
 
     Args:
         method: an entry of METHODS.
@@ -97,6 +98,8 @@ def select_by_group(
         shares = share_by_size(sizes, budget)
     else:
         shares = share_by_wish(sizes, [wanted[str(label)] for label in labels], budget)
+    if method.groups:
+        arguments[method.groups] = np.zeros(n, np.int64)
     parts = []
     for group, (share, own_rng) in enumerate(zip(shares, rng.spawn(len(labels)), strict=True)):
         members = np.flatnonzero(group_of == group)
