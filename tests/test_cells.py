@@ -147,7 +147,7 @@ def test_less_prefers_samples_like_the_validation_rows(everything, family):
 
     from staff.data.tokens import tokenise
     from staff.models import load as models
-    from staff.scoring.less import mean_direction, similarity
+    from staff.scoring.less import directions, mean_direction, similarities, similarity
     from staff.scoring.scorer import Scorer
 
     source = models.resolve(str(family / "draft"))
@@ -158,8 +158,9 @@ def test_less_prefers_samples_like_the_validation_rows(everything, family):
     rows = staff.data.rows.read(make_rows(9))
     pool = tokenise(rows.examples(), tokenizer, 256)
     scorer = Scorer(model, "last-block")
-    directions = mean_direction(scorer, pool_of(pool, [7, 8]))
-    found = similarity(scorer, pool, directions, np.arange(9), 300)["similarity"]
+    rows, every = pool_of(pool, [7, 8]), np.arange(9)
+    found = similarity(scorer, pool, mean_direction(scorer, rows), every, 300)["similarity"]
+    apart = similarities(scorer, pool, directions(scorer, rows), every, 300)["similarities"]
 
     def gradient(i):
         weights = [site.module.weight.requires_grad_(True) for site in scorer.sites]
@@ -172,8 +173,9 @@ def test_less_prefers_samples_like_the_validation_rows(everything, family):
         model.requires_grad_(False)
         return flat / flat.norm()
 
-    expected = [float(sum(gradient(i) @ gradient(v) for v in (7, 8)) / 2) for i in range(9)]
-    np.testing.assert_allclose(found, expected, rtol=1e-6)  # kept in float32
+    expected = np.array([[float(gradient(i) @ gradient(v)) for v in (7, 8)] for i in range(9)])
+    np.testing.assert_allclose(apart, expected, rtol=1e-6)  # kept in float32
+    np.testing.assert_allclose(found, expected.mean(1), rtol=1e-6)
 
 
 def test_rds_is_the_cosine_of_states_weighted_by_their_position(family):

@@ -12,7 +12,8 @@ Progress = Callable[[str, int, int], None]  # stage, done, in all
 
 # what one pass of a model, or the pool itself, can give of each sample, and what can be made of it
 OF_ONE_PASS = ("effort", "loss", "el2n", "entropy", "hes", "upd")
-AGAINST_VALIDATION = {"similarity": "gradients", "rds": "states"}  # with --validation; a Stage's kind
+# what is taken with --validation, and the kind of its Stage
+AGAINST_VALIDATION = {"similarity": "gradients", "similarities": "gradients", "rds": "states"}
 QUANTITIES = (*OF_ONE_PASS, "features", "unconditional_loss", *AGAINST_VALIDATION, "tokens")
 MADE = ("neighbours", "clusters", "unit_clusters")
 

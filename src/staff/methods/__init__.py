@@ -209,6 +209,12 @@ METHODS: dict[str, Method] = {
         paper="arXiv:2402.04333",
         about="gradient most like some validation rows'",
     ),
+    "less_round_robin": entry(
+        round_robin,
+        needs={"similarities": "draft/similarities"},
+        paper="arXiv:2402.04333, 2503.01807",
+        about="each validation row in turn takes the gradient most like its own",
+    ),
     "rds": entry(
         round_robin,
         needs={"similarities": "draft/rds"},

@@ -15,9 +15,12 @@ def round_robin(n: int, *, budget: int, rng: np.random.Generator, similarities: 
 
     So no kind of row that the task asks for goes without, as it may where samples are ranked by their mean
     similarity. Rows take turns in the order of the file; the last round ends where m is reached. RDS+ is this
-    pick on the cosine of position-weighted mean hidden states. Where ours departs: the states are the
-    draft's, not those of the model that will be trained. Costs one forward pass of the draft over the pool,
-    and for each validation row a sort of the m samples most like it, 4 bytes times m.
+    pick on the cosine of position-weighted mean hidden states; `less_round_robin` is it on the cosine of
+    gradients (LESS, Xia et al. 2024, arXiv 2402.04333), each validation row's kept apart.
+
+    Where ours departs: states and gradients are the draft's, not those of the model that will be trained.
+    Costs one pass of the draft over the pool (for `rds` without gradients), and for each validation row a
+    sort of the m samples most like it, 4 bytes times m.
 
     Args:
         n: the pool's size, in samples.

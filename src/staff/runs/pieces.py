@@ -391,8 +391,8 @@ class Pieces:
         return means
 
     def _against_validation(self, name: str, quantity: str) -> np.ndarray:
-        """How like each sample is to the validation rows: (n,) by its gradient (LESS), (n, q) by its states
-        (RDS+)."""
+        """How like each sample is to the validation rows: (n,) by its gradient (LESS), (n, q) by its gradient
+        or its states (RDS+)."""
         config = self.config
         assert config.validation
         key = {**self._scores_key(name), "validation": self.inputs["validation"]}
@@ -411,11 +411,13 @@ class Pieces:
         def make() -> tuple[Score, int]:
             scorer, began = self.scorer(name), time.monotonic()
             every, bears = np.arange(len(query)), scorer.tokens_borne
-            score = (
-                partial(less.similarity, scorer, pool, less.mean_direction(scorer, query))
-                if quantity == "similarity"
-                else partial(rds.cosines, scorer, pool, rds.embed(scorer, query, every, bears))
-            )
+            score: Score
+            if quantity == "rds":
+                score = partial(rds.cosines, scorer, pool, rds.embed(scorer, query, every, bears))
+            elif quantity == "similarities":
+                score = partial(less.similarities, scorer, pool, less.directions(scorer, query))
+            else:
+                score = partial(less.similarity, scorer, pool, less.mean_direction(scorer, query))
             seconds = time.monotonic() - began
             self._spend_pass(Stage("query"), name, query, every, seconds, path.parent.name)
             return score, bears

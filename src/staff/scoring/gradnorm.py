@@ -285,23 +285,34 @@ def gradient_matrix(place: int, layer_input: Tensor, grad_output: Tensor) -> Ten
 
 
 def inner_products(directions: Sequence[Tensor]) -> Callable[[int, Tensor, Tensor], Tensor]:
-    """A measure for `record_sites`: each sample's <gradient, direction>, and its squared norm.
+    """A measure for `record_sites`: each sample's <gradient, direction> with each of q, and its squared norm.
 
-    <sum_t g_t a_t^T, D> = sum_t g_t . (D a_t): no gradient is formed.
+    With one direction <sum_t g_t a_t^T, D> = sum_t g_t . (D a_t), and no gradient is formed; with several,
+    they are, few at once.
 
     Args:
-        directions: D, (O, I) for each site.
+        directions: D, (q, O, I) for each site.
 
     Returns:
-        a function to (B, 2).
+        a function to (B, q + 1).
     """
 
     def measure(place: int, layer_input: Tensor, grad_output: Tensor) -> Tensor:
-        direction = directions[place]
-        along = torch.linalg.vecdot(
-            layer_input.to(direction.dtype) @ direction.mT, grad_output.to(direction.dtype)
-        ).sum(1)
-        return torch.stack([along, squared_norm_of_products(layer_input, grad_output).to(direction.dtype)], 1)
+        if len(directions[place]) == 1:
+            (direction,) = directions[place]
+            a, g = layer_input.to(direction.dtype), grad_output.to(direction.dtype)
+            along = torch.linalg.vecdot(a @ direction.mT, g).sum(1)
+            square = squared_norm_of_products(layer_input, grad_output).to(direction.dtype)
+            return torch.stack([along, square], 1)
+        direction = directions[place].flatten(1)
+        step = max(1, chunk_bytes_on(direction.device) // (direction.shape[1] * direction.itemsize))
+        parts = []
+        for start in range(0, len(layer_input), step):
+            part = slice(start, start + step)
+            gradients = gradient_matrix(place, layer_input[part], grad_output[part]).flatten(1)
+            squares = gradients.square().sum(1, keepdim=True)
+            parts.append(torch.cat([gradients @ direction.mT, squares], 1))
+        return torch.cat(parts)
 
     return measure
 

@@ -3,7 +3,8 @@ alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,19 +25,30 @@ def mean_direction(scorer: Scorer, validation: Pool) -> list[torch.Tensor]:
         validation: a few dozen rows of the task.
 
     Returns:
-        a matrix for each site, in float32 or wider.
+        (1, O, I) for each site, in float32 or wider.
     """
     total: list[torch.Tensor] = []
-    for position in range(len(validation)):
-        batch = collate(validation, [position], scorer.device)
-        matrices = scorer.measure(batch, gradient_matrix)
-        norm = torch.stack([matrix.square().sum() for matrix in matrices]).sum().sqrt()
-        scaled = [matrix[0] / norm.clamp(min=torch.finfo(norm.dtype).tiny) for matrix in matrices]
+    for scaled in _scaled(scorer, validation):
         total = [before + now for before, now in zip(total, scaled, strict=True)] if total else scaled
-    return [matrix / len(validation) for matrix in total]
+    return [matrix[None] / len(validation) for matrix in total]
 
 
-def similarity(
+def directions(scorer: Scorer, validation: Pool) -> list[torch.Tensor]:
+    """The validation rows' gradients kept apart, each scaled to length 1: (q, O, I) for each site.
+
+    They stay in memory while the pool is scored, 4 bytes times the scope's weights a row.
+    """
+    return [torch.stack(matrices) for matrices in zip(*_scaled(scorer, validation), strict=True)]
+
+
+def _scaled(scorer: Scorer, validation: Pool) -> Iterator[list[torch.Tensor]]:
+    for position in range(len(validation)):
+        matrices = scorer.measure(collate(validation, [position], scorer.device), gradient_matrix)
+        norm = torch.stack([matrix.square().sum() for matrix in matrices]).sum().sqrt()
+        yield [matrix[0] / norm.clamp(min=torch.finfo(norm.dtype).tiny) for matrix in matrices]
+
+
+def similarities(
     scorer: Scorer,
     pool: Pool,
     directions: list[torch.Tensor],
@@ -44,28 +56,33 @@ def similarity(
     batch_tokens: int,
     on_samples: Callable[[int], None] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Mean cosine between each sample's gradient and the validation rows'.
+    """Cosine between each sample's gradient and each validation row's, or the mean over the rows.
 
     LESS stores random projections of all gradients, divided by Adam's second moments, at several checkpoints;
     here the inner products come out of the pass itself, exact, so nothing is projected or stored. They are
     taken at the end of the draft's tuning, on plain gradients.
 
     Args:
-        directions: of `mean_direction`.
+        directions: (q, O, I) for each site: of `directions`, or of `mean_direction`, where q is 1.
         positions: (k,) pool positions.
         batch_tokens: padded tokens of a batch at most.
         on_samples: called after each batch with the number of its samples.
 
     Returns:
-        "similarity" (k,) float32 in [-1, 1], in the order asked for; 0 for a sample without a gradient.
+        "similarities" (k, q) float32 in [-1, 1], in the order asked for; 0 for a sample without a gradient.
     """
-    cosines = np.zeros(len(positions), np.float32)
+    cosines = np.zeros((len(positions), len(directions[0])), np.float32)
     for places in batches(pool.lengths[positions], 1 if scorer.one_by_one else batch_tokens):
         batch = collate(pool, positions[places], scorer.device)
-        # a (B, 2) for each site: the inner product with the direction, and with itself
-        products = scorer.measure(batch, inner_products(directions))
-        dot, square = torch.stack(products).sum(0).unbind(1)
-        cosines[places] = torch.where(square > 0, dot / square.sqrt(), 0.0).float().cpu().numpy()
+        # a (B, q + 1) for each site: the inner products with the directions, and with itself
+        products = torch.stack(scorer.measure(batch, inner_products(directions))).sum(0)
+        dots, squares = products[:, :-1], products[:, -1:]
+        cosines[places] = torch.where(squares > 0, dots / squares.sqrt(), 0.0).float().cpu().numpy()
         if on_samples:
             on_samples(len(places))
-    return {"similarity": cosines}
+    return {"similarities": cosines}
+
+
+def similarity(scorer: Scorer, pool: Pool, mean: list[torch.Tensor], *where: Any) -> dict[str, np.ndarray]:
+    """ "similarity" (k,), the mean over the validation rows; see `similarities`."""
+    return {"similarity": similarities(scorer, pool, mean, *where)["similarities"][:, 0]}
