@@ -275,3 +275,49 @@ def test_weights_stand_beside_every_row_that_could_be_drawn(tmp_path):
     assert again.selection.weights.tolist() == weights
     longest = staff.select(rows, method="random", pruning_rate=0, output=tmp_path / "z")
     assert set(longest.scores["weight"].to_pylist()) == {1.0}
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_rows_to_keep_are_always_in_found_by_id_or_text(models, tmp_path):
+    rows = make_rows(30)
+    rows[20] = {**rows[4], "id": "again"}
+    wanted = [{"id": "r7", "prompt": "p", "response": "edited"}, {**rows[3], "id": "x"}, rows[20], rows[7]]
+    keep = write_rows(tmp_path / "keep.jsonl", wanted)
+    told = {"keep": keep, "dedup": "exact", "drop_suspects": True, **models, **SMALL}
+    runs = staff.select_grid(
+        rows, methods=["staff", "random"], pruning_rates=[0.8, 0.9], output=tmp_path / "x", **told
+    )
+    for run in runs:
+        assert {3, 4, 7} <= set(run.indices)
+        assert len(run.indices) == {0.8: 6, 0.9: 3}[run.manifest["pruning_rate"]]
+        assert {3, 4, 7}.isdisjoint(line["row"] for line in dropped(run))
+        assert {run.scores["weight"][i].as_py() for i in (3, 4, 7)} == {1.0}
+    assert "3 samples, 10% of the pool, 3 of them from --keep" in summary(runs[1], SelectConfig())
+    plain = staff.select(rows, method="random", budget=6, keep=keep, output=tmp_path / "y")
+    assert {3, 7, 20} <= set(plain.indices)
+    with pytest.raises(ValueError, match="has 3 rows, and only 2 are kept"):
+        staff.select(rows, method="random", budget=2, keep=keep, output=tmp_path / "z")
+    other = write_rows(tmp_path / "other.jsonl", [rows[1], {"id": "no", "prompt": "p", "response": "no"}])
+    with pytest.raises(ValueError, match=r"other\.jsonl: row 1 is not in the data"):
+        staff.select(rows, method="random", budget=6, keep=other, output=tmp_path / "z")
+    write_rows(tmp_path / "keep.jsonl", wanted[:1])
+    with pytest.raises(ValueError, match="keep changed"):
+        staff.select(rows, method="random", budget=6, keep=keep, output=tmp_path / "y")
+
+
+def test_rows_to_keep_count_in_the_share_of_their_group(tmp_path):
+    rows = [{**row, "source": "aaab"[i % 4]} for i, row in enumerate(make_rows(40))]
+    keep = write_rows(tmp_path / "keep.jsonl", [row for row in rows if row["source"] == "b"][:4])
+    told = {"method": "random", "group_by": "source", "keep": keep}
+    for shares, m, expected in [(None, 20, 5), (None, 8, 4), ("a=0.4,b=0.6", 10, 6), ("a=1,b=0", 10, 4)]:
+        run = staff.select(rows, budget=m, shares=shares, output=tmp_path / f"{shares}-{m}", **told)
+        assert len(run.indices) == m
+        assert sum(row["source"] == "b" for row in run.coreset) == expected
+        assert sum(group["selected"] for group in run.manifest["groups"]) == m
+    every = write_rows(tmp_path / "every.jsonl", rows)
+    run = staff.select(rows, budget=40, output=tmp_path / "all", **{**told, "keep": every})
+    assert len(run.indices) == 40

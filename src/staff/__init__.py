@@ -50,6 +50,7 @@ class Settings(TypedDict, total=False):
     license: str
     option: tuple[str, ...]
     dedup: str | None
+    keep: str | None
     drop_suspects: bool
     suspect_ratio: float
     group_by: str | None

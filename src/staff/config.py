@@ -236,6 +236,8 @@ class SelectConfig(_Checked):
     dedup: str | None = None
     """Set repeated rows aside first, the first of each stays: exact, near, or near:0.9 for 90 % of word
     triples shared."""
+    keep: str | None = None
+    """A file of rows that are always in, counted among those kept: known by id, else by their text."""
     drop_suspects: bool = False
     """Leave out rows whose answer the draft, as it comes, finds no likelier with its prompt than without."""
     suspect_ratio: Annotated[float, Range(0, open_low=True)] = 1.0

@@ -93,7 +93,8 @@ def summary(run: Run, config: SelectConfig) -> str:
     if manifest["skipped"]:
         about.append(f"rows left out are listed in {run.path / 'skipped.jsonl'}")
     lines = ["", *_entry("pool", f"{n} samples ({manifest['format']}){tokens}", *about)]
-    lines += _entry("coreset", f"{m} samples, {m / n:.0%} of the pool")
+    always = f", {manifest['always']} of them from --keep" if "always" in manifest else ""
+    lines += _entry("coreset", f"{m} samples, {m / n:.0%} of the pool{always}")
     lines += _entry("groups", *_group_lines(manifest))
     regions = [region for region in selection.regions if region.size]
     if regions:

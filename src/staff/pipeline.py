@@ -36,7 +36,9 @@ if TYPE_CHECKING:  # torch comes in with them
 
 # named by content, or of no consequence to the results
 NO_INGREDIENTS = {"data", "output", "scores", "validation", "push_to_hub", "checkpoint_seconds", "device"}
-NO_INGREDIENTS |= {"max_unpacked", "trust_remote_code", "public", "license"}
+NO_INGREDIENTS |= {"keep", "max_unpacked", "trust_remote_code", "public", "license"}
+
+FILES = ("scores", "validation", "keep")  # settings that name one
 
 
 def select(
@@ -73,8 +75,7 @@ def select(
     read = partial(rows.read, located if data is None else data, **reading.keywords())
     paths = located.paths if located and located.keep is None else ()
     if config.output:
-        named = {"--scores": config.scores, "--validation": config.validation}
-        given = {flag: [Path(path)] for flag, path in named.items() if path}
+        given = {f"--{name}": [Path(path)] for name in FILES if (path := getattr(config, name))}
         given |= {f"--{name}": source.files() for name, source in sources.items()}
         files.check_outputs([Path(config.output)], {**given, "--data": paths})
     with open_run(config.output or tempfile.mkdtemp(prefix="staff-"), "run", on_progress) as run:
@@ -87,8 +88,11 @@ def select(
             run.tell(Stage("read"), 0, 1)
             pool = pool or read()
             run.tell(Stage("read"), 1, 1)
+            always = _always(config, pool)
             for coreset in coresets:
-                _budget(config, coreset.pruning_rate, len(pool))
+                m = _budget(config, coreset.pruning_rate, len(pool))
+                if len(always) > m:
+                    raise ValueError(f"--keep {config.keep} has {len(always)} rows, and only {m} are kept")
             _groups(config, pool)
             for name in config.method:
                 needs = methods[name].needs.values()
@@ -110,15 +114,17 @@ def select(
             if pieces:
                 pieces.set_aside(aside)
             pool, members = aside.left(), np.arange(len(aside.kept))
+            held = aside.places_of(always)
             if config.drop_suspects:
                 assert pieces is not None
                 ratios = pieces.loss_ratios()
-                suspects = np.flatnonzero(ratios >= config.suspect_ratio)
+                suspects = np.setdiff1d(np.flatnonzero(ratios >= config.suspect_ratio), held)
                 aside, members = aside.with_suspects(suspects, ratios[suspects]), np.delete(members, suspects)
             budgets = [_budget(config, coreset.pruning_rate, len(aside.rows), aside) for coreset in coresets]
             labels = _groups(config, aside.rows)
-            groups = None if labels is None else np.array(labels)[aside.kept][members]
-            asked = _wanted(config, groups)
+            groups = None if labels is None else np.array(labels)[aside.kept]
+            asked = None if groups is None else _wanted(config, groups[members])
+            members = np.setdiff1d(members, held)
             selections: dict[int, tuple[Selection, np.ndarray | None]] = {}
             for place, (coreset, budget) in enumerate(zip(coresets, budgets, strict=True)):
                 if finished[place]:
@@ -141,13 +147,13 @@ def select(
                 rng, own = np.random.default_rng(config.seed), arguments
                 if len(members) < len(pool):
                     own = narrowed(method, members, arguments)
+                told: Any = {**own, "budget": budget - len(held), "rng": rng}
                 if groups is None:
-                    selection = method.select(len(members), budget=budget, rng=rng, **own)
+                    selection = method.select(len(members), **told)
                 else:
-                    selection = select_by_group(
-                        method, groups, len(members), budget=budget, rng=rng, wanted=asked, **own
-                    )
-                selections[place] = among_all(selection, members, len(pool)), arguments.get("scores")
+                    told |= {"wanted": asked, "held": Counter(groups[held].tolist())}
+                    selection = select_by_group(method, groups[members], len(members), **told)
+                selections[place] = among_all(selection, members, len(pool), held), arguments.get("scores")
             if pieces:
                 pieces.free()
             inputs.check()
@@ -157,8 +163,9 @@ def select(
                     config, pool, methods[coresets[place].method], selection, scores, pieces, run
                 )
                 if labels is not None and groups is not None:
-                    kept = np.array(labels)[aside.kept[selection.indices]]
-                    about["groups"] = _about_groups(np.array(labels), groups, kept, asked)
+                    left, kept = groups[np.union1d(members, held)], groups[selection.indices]
+                    about["groups"] = _about_groups(np.array(labels), left, kept, asked)
+                about |= {"always": len(held)} if config.keep else {}
                 about |= aside.facts() | {"inputs": dict(inputs), "settings": settings, "seed": config.seed}
                 finished[place] = outputs.write(
                     run, coresets[place], keys[place], config, aside, selection, columns, cost, about, target
@@ -205,7 +212,7 @@ def check_settings(config: SelectConfig, data: Any, methods: Mapping[str, Method
             )
     if config.dedup not in (None, "exact") and find_spec("datasketch") is None:
         raise ValueError(duplicates.MISSING)
-    for flag in ("scores", "validation"):
+    for flag in FILES:
         path = getattr(config, flag)
         if path and not Path(path).is_file():
             raise ValueError(f"--{flag} {path}: there is no such file")
@@ -285,7 +292,7 @@ def _inputs(
     pool: rows.Rows | None,
 ) -> Inputs:
     contents: dict[str, Any] = {name: partial(content_of, run, source) for name, source in sources.items()}
-    given = {name: getattr(config, name) for name in ("scores", "validation") if getattr(config, name)}
+    given = {name: getattr(config, name) for name in FILES if getattr(config, name)}
     contents |= {name: partial(run.hash_file, Path(path)) for name, path in given.items()}
     if paths:
         contents["data"] = lambda: files.fingerprint([run.hash_file(path) for path in paths])
@@ -328,6 +335,17 @@ def _budget(config: SelectConfig, pruning_rate: float | None, n: int, aside: Asi
         cure = f"keep {left} at most, a pruning rate of {1 - left / n:.3g} or more (and --update)"
         raise ValueError(f"{asked}: {budget} of {n} rows, and {left} are left without {why}: {cure}")
     return budget
+
+
+def _always(config: SelectConfig, pool: rows.Rows) -> np.ndarray:
+    """Row numbers of those that are always in, ascending."""
+    if config.keep is None:
+        return np.empty(0, np.int64)
+    wanted = rows.read(config.keep, **config.reading.keywords())
+    try:
+        return np.unique(pool.numbers[duplicates.places_of(wanted, pool)])
+    except ValueError as error:
+        raise ValueError(f"--keep {config.keep}: {error}") from None
 
 
 def _groups(config: SelectConfig, pool: rows.Rows) -> list[str] | None:

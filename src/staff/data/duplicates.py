@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from staff.data.rows import Rows
 from staff.data.turns import Example
 
 SHINGLE = 3  # words
@@ -38,10 +39,7 @@ def find_duplicates(
     same: dict[int, int] = {}
     near = NearIndex(similarity) if similarity is not None else None
     for place, example in enumerate(examples):
-        turns = [(turn.role, turn.content, turn.fields) for turn in example.turns]
-        digest = hashlib.blake2b(
-            repr((turns, example.tools)).encode(errors="replace"), digest_size=16
-        ).digest()
+        digest = digest_of(example)
         if digest in first_of:
             same[place] = first_of[digest]
         else:
@@ -53,6 +51,34 @@ def find_duplicates(
         if place % 1_000 == 999:
             on_row(place + 1)
     return same
+
+
+def digest_of(example: Example) -> bytes:
+    """Equal for rows of the same turns and tools, whatever their id."""
+    turns = [(turn.role, turn.content, turn.fields) for turn in example.turns]
+    text = repr((turns, example.tools)).encode(errors="replace")
+    return hashlib.blake2b(text, digest_size=16).digest()
+
+
+def places_of(wanted: Rows, rows: Rows) -> list[int]:
+    """Where some rows stand among others: by id, where it is there, else by their text; the first that fits.
+
+    Raises:
+        ValueError: names the row that is not there.
+    """
+    asked = [(example.id, digest_of(example)) for example in wanted.examples()]
+    first_of: dict[str | bytes, int] = {}
+    for place, example in enumerate(rows.examples()):
+        first_of.setdefault(digest_of(example), place)
+        if example.id is not None:
+            first_of.setdefault(example.id, place)
+    places = []
+    for position, (label, digest) in enumerate(asked):
+        found = first_of.get(digest if label is None or label not in first_of else label)
+        if found is None:
+            raise ValueError(f"{wanted.where(position)} is not in the data, neither its id nor its text")
+        places.append(found)
+    return places
 
 
 class NearIndex:

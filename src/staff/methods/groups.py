@@ -65,6 +65,7 @@ def select_by_group(
     budget: int,
     rng: np.random.Generator,
     wanted: Mapping[str, Fraction] | None = None,
+    held: Mapping[str, int] | None = None,
     **arguments: Any,
 ) -> Selection:
     """Run a method inside each group, with a budget in proportion to the group's size, or as asked for.
@@ -80,6 +81,7 @@ def select_by_group(
         budget: m, in samples, over all groups.
         rng: the source of all randomness.
         wanted: label -> share, see `share_by_wish`; None: by size.
+        held: label -> samples of the group that are kept beside these, and count in its share.
         **arguments: `verify`, the needed arrays, and options, as for `Method.select`.
 
     Returns:
@@ -94,10 +96,7 @@ def select_by_group(
         raise ValueError(f"groups must be one label a sample, ({n},); found shape {np.shape(groups)}")
     check_budget(budget, n)
     sizes = np.bincount(group_of, minlength=len(labels))
-    if wanted is None:
-        shares = share_by_size(sizes, budget)
-    else:
-        shares = share_by_wish(sizes, [wanted[str(label)] for label in labels], budget)
+    shares = _shares(list(map(str, labels)), sizes, budget, wanted, held or {})
     if method.groups:
         arguments[method.groups] = np.zeros(n, np.int64)
     parts = []
@@ -128,6 +127,30 @@ def select_by_group(
         sum(part.filled_from_cut for _, part in parts),
         weights,
     )
+
+
+def _shares(
+    labels: list[str],
+    sizes: np.ndarray,
+    budget: int,
+    wanted: Mapping[str, Fraction] | None,
+    held: Mapping[str, int],
+) -> np.ndarray:
+    """The budget of each group: its share of all that is kept, less what is held of it already."""
+    has = np.array([held.get(label, 0) for label in labels], np.int64)
+    shares, is_open = np.zeros(len(labels), np.int64), np.ones(len(labels), bool)
+    while is_open.any():  # a group that holds more than its share gives up what the others then have less
+        places = np.flatnonzero(is_open)
+        whole, total = (sizes + has)[places], budget + int(has[places].sum())
+        if wanted is None:
+            shares[places] = share_by_size(whole, total) - has[places]
+        else:
+            shares[places] = share_by_wish(whole, [wanted[labels[i]] for i in places], total) - has[places]
+        if (shares >= 0).all():
+            return shares
+        is_open &= shares > 0
+        shares[~is_open] = 0
+    return shares
 
 
 def narrowed(method: Method, members: np.ndarray, arguments: Mapping[str, Any]) -> dict[str, Any]:

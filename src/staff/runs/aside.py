@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,21 @@ class Aside:
         found = dict(zip(self.kept[positions].tolist(), ratios.tolist(), strict=True))
         return dataclasses.replace(self, reasons=self.reasons | dict.fromkeys(found, "suspect"), ratios=found)
 
+    def places_of(self, numbers: np.ndarray) -> np.ndarray:
+        """Positions, among the rows that repeat none, of the rows of these numbers; one that repeats another
+        counts as that one.
+
+        Raises:
+            ValueError: a row can't be used.
+        """
+        missing = np.setdiff1d(numbers, self.rows.numbers)
+        if len(missing):
+            reason = dict(self.rows.skipped).get(int(missing[0]), "can't be used")
+            raise ValueError(f"--keep: row {missing[0]} of the data {reason}")
+        places = np.searchsorted(self.rows.numbers, numbers).tolist()
+        firsts = [self.same_as.get(place, place) for place in places]
+        return np.unique(np.searchsorted(self.kept, np.array(firsts, np.int64)))
+
     def facts(self) -> dict[str, Any]:
         """What the manifest says: how many, by reason."""
         return {"dropped": dict(Counter(self.reasons.values()))} if self.reasons else {}
@@ -89,15 +105,23 @@ class Aside:
         files.write_whole(path, lambda aside: write_lines(aside, map(dumps, lines)))
 
 
-def among_all(selection: Selection, members: np.ndarray, n: int) -> Selection:
-    """A selection among some of n samples, its positions those of all; the others have no weight."""
+def among_all(
+    selection: Selection, members: np.ndarray, n: int, held: Sequence[int] | np.ndarray = ()
+) -> Selection:
+    """A selection among some of n samples, its positions those of all, with the samples that are always in;
+    the others have no weight."""
     region_of = None
     if selection.region_of is not None:
         region_of = np.full(n, -1, np.int64)
         region_of[members] = selection.region_of
     weights = np.full(n, np.nan)
     weights[members] = 1.0 if selection.weights is None else selection.weights
-    places = {"indices": members[selection.indices], "verified": members[selection.verified]}
+    held = np.asarray(held, np.int64)
+    weights[held] = 1.0
+    places = {
+        "indices": np.union1d(members[selection.indices], held),
+        "verified": members[selection.verified],
+    }
     return dataclasses.replace(selection, **places, region_of=region_of, weights=weights)
 
 
