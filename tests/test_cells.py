@@ -74,8 +74,13 @@ def test_one_pass_over_a_model_serves_every_method_and_rate(everything):
         "score on the target",
         "score on the tuned target",
         "score on the raw draft",
+        "gradients of the draft",
+        "gradients of the draft kept apart",
+        "hidden states of the draft",
     ):
         assert stages[stage]["samples"] == 48, stage
+    for quantity in ("similarity", "similarities", "rds"):  # the cost of each method is its own
+        assert stages[f"look at the validation rows for {quantity}"]["samples"] == 4
     for number in (1, 2, 3, 4):
         assert stages[f"score on the draft at {number}/4"]["samples"] == 48
     assert stages["fine-tune the draft"]["samples"] == stages["fine-tune the target"]["samples"] == 48

@@ -13,7 +13,7 @@ Progress = Callable[[str, int, int], None]  # stage, done, in all
 # what one pass of a model, or the pool itself, can give of each sample, and what can be made of it
 OF_ONE_PASS = ("effort", "loss", "el2n", "entropy", "hes", "upd")
 # what is taken with --validation, and the kind of its Stage
-AGAINST_VALIDATION = {"similarity": "gradients", "similarities": "gradients", "rds": "states"}
+AGAINST_VALIDATION = {"similarity": "gradients", "similarities": "gradients_apart", "rds": "states"}
 QUANTITIES = (*OF_ONE_PASS, "features", "unconditional_loss", *AGAINST_VALIDATION, "tokens")
 MADE = ("neighbours", "clusters", "unit_clusters")
 
@@ -101,6 +101,7 @@ SENTENCES = {
     "verify": "verify on the {model}",
     "calibrate": "calibrate the {model}",
     "gradients": "gradients of the {model}",
+    "gradients_apart": "gradients of the {model} kept apart",
     "states": "hidden states of the {model}",
     "query": "look at the validation rows",
     "answer": "answer",

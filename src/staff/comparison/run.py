@@ -412,7 +412,7 @@ def selection_cost(method: Method, config: SelectConfig, run: Run) -> dict[str, 
         if spec.epochs:
             shares[Stage("tune", spec.base)] = 1.0
         if need.quantity in AGAINST_VALIDATION:
-            shares[Stage("query")] = 1.0
+            shares[Stage("query", part=f"for {need.quantity}")] = 1.0
         kind = AGAINST_VALIDATION.get(need.quantity, "score")
         part = "without prompts" if need.quantity == "unconditional_loss" else ""
         twins = [name for name, other in specs.items() if other == spec]  # an untuned draft is the raw one

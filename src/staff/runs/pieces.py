@@ -419,7 +419,9 @@ class Pieces:
             else:
                 score = partial(less.similarity, scorer, pool, less.mean_direction(scorer, query))
             seconds = time.monotonic() - began
-            self._spend_pass(Stage("query"), name, query, every, seconds, path.parent.name)
+            self._spend_pass(
+                Stage("query", part=f"for {quantity}"), name, query, every, seconds, path.parent.name
+            )
             return score, bears
 
         watch = self._watch(Stage(AGAINST_VALIDATION[quantity], name), name, pool, path.parent.name)
