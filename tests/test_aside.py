@@ -321,3 +321,33 @@ def test_rows_to_keep_count_in_the_share_of_their_group(tmp_path):
     every = write_rows(tmp_path / "every.jsonl", rows)
     run = staff.select(rows, budget=40, output=tmp_path / "all", **{**told, "keep": every})
     assert len(run.indices) == 40
+
+
+def test_a_budget_of_tokens_takes_as_many_samples_as_go_into_it(models, tmp_path):
+    rows = make_rows(30)
+    every = {"pruning_rate": 0, "target": models["target"], "draft": models["draft"]}
+    table = staff.select(rows, output=tmp_path / "every", **every).scores
+    tokens = np.array(table["prompt_tokens"]) + np.array(table["response_tokens"])
+    for method in ("random", "staff", "length"):
+        told = {"method": method, "target": models["target"], **SMALL}
+        told |= {"draft": models["draft"]} if method != "random" else {}
+        run = staff.select(rows, budget_tokens=500, output=tmp_path / method, **told)
+        m = len(run.indices)
+        plain = {
+            size: staff.select(rows, budget=size, output=tmp_path / f"{method}-{size}", **told)
+            for size in (m, m + 1)
+        }
+        assert plain[m].indices.tolist() == run.indices.tolist()
+        kept = tokens[run.indices].sum()
+        assert kept == run.manifest["kept_tokens"] <= 500 < tokens[plain[m + 1].indices].sum()
+    config = SelectConfig(method=("random",), budget_tokens=500, target=models["target"])
+    assert f"{run.manifest['kept_tokens']} of 500 tokens" in summary(run, config)
+    told = {"method": "random", "target": models["target"]}
+    assert len(staff.select(rows, budget_tokens=10**6, output=tmp_path / "all", **told).indices) == 30
+    with pytest.raises(ValueError, match=r"--budget-tokens 3: the first sample has \d+ tokens"):
+        staff.select(rows, budget_tokens=3, output=tmp_path / "few", **told)
+    keep = write_rows(tmp_path / "keep.jsonl", rows[:9])
+    with pytest.raises(ValueError, match="--budget-tokens 300: --keep alone has"):
+        staff.select(rows, budget_tokens=300, keep=keep, output=tmp_path / "kept", **told)
+    with pytest.raises(ValueError, match="--budget or --budget-tokens, one of them"):
+        SelectConfig(budget=3, budget_tokens=3)

@@ -24,7 +24,7 @@ def test_a_config_comes_back_from_its_yaml(tmp_path):
     [
         ({"pruning_rate": 1.2}, r"--pruning-rate .* found 1.2"),
         ({"pruning_rate": -0.1}, "--pruning-rate"),
-        ({"pruning_rate": 0.5, "budget": 3}, "not both"),
+        ({"pruning_rate": 0.5, "budget": 3}, "one of them"),
         ({"budget": -1}, "--budget"),
         ({"draft_share": 0.0}, r"--draft-share must lie in \(0, 1\]; found 0.0"),
         ({"hard_cutoff": 1.0}, r"--hard-cutoff must lie in \[0, 1\); found 1.0"),

@@ -44,6 +44,7 @@ class Settings(TypedDict, total=False):
     scores: str | None
     validation: str | None
     budget: int | None
+    budget_tokens: int | None
     format: str
     push_to_hub: str | None
     public: bool

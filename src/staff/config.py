@@ -219,6 +219,8 @@ class SelectConfig(_Checked):
     """Fraction of the pool removed, in [0, 1); several make a coreset each."""
     budget: Annotated[int, Range(0, about="a number of samples")] | None = None
     """Samples kept, in place of a pruning rate."""
+    budget_tokens: Count | None = None
+    """Tokens kept at most, in the target's tokens, prompts and responses: as many samples as go into that."""
     output: str | None = None
     """The run's folder. Typing the same command again goes on where it stopped."""
     format: Literal["jsonl", "same"] = "jsonl"
@@ -289,8 +291,8 @@ class SelectConfig(_Checked):
             parse_shares(self.shares)
             if self.group_by is None:
                 raise ValueError(f"--shares {self.shares}: name the column of these values with --group-by")
-        if self.pruning_rate and self.budget is not None:
-            raise ValueError("give --pruning-rate or --budget, not both")
+        if [bool(self.pruning_rate), self.budget is not None, self.budget_tokens is not None].count(True) > 1:
+            raise ValueError("give --pruning-rate, --budget or --budget-tokens, one of them")
 
 
 @dataclass(frozen=True, kw_only=True)

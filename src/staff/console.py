@@ -94,6 +94,8 @@ def summary(run: Run, config: SelectConfig) -> str:
         about.append(f"rows left out are listed in {run.path / 'skipped.jsonl'}")
     lines = ["", *_entry("pool", f"{n} samples ({manifest['format']}){tokens}", *about)]
     always = f", {manifest['always']} of them from --keep" if "always" in manifest else ""
+    if "kept_tokens" in manifest:
+        always += f", {manifest['kept_tokens']:,} of {manifest['settings']['budget_tokens']:,} tokens"
     lines += _entry("coreset", f"{m} samples, {m / n:.0%} of the pool{always}")
     lines += _entry("groups", *_group_lines(manifest))
     regions = [region for region in selection.regions if region.size]

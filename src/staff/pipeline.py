@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from functools import partial
 from importlib.util import find_spec
@@ -91,7 +91,7 @@ def select(
             always = _always(config, pool)
             for coreset in coresets:
                 m = _budget(config, coreset.pruning_rate, len(pool))
-                if len(always) > m:
+                if m is not None and len(always) > m:
                     raise ValueError(f"--keep {config.keep} has {len(always)} rows, and only {m} are kept")
             _groups(config, pool)
             for name in config.method:
@@ -144,16 +144,14 @@ def select(
                 if method.verify and pieces and "target" in sources:
                     arguments["verify"] = pieces.ledger(method.verify.model)
                 # select: regions, ratios, budgets, picks (Eq. 3, Eq. 4)
-                rng, own = np.random.default_rng(config.seed), arguments
-                if len(members) < len(pool):
-                    own = narrowed(method, members, arguments)
-                told: Any = {**own, "budget": budget - len(held), "rng": rng}
-                if groups is None:
-                    selection = method.select(len(members), **told)
+                own = narrowed(method, members, arguments) if len(members) < len(pool) else arguments
+                choose = partial(_choose, method, own, config.seed, len(pool), members, held, groups, asked)
+                if budget is not None:
+                    selection = choose(budget)
                 else:
-                    told |= {"wanted": asked, "held": Counter(groups[held].tolist())}
-                    selection = select_by_group(method, groups[members], len(members), **told)
-                selections[place] = among_all(selection, members, len(pool), held), arguments.get("scores")
+                    assert pieces is not None
+                    selection = _within_tokens(config, pieces.pool("target").lengths, choose, members, held)
+                selections[place] = selection, arguments.get("scores")
             if pieces:
                 pieces.free()
             inputs.check()
@@ -166,6 +164,8 @@ def select(
                     left, kept = groups[np.union1d(members, held)], groups[selection.indices]
                     about["groups"] = _about_groups(np.array(labels), left, kept, asked)
                 about |= {"always": len(held)} if config.keep else {}
+                if config.budget_tokens is not None and target[1] is not None:
+                    about["kept_tokens"] = int(target[1].lengths[selection.indices].sum())
                 about |= aside.facts() | {"inputs": dict(inputs), "settings": settings, "seed": config.seed}
                 finished[place] = outputs.write(
                     run, coresets[place], keys[place], config, aside, selection, columns, cost, about, target
@@ -176,6 +176,58 @@ def select(
         return outputs.publish(config, runs)
 
 
+def _choose(
+    method: Method,
+    arguments: Mapping[str, Any],
+    seed: int,
+    n: int,
+    members: np.ndarray,
+    held: np.ndarray,
+    groups: np.ndarray | None,
+    asked: Mapping[str, Fraction] | None,
+    budget: int,
+) -> Selection:
+    """m samples by a method: those that are always in, and the rest of these members."""
+    told: Any = {**arguments, "budget": budget - len(held), "rng": np.random.default_rng(seed)}
+    if groups is None:
+        selection = method.select(len(members), **told)
+    else:
+        told |= {"wanted": asked, "held": Counter(groups[held].tolist())}
+        selection = select_by_group(method, groups[members], len(members), **told)
+    return among_all(selection, members, n, held)
+
+
+def _within_tokens(
+    config: SelectConfig,
+    lengths: np.ndarray,
+    choose: Callable[[int], Selection],
+    members: np.ndarray,
+    held: np.ndarray,
+) -> Selection:
+    """As many samples as go into --budget-tokens: one more, chosen in the same way, would not."""
+    assert config.budget_tokens is not None
+
+    def tokens(selection: Selection) -> int:
+        return int(lengths[selection.indices].sum())
+
+    low, high = len(held), len(held) + len(members)
+    if tokens(whole := choose(high)) <= config.budget_tokens:
+        return whole
+    fitting = choose(low)
+    while high - low > 1:
+        middle = (low + high) // 2
+        selection = choose(middle)
+        if tokens(selection) <= config.budget_tokens:
+            low, fitting = middle, selection
+        else:
+            high = middle
+    if not len(fitting.indices) or tokens(fitting) > config.budget_tokens:
+        least = tokens(fitting if len(held) else choose(1))
+        what = f"{'--keep alone' if len(held) else 'the first sample'} has {least}"
+        raise ValueError(f"--budget-tokens {config.budget_tokens}: {what} tokens; give more")
+    return fitting
+
+
 def check_settings(config: SelectConfig, data: Any, methods: Mapping[str, Method]) -> None:
     """What can be known to be wrong before anything is read or loaded."""
     if data is None and not config.data:
@@ -183,9 +235,10 @@ def check_settings(config: SelectConfig, data: Any, methods: Mapping[str, Method
     for name in config.method:
         if name not in methods:
             raise ValueError(f"--method must be one of {', '.join(methods)}; found {name!r}")
-    if not config.pruning_rate and config.budget is None:
+    if not config.pruning_rate and config.budget is None and config.budget_tokens is None:
         raise ValueError(
-            "say how much to keep: --pruning-rate 0.8 keeps a fifth, --budget 500 keeps 500 samples"
+            "say how much to keep: --pruning-rate 0.8 keeps a fifth, --budget 500 keeps 500 samples, "
+            "--budget-tokens 1000000 as many as go into that"
         )
     known = {name: value for method in config.method for name, value in methods[method].options().items()}
     for pair in config.option:
@@ -241,6 +294,8 @@ def find_models(config: SelectConfig, methods: Mapping[str, Method]) -> dict[str
         wanted |= {need.base for need in needs}
     if config.drop_suspects:
         wanted.add("draft")
+    if config.budget_tokens is not None:
+        wanted.add("target")
     if not wanted:
         return {}
     from staff.models import families
@@ -320,8 +375,12 @@ def _key(
     return files.fingerprint({"method": named, "rate": rate, "settings": settings, "inputs": inputs})
 
 
-def _budget(config: SelectConfig, pruning_rate: float | None, n: int, aside: Aside | None = None) -> int:
-    """m of a pool of n usable rows, those set aside counted; at most what is left."""
+def _budget(
+    config: SelectConfig, pruning_rate: float | None, n: int, aside: Aside | None = None
+) -> int | None:
+    """m of a pool of n usable rows, those set aside counted; at most what is left. None: tokens decide."""
+    if config.budget_tokens is not None:
+        return None
     budget = config.budget if pruning_rate is None else round((1 - pruning_rate) * n)
     assert budget is not None
     asked = f"--budget {budget}" if pruning_rate is None else f"--pruning-rate {pruning_rate}"
