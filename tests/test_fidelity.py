@@ -157,6 +157,30 @@ def test_inside_groups_what_a_draft_knows_of_the_groups_themselves_counts_for_no
     assert same.adjusted_rand[0] == same.kendall[0] == pytest.approx(1)
 
 
+def test_groups_whose_scores_touch_are_still_groups():
+    from staff.methods import METHODS
+    from staff.methods.groups import select_by_group
+    from staff.pipeline import _fidelity
+
+    rng, groups = np.random.default_rng(0), np.repeat(["a", "b"], 150)
+    scores = np.r_[
+        np.linspace(1, 2, 150), np.linspace(2, 3, 150)
+    ]  # the end of one is the beginning of the other
+    target, length = scores + rng.uniform(0, 0.1, 300), rng.integers(5, 50, 300)
+    settings = {"num_regions": 5, "verification_budget": 10, "hard_cutoff": 0.0}
+    rng, ask = np.random.default_rng(1), target.__getitem__
+    chosen = select_by_group(
+        METHODS["staff"], groups, 300, budget=30, rng=rng, scores=scores, verify=ask, **settings
+    )
+    assert chosen.regions[4].upper == chosen.regions[5].lower
+    at = chosen.verified
+    told = _fidelity(chosen, scores, target[at], length, None, groups)
+    sizes = np.array([region.size for region in chosen.regions])
+    regions = chosen.region_of[at]
+    apart = fidelity(regions, sizes, 300, scores[at], target[at], length[at], firsts=(0, 5))
+    assert told == apart.as_dict()
+
+
 def test_a_draft_that_is_the_length_knows_nothing_else():
     length = np.random.default_rng(0).permutation(200)
     target = length + 8.0 * np.random.default_rng(1).normal(size=200)

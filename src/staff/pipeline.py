@@ -158,7 +158,7 @@ def select(
             target = pieces.target() if pieces and selections else (None, None)
             for place, (selection, scores) in selections.items():
                 columns, cost, about = _results(
-                    config, pool, methods[coresets[place].method], selection, scores, pieces, run
+                    config, pool, methods[coresets[place].method], selection, scores, pieces, run, groups
                 )
                 if labels is not None and groups is not None:
                     left, kept = groups[np.union1d(members, held)], groups[selection.indices]
@@ -464,6 +464,7 @@ def _results(
     scores: np.ndarray | None,
     pieces: Pieces | None,
     run: RunFolder,
+    groups: np.ndarray | None,
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """What is written of a selection beside the rows: columns of scores.parquet, the cost, what the manifest
     says."""
@@ -484,7 +485,7 @@ def _results(
         about |= pieces.self_checks(method.models())
         if len(selection.verified) and method.verify and scores is not None:
             on_target = pieces.ledger(method.verify.model)(selection.verified)
-            about["fidelity"] = _fidelity(selection, scores, on_target, response, values.get("loss"))
+            about["fidelity"] = _fidelity(selection, scores, on_target, response, values.get("loss"), groups)
             values["target_effort"] = np.full(len(pool), np.nan, np.float32)
             values["target_effort"][selection.verified] = on_target
         if any(
@@ -518,6 +519,7 @@ def _fidelity(
     on_target: np.ndarray,
     length: np.ndarray,
     loss: np.ndarray | None,
+    groups: np.ndarray | None,
 ) -> dict[str, Any]:
     """What the verified samples of the regions say of the draft."""
     assert selection.region_of is not None
@@ -527,8 +529,10 @@ def _fidelity(
     sizes = np.array([region.size for region in selection.regions])
     draft, n = np.asarray(scores)[positions], len(selection.region_of)
     losses = None if loss is None else loss[positions]
-    edges = [(region.lower, region.upper) for region in selection.regions]
-    firsts = [i for i, (lower, _) in enumerate(edges) if i == 0 or lower != edges[i - 1][1]]  # of each group
+    # the lowest region of a group holds its lowest score, so it is never empty
+    inside = selection.region_of >= 0
+    of_groups = [] if groups is None else [selection.region_of[inside & (groups == g)] for g in set(groups)]
+    firsts = sorted(int(own.min()) for own in of_groups if len(own)) or [0]
     told = fidelity(
         regions[places], sizes, n, draft, on_target[places], length[positions], losses, firsts=firsts
     )
