@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from staff import files
-from staff.config import DraftsConfig, Engine, Reading, SelectConfig, check_named, flat
+from staff.config import DraftsConfig, SelectConfig, check_named, flags_of
 from staff.methods.fidelity import Fidelity, fidelity, within
 from staff.methods.strata import split
 from staff.methods.verification import default_regions
@@ -66,15 +66,25 @@ def compare_drafts(config: DraftsConfig, on_progress: Progress | None = None) ->
     n = len(pool)
     drawn = np.sort(np.random.default_rng(config.seed).permutation(n)[: config.rows])
     some = dataclasses.replace(pool, numbers=pool.numbers[drawn])
-    for label, source in sources.items():
+    apart = {id(source): source for source in sources.values()}  # blocks of the target's own are of its files
+    for key, source in apart.items():
         tokenizer = load.load_tokenizer(source, engine.trust_remote_code)
-        pools[label] = tokenise(some.examples(), tokenizer, how.max_length, None, how, some.where)
+        pools[key] = tokenise(some.examples(), tokenizer, how.max_length, None, how, some.where)
     some, pools = in_common(some, pools)
-    told = {}
-    for label, source in sources.items():
-        load.check_room(source, pools[label], some.numbers, engine.trust_remote_code)
-    for label in (*candidates, TARGET):  # the dearest last
-        told[label] = _score(config, label, sources[label], pools[label], on_progress)
+    for key, source in apart.items():
+        load.check_room(source, pools[key], some.numbers, engine.trust_remote_code)
+    told, of_target = {}, pools[id(sources[TARGET])]
+    device = load.pick_device(engine.device)
+    dtype = load.pick_dtype(engine.dtype, device)
+    with tempfile.TemporaryDirectory(prefix="staff-") as folder:
+        for key, source in apart.items():
+            if source.gguf:
+                (Path(folder) / str(key)).mkdir()
+                apart[key] = load.unpack_gguf(source, Path(folder) / str(key), dtype)
+        for label in (*candidates, TARGET):  # the dearest last
+            key = id(sources[label])
+            how_loaded = dtype, device, engine.trust_remote_code, engine.load_in
+            told[label] = _score(load.load_model(apart[key], *how_loaded), label, pools[key], on_progress)
     target, lines = told[TARGET], []
     share = most_verified(n, None, None, SelectConfig.hard_cutoff) / n
     for name in candidates:
@@ -93,28 +103,19 @@ def compare_drafts(config: DraftsConfig, on_progress: Progress | None = None) ->
                     "passes": passes,
                     "tuned_passes": staff_passes(PAPER_EPOCHS, 1, relative, share),
                     "pays": passes < 1,
-                    "fidelity": _faithful(draft, target, scope, pools[TARGET], n).as_dict(),
+                    "fidelity": _faithful(draft, target, scope, of_target, n).as_dict(),
                 }
             )
     found = {"rows": len(some), "n": n, "verified_share": share, "drafts": lines}
     return found | {"advice": _advice(lines, config)}
 
 
-def _score(
-    config: DraftsConfig, label: str, source: Any, pool: Pool, on_progress: Progress | None
-) -> dict[str, Any]:
-    """Efforts in both scopes, loss, seconds and operations of one model."""
+def _score(model: Any, label: str, pool: Pool, on_progress: Progress | None) -> dict[str, Any]:
+    """Efforts in both scopes, loss, seconds and operations of a model, cut as its label says."""
     from staff.models import drafts, families, load
     from staff.scoring import scopes, selfcheck
     from staff.scoring.scorer import Scorer
 
-    device = load.pick_device(config.engine.device)
-    dtype = load.pick_dtype(config.engine.dtype, device)
-    trust, load_in = config.engine.trust_remote_code, config.engine.load_in
-    with tempfile.TemporaryDirectory(prefix="staff-") as folder:
-        if source.gguf:
-            source = load.unpack_gguf(source, Path(folder), dtype)
-        model = load.load_model(source, dtype, device, trust, load_in)
     blocks = families.self_blocks(label)
     model = drafts.cut(model, blocks) if blocks else model
     stage = f"score on {label or 'target'}"
@@ -159,7 +160,8 @@ def _faithful(
 def _advice(lines: list[dict[str, Any]], config: DraftsConfig) -> str:
     """What to take and what to type: the most trusted draft that costs less than scoring the target."""
     data = " ".join(map(shlex.quote, config.data))
-    line = f"staff select --data {data} --target {shlex.quote(config.target)}{_flags(config)}"
+    line = f"staff select --data {data} --target {shlex.quote(config.target)}"
+    line += flags_of(config.reading) + flags_of(config.engine)
     line += " --pruning-rate 0.8 --output runs/x"
     trusted = [row for row in lines if row["pays"] and row["fidelity"]["verdict"] in RANKS[:2]]
     if not trusted:
@@ -173,16 +175,6 @@ def _advice(lines: list[dict[str, Any]], config: DraftsConfig) -> str:
         f"{best['candidate']} in scope {best['scope']}: {verdict}, at {passes:.2f} passes of the target in "
         f"place of 1\n  {line} --draft {shlex.quote(best['candidate'])} --scope {best['scope']}"
     )
-
-
-def _flags(config: DraftsConfig) -> str:
-    """How rows are read and models loaded, where that is not as it is by itself."""
-    default, words = {**flat(Reading()), **flat(Engine())}, []
-    for name, value in {**flat(config.reading), **flat(config.engine)}.items():
-        if value != default[name]:
-            given = "" if value is True else f" {shlex.quote(str(value))}"
-            words.append(f" --{name.replace('_', '-')}{given}")
-    return "".join(words)
 
 
 def describe_drafts(found: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import os
 import re
+import shlex
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -493,6 +494,17 @@ def check_named(config: Any, *names: str) -> None:
     missing = [f"the {name} with --{name} {kinds[name]}" for name in names if not getattr(config, name)]
     if missing:
         raise ValueError("name " + " and ".join(missing))
+
+
+def flags_of(group: Any, *names: str) -> str:
+    """What of a group of settings is not as it is by itself, as flags to type; of all of it, or of some."""
+    default, words = type(group)(), []
+    for name in names or [field.name for field in dataclasses.fields(group)]:
+        value = getattr(group, name)
+        if value is not None and value != getattr(default, name):
+            given = "" if value is True else f" {shlex.quote(str(value))}"
+            words.append(f" --{name.replace('_', '-')}{given}")
+    return "".join(words)
 
 
 def flat(config: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import math
 import shlex
 from typing import Any
 
-from staff.config import Reading, SelectConfig
+from staff.config import SelectConfig, flags_of
 from staff.data.layouts import visible as visible
 from staff.methods.fidelity import Fidelity, within
 from staff.runs.outputs import Run, remarks
@@ -71,12 +71,8 @@ def reading_flags(config: SelectConfig) -> str:
 
     Where a pool is found (--split and the like) does not go along: a coreset is a file.
     """
-    reading, default, words = config.reading, Reading(), []
-    for name in ("columns", "train_on", "max_length", "chat_template", "template_date", "on_long"):
-        value = getattr(reading, name)
-        if value is not None and value != getattr(default, name):
-            words.append(f" --{name.replace('_', '-')} {shlex.quote(str(value))}")
-    return "".join(words)
+    names = ("columns", "train_on", "max_length", "chat_template", "template_date", "on_long")
+    return flags_of(config.reading, *names)
 
 
 def _entry(label: str, *texts: str) -> list[str]:

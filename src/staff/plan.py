@@ -284,10 +284,8 @@ def time_model(model: Any, pool: Pool, config: PlanConfig) -> Speed:
 
 def describe_plan(plan: Mapping[str, Any]) -> str:
     """A plan as a person reads it."""
-    rates, where = (
-        list(plan["methods"][0]["total_seconds"]),
-        "predicted seconds on this machine, loading aside",
-    )
+    rates = list(plan["methods"][0]["total_seconds"])
+    where = "predicted seconds on this machine, loading aside"
     header = "".join(f"{f'{float(rate):.0%} pruned':>13}" for rate in rates)
     lines = ["", f"pool       {plan['n']} samples, {plan['tokens']:,} tokens; {where}", ""]
     lines.append(f"{'method':20}{'choosing':>10}{header}{'pays from':>11}")
