@@ -23,7 +23,7 @@ ROWS = [
     ["models"],
     ["methods", "graph"],
     ["data"],
-    ["config", "types", "files"],
+    ["config", "types", "files", "bars"],
 ]
 # what is lower than its chapter for now
 EXCEPTIONS = {

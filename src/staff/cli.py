@@ -18,6 +18,7 @@ from typing import Any
 
 from staff import config as configs
 from staff import console
+from staff.bars import Bars
 
 FAILED = 2  # something that the user can mend
 INTERRUPTED = 130
@@ -34,7 +35,7 @@ def select(arguments: Sequence[str]) -> None:
 
     config, given = _parse(configs.SelectConfig, arguments, "staff select", "update", "quiet", "json")
     configs.check_named(config, "output")
-    with console.Bars(quiet=given.quiet) as progress:
+    with Bars(quiet=given.quiet) as progress:
         runs = pipeline.select(config, update=given.update, on_progress=progress)
     values = [{"coreset": str(run.path / "coreset.jsonl"), **run.manifest, "cost": run.cost} for run in runs]
     if len(runs) == 1:
@@ -48,7 +49,7 @@ def finetune(arguments: Sequence[str]) -> None:
     from staff import jobs
 
     config, given = _parse(configs.FinetuneConfig, arguments, "staff finetune", "update", "quiet", "json")
-    with console.Bars(quiet=given.quiet) as progress:
+    with Bars(quiet=given.quiet) as progress:
         path = jobs.finetune(config, update=given.update, on_progress=progress)
     _say(
         given,
@@ -62,7 +63,7 @@ def score(arguments: Sequence[str]) -> None:
     from staff import jobs
 
     config, given = _parse(configs.ScoreConfig, arguments, "staff score", "quiet", "json")
-    with console.Bars(quiet=given.quiet) as progress:
+    with Bars(quiet=given.quiet) as progress:
         path, n = jobs.score(config, on_progress=progress)
     _say(
         given,
@@ -76,7 +77,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     from staff.comparison import evaluate as evaluation
 
     config, given = _parse(configs.EvaluateConfig, arguments, "staff evaluate", "quiet", "json")
-    with console.Bars(quiet=given.quiet) as progress:
+    with Bars(quiet=given.quiet) as progress:
         summary = evaluation.evaluate(config, on_progress=progress)
     _say(given, evaluation.describe(summary, config.output), summary)
 
@@ -95,7 +96,7 @@ def drafts(arguments: Sequence[str]) -> None:
     from staff import candidates
 
     config, given = _parse(configs.DraftsConfig, arguments, "staff drafts", "quiet", "json")
-    with console.Bars(quiet=given.quiet) as progress:
+    with Bars(quiet=given.quiet) as progress:
         found = candidates.compare_drafts(config, progress)
     text = candidates.describe_drafts(found)
     if config.picture:
@@ -132,7 +133,7 @@ def compare(arguments: Sequence[str]) -> None:
 
     comparison = grid.read_comparison(given.config, given.output)
     if not given.tables:
-        with console.Bars(quiet=given.quiet) as progress:
+        with Bars(quiet=given.quiet) as progress:
             comparing.compare(comparison, update=given.update, on_progress=progress)
     text = results.report(comparison.output, {name: task.metrics for name, task in comparison.tasks.items()})
     files = {name: str(comparison.output / name) for name in ("results.csv", "results.md", "differences.csv")}
