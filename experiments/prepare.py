@@ -27,11 +27,13 @@ FILES = {  # file -> source, rows at most, condition
     "medquad-test-100.jsonl": (f"{SAMPLE}/test.jsonl", 100, any_row),
     "medquad-test-50.jsonl": (f"{SAMPLE}/test.jsonl", 50, any_row),
     "medquad-validation-50.jsonl": ("biomedical_qa/validation.jsonl", 50, like_the_sample),
+    "medquad-validation-32.jsonl": ("biomedical_qa/validation.jsonl", 32, like_the_sample),
     "medquad-validation.jsonl": ("biomedical_qa/validation.jsonl", 200, like_the_sample),
     "dialogue-300.jsonl": ("dialogue_summarization/train.jsonl", 300, any_row),
     "wiki-train.jsonl": ("wiki_paraphrase/train.jsonl", 2000, any_row),
     "wiki-600.jsonl": ("wiki_paraphrase/train.jsonl", 600, any_row),
     "wiki-300.jsonl": ("wiki_paraphrase/train.jsonl", 300, any_row),
+    "wiki-validation-32.jsonl": ("wiki_paraphrase/validation.jsonl", 32, any_row),
     "wiki-validation.jsonl": ("wiki_paraphrase/validation.jsonl", 200, any_row),
     "wiki-test-100.jsonl": ("wiki_paraphrase/test.jsonl", 100, any_row),
 }
