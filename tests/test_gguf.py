@@ -140,7 +140,7 @@ def test_a_killed_evaluation_of_a_gguf_file_does_not_unpack_it_again(folder, tmp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation._Answerer, "answer", stop)
+        patch.setattr(evaluation.Answerer, "answer", stop)
         with pytest.raises(KeyboardInterrupt):
             evaluate(config)
     load, loaded = models.load_model, []

@@ -17,9 +17,10 @@ import pytest
 import staff
 from family import SETTINGS, comparison_file, config_of, make_rows
 from staff import jobs
-from staff.comparison import diversity, evaluate, grid, metrics
+from staff.comparison import diversity, evaluate, grid
 from staff.comparison import run as comparing
 from staff.config import EvaluateConfig, FinetuneConfig, ScoreConfig
+from staff.data import metrics
 from staff.runs import account
 from staff.scoring import shards
 from stubs import stand_in

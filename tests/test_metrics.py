@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from staff.comparison.metrics import UnicodeTokenizer, bleu_tokenizer, distinct, is_english, judge_answers
+from staff.data.metrics import UnicodeTokenizer, bleu_tokenizer, distinct, is_english, judge_answers
 
 
 def test_rouge_is_f1_over_shared_words_in_any_and_in_the_same_order():

@@ -2,9 +2,9 @@
 
     python experiments/methods/reward.py    # after experiments/prepare.py; 2 minutes on one core
 
-Leaves runs/reward, a sequence-classification model, and the pools with its judgement of every row in a column:
-runs/data/*-600-quality.jsonl, `quality` = 1 / (1 + exp(-logit)). It is trained on rows that no pool and no test
-file holds.
+Leaves runs/reward, a sequence-classification model, and the pools with its judgement of every row in a
+column: runs/data/*-600-quality.jsonl, `quality` = 1 / (1 + exp(-logit)). It is trained on rows that no pool
+and no test file holds.
 """
 
 import json
@@ -67,6 +67,7 @@ def main():
         right = lines(path)[ROWS]
         ids += samples(right + shuffled(right, rng), tokenizer)
         labels += [1.0] * len(right) + [0.0] * len(right)
+    right_or_not = torch.nn.functional.binary_cross_entropy_with_logits
     optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.0)
     steps = EPOCHS * len(ids) // BATCH
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=0.1)
@@ -74,7 +75,7 @@ def main():
     model.train()
     for places in order[: steps * BATCH].reshape(steps, BATCH):
         told = torch.tensor([labels[i] for i in places])
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits(model, [ids[i] for i in places]), told)
+        loss = right_or_not(logits(model, [ids[i] for i in places]), told)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step(), optimizer.zero_grad(), schedule.step()
@@ -83,8 +84,13 @@ def main():
     for task in TASKS:
         right = lines(f"runs/data/{task}-validation.jsonl")
         of_right, of_wrong = (judged(model, samples(r, tokenizer)) for r in (right, shuffled(right, rng)))
-        told = {"task": task, "right above 0": (of_right > 0).mean(), "shuffled above 0": (of_wrong > 0).mean()}
-        print(json.dumps(told | {"right above its shuffled one": (of_right > of_wrong).mean()}))
+        told = {
+            "task": task,
+            "right above 0": (of_right > 0).mean(),
+            "shuffled above 0": (of_wrong > 0).mean(),
+        }
+        told |= {"right above its shuffled one": (of_right > of_wrong).mean()}
+        print(json.dumps({name: str(value) for name, value in told.items()}))
         pool = lines(f"runs/data/{task}-600.jsonl")
         quality = 1 / (1 + np.exp(-judged(model, samples(pool, tokenizer))))
         text = "".join(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from staff import graph
-from staff.comparison.metrics import UnicodeTokenizer
+from staff.data.metrics import UnicodeTokenizer
 
 MAX_WORDS = 2**16  # the most frequent ones, that texts are told apart by
 NUM_ASKED = 2000  # samples of a coreset, drawn, whose nearest neighbour is looked for

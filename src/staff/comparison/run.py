@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from staff import graph, jobs, pipeline
-from staff.comparison import diversity, metrics
+from staff.comparison import diversity
 from staff.comparison import evaluate as evaluation
 from staff.comparison.grid import (
     FULL,
@@ -28,6 +28,7 @@ from staff.comparison.grid import (
     select_config,
 )
 from staff.config import SelectConfig
+from staff.data import metrics
 from staff.data import rows as formats
 from staff.files import (
     changed_files,
