@@ -113,7 +113,7 @@ def test_a_picture_over_the_data_is_refused_before_any_work(found):
 
 
 def test_what_is_missing_of_data_and_target_is_named():
-    with pytest.raises(ValueError, match="the data with --data FILE and the target with --target MODEL"):
+    with pytest.raises(ValueError, match=r"the data with --data FILE\n.* with --target MODEL"):
         candidates.compare_drafts(DraftsConfig(candidates=("self:1",)))
 
 

@@ -109,7 +109,7 @@ def test_scores_can_be_written_alone_and_taken_up_again(done, family):
     ("arguments", "message"),
     [
         (["selct"], "there is no command 'selct'; did you mean select?"),
-        (["select", "--pruning-rte", "0.5"], "Unrecognized options"),
+        (["select", "--pruning-rte", "0.5"], "there is no --pruning-rte; did you mean --pruning-rate?"),
         (["select", "--data", "POOL", "--pruning-rate", "1.2", "--output", "o"], "in [0, 1); found 1.2"),
         (["select", "--data", "POOL", "--output", "o"], "say how much to keep"),
         (
@@ -221,10 +221,9 @@ def test_ctrl_c_gives_the_terminal_back_at_once_and_the_same_command_goes_on(fam
 @pytest.mark.parametrize("given", [["--preset", "paper"], ["--preset=paper"]])
 def test_a_preset_on_the_command_line_stands_below_flags_and_a_file(given, tmp_path):
     from staff import cli
-    from staff.config import SelectConfig
 
     (tmp_path / "c.yaml").write_text("num_regions: 9\n")
     config, _ = cli._parse(
-        SelectConfig, ["--config", str(tmp_path / "c.yaml"), *given, "--verification-budget", "4"], "x"
+        "select", ["--config", str(tmp_path / "c.yaml"), *given, "--verification-budget", "4"]
     )
     assert (config.draft_epochs, config.num_regions, config.verification_budget) == (3.0, 9, 4)

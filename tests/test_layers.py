@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "staff"
 # too
 ROWS = [
     ["cli"],
-    ["console"],
+    ["console", "flags"],
     ["comparison"],
     ["jobs", "candidates", "__init__"],
     ["pipeline"],

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from staff import files
-from staff.config import DraftsConfig, SelectConfig, check_named, flags_of
+from staff.config import DraftsConfig, SelectConfig, check_named, check_whole, flags_of, unnamed
 from staff.methods.fidelity import Fidelity, fidelity, within
 from staff.methods.strata import split
 from staff.methods.verification import default_regions
@@ -46,10 +46,10 @@ def compare_drafts(config: DraftsConfig, on_progress: Progress | None = None) ->
     from staff.data.tokens import in_common, tokenise
     from staff.models import families, load
 
-    check_named(config, "data", "target")
-    if not config.candidates:
+    if config.target and not config.candidates:
         known = ", ".join(families.suggest_drafts(config.target)) or "self:8, a hub id or a folder"
-        raise ValueError(f"name drafts to compare with --candidates, as {known}")
+        check_whole([*unnamed(config, "data"), f"name drafts to compare with --candidates, as {known}"])
+    check_named(config)
     candidates, engine = tuple(dict.fromkeys(config.candidates)), config.engine
     sources, pools = {TARGET: load.resolve(config.target, "--target")}, {}
     for name in candidates:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from staff import config as configs
-from staff import console
+from staff import console, flags
 from staff.bars import Bars
 
 FAILED = 2  # something that the user can mend
@@ -30,11 +30,14 @@ SWITCHES = {
 
 
 def select(arguments: Sequence[str]) -> None:
-    """Choose the coreset of a pool: the main job."""
+    """Choose the coreset of a pool: the main job.
+
+    staff select --data train.jsonl --target T --draft D --pruning-rate 0.8 --output runs/x
+    """
     from staff import pipeline
 
-    config, given = _parse(configs.SelectConfig, arguments, "staff select", "update", "quiet", "json")
-    configs.check_named(config, "output")
+    config, given = _parse("select", arguments)
+    configs.check_whole(configs.unnamed(config, "data", "output") + pipeline.missing(config))
     with Bars(quiet=given.quiet) as progress:
         runs = pipeline.select(config, update=given.update, on_progress=progress)
     values = [{"coreset": str(run.path / "coreset.jsonl"), **run.manifest, "cost": run.cost} for run in runs]
@@ -45,10 +48,13 @@ def select(arguments: Sequence[str]) -> None:
 
 
 def finetune(arguments: Sequence[str]) -> None:
-    """Fine-tune a model on a file with LoRA, a coreset for example."""
+    """Fine-tune a model on a file with LoRA, a coreset for example.
+
+    staff finetune --data runs/x/coreset.jsonl --model T --output runs/x/adapter
+    """
     from staff import jobs
 
-    config, given = _parse(configs.FinetuneConfig, arguments, "staff finetune", "update", "quiet", "json")
+    config, given = _parse("finetune", arguments)
     with Bars(quiet=given.quiet) as progress:
         path = jobs.finetune(config, update=given.update, on_progress=progress)
     _say(
@@ -59,10 +65,13 @@ def finetune(arguments: Sequence[str]) -> None:
 
 
 def score(arguments: Sequence[str]) -> None:
-    """Write the scores of every sample on one model: effort, loss, tokens."""
+    """Write the scores of every sample on one model: effort, loss, tokens.
+
+    staff score --data train.jsonl --model D --output scores.parquet
+    """
     from staff import jobs
 
-    config, given = _parse(configs.ScoreConfig, arguments, "staff score", "quiet", "json")
+    config, given = _parse("score", arguments)
     with Bars(quiet=given.quiet) as progress:
         path, n = jobs.score(config, on_progress=progress)
     _say(
@@ -73,29 +82,38 @@ def score(arguments: Sequence[str]) -> None:
 
 
 def evaluate(arguments: Sequence[str]) -> None:
-    """Answer a test file with a model: ROUGE, BLEU, chrF, exact match, loss, a row an example."""
+    """Answer a test file with a model: ROUGE, BLEU, chrF, exact match, loss, a row an example.
+
+    staff evaluate --data test.jsonl --model runs/x/adapter --output runs/x/answers.jsonl
+    """
     from staff.comparison import evaluate as evaluation
 
-    config, given = _parse(configs.EvaluateConfig, arguments, "staff evaluate", "quiet", "json")
+    config, given = _parse("evaluate", arguments)
     with Bars(quiet=given.quiet) as progress:
         summary = evaluation.evaluate(config, on_progress=progress)
     _say(given, evaluation.describe(summary, config.output), summary)
 
 
 def plan(arguments: Sequence[str]) -> None:
-    """Predict what every method would take on this machine, where it pays, and what to do."""
+    """Predict what every method would take on this machine, where it pays, and what to do.
+
+    staff plan --data train.jsonl --target T --draft D
+    """
     from staff import plan as planning
 
-    config, given = _parse(configs.PlanConfig, arguments, "staff plan", "json")
+    config, given = _parse("plan", arguments)
     made = planning.make_plan(config)
     _say(given, planning.describe_plan(made), made)
 
 
 def drafts(arguments: Sequence[str]) -> None:
-    """Compare drafts with the target on a few hundred rows: which is faithful, at what cost."""
+    """Compare drafts with the target on a few hundred rows: which is faithful, at what cost.
+
+    staff drafts --data train.jsonl --target T --candidates D self:8 --picture drafts.png
+    """
     from staff import candidates
 
-    config, given = _parse(configs.DraftsConfig, arguments, "staff drafts", "quiet", "json")
+    config, given = _parse("drafts", arguments)
     with Bars(quiet=given.quiet) as progress:
         found = candidates.compare_drafts(config, progress)
     text = candidates.describe_drafts(found)
@@ -108,25 +126,15 @@ def drafts(arguments: Sequence[str]) -> None:
 
 
 def compare(arguments: Sequence[str]) -> None:
-    """Methods, pruning rates and seeds against each other: select, fine-tune, evaluate; tables with
-    intervals, and costs."""
-    parser = argparse.ArgumentParser("staff compare", description=compare.__doc__)
-    parser.add_argument(
-        "--config",
-        metavar="FILE.yaml",
-        help="what to compare: tasks, target, drafts, methods, pruning_rates, seeds",
-    )
-    parser.add_argument(
-        "--output", help="the folder, in place of the file's own; the same command goes on where it stopped"
-    )
-    parser.add_argument(
-        "--tables", action="store_true", help="make the tables of what is finished, and work on nothing"
-    )
-    for switch in ("update", "quiet", "json"):
-        parser.add_argument(f"--{switch}", action="store_true", help=SWITCHES[switch])
-    given = parser.parse_args(list(arguments))
+    """Methods, pruning rates and seeds against each other: select, fine-tune, evaluate; tables, costs.
+
+    staff init comparison.yaml && staff compare --config comparison.yaml
+    """
+    given = _given("compare", arguments)
     if not given.config:
-        raise ValueError("name what to compare with --config FILE.yaml")
+        raise ValueError(
+            "name what to compare with --config FILE.yaml; staff init comparison.yaml writes one"
+        )
     from staff.comparison import grid
     from staff.comparison import run as comparing
     from staff.comparison import tables as results
@@ -145,15 +153,17 @@ def compare(arguments: Sequence[str]) -> None:
 
 
 def inspect(arguments: Sequence[str]) -> None:
-    """Show how a file is read: format, columns, lengths, duplicates, the first rows as the model sees
-    them."""
+    """Show how a file is read: format, columns, lengths, duplicates, rows as the model sees them.
+
+    staff inspect --data train.jsonl --model T
+    """
     from rich.console import Console
 
     from staff import inspection
     from staff.data import rows as formats
 
-    config, given = _parse(configs.InspectConfig, arguments, "staff inspect", "json")
-    configs.check_named(config, "data")
+    config, given = _parse("inspect", arguments)
+    configs.check_named(config)
     tokenizer = inspection.tokenizer_of(config.model, config.trust_remote_code) if config.model else None
     rows = formats.read(list(config.data), **{**config.reading.keywords(), "on_bad_row": "skip"})
     report = inspection.inspect(rows, tokenizer, config.reading.max_length, config.reading)
@@ -171,10 +181,13 @@ def _say(given: argparse.Namespace, text: str, values: dict[str, Any]) -> None:
 
 
 def methods(arguments: Sequence[str]) -> None:
-    """List the methods: what each needs and where it is from."""
+    """List the methods: what each needs and where it is from.
+
+    staff methods
+    """
     from staff.methods import COST_SYMBOLS, methods_table
 
-    del arguments
+    _given("methods", arguments)
     for row in methods_table():
         print(f"{row.name:18}{row.about}")
         print(
@@ -184,6 +197,32 @@ def methods(arguments: Sequence[str]) -> None:
         if row.options:
             print(f"{'':18}options {row.options}")
     print(f"\ncost in passes of the target over the pool. {COST_SYMBOLS}")
+
+
+def init(arguments: Sequence[str]) -> None:
+    """Write a comparison's YAML file to begin with, every key explained.
+
+    staff init comparison.yaml
+    """
+    from staff import files
+    from staff.comparison.grid import TEMPLATE
+
+    path = Path(_given("init", arguments).file)
+    if path.exists():
+        raise ValueError(f"{path} is there already; name a new file")
+    files.write_text(path, TEMPLATE)
+    print(f"{path}: fill in the tasks, then staff compare --config {path}")
+
+
+def completion(arguments: Sequence[str]) -> None:
+    """Print what makes a shell complete commands, flags and choices.
+
+    eval "$(staff completion bash)"            # zsh likewise; staff completion fish | source
+    """
+    shell = _given("completion", arguments).shell
+    if shell not in flags.SHELLS:
+        raise ValueError(f"there is no completion for {shell}; for {', '.join(flags.SHELLS)} there is")
+    print(flags.completion(shell, {name: (_first_line(name), _parser(name)) for name in COMMANDS}), end="")
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -196,40 +235,85 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "compare": compare,
     "inspect": inspect,
     "methods": methods,
+    "init": init,
+    "completion": completion,
+}
+# the settings of each, and which SWITCHES it knows
+SETTINGS: dict[str, tuple[type | None, str]] = {
+    "plan": (configs.PlanConfig, "json"),
+    "drafts": (configs.DraftsConfig, "quiet json"),
+    "select": (configs.SelectConfig, "update quiet json"),
+    "score": (configs.ScoreConfig, "quiet json"),
+    "finetune": (configs.FinetuneConfig, "update quiet json"),
+    "evaluate": (configs.EvaluateConfig, "quiet json"),
+    "compare": (None, "update quiet json"),
+    "inspect": (configs.InspectConfig, "json"),
 }
 
 
-def _parse(
-    kind: type, arguments: Sequence[str], program: str, *switches: str
-) -> tuple[Any, argparse.Namespace]:
+def _first_line(name: str) -> str:
+    return (COMMANDS[name].__doc__ or "").splitlines()[0]
+
+
+def _parser(name: str) -> flags.Parser:
+    kind, switches = SETTINGS.get(name, (None, ""))
+    parser = flags.parser_of(f"staff {name}", COMMANDS[name].__doc__ or "", kind)
+    own = parser.add_argument_group(flags.OURS)
+    if name == "init":
+        own.add_argument("file", nargs="?", default="comparison.yaml", help="(default: comparison.yaml)")
+    if name == "completion":
+        own.add_argument(
+            "shell", nargs="?", default="bash", help=f"{', '.join(flags.SHELLS)} (default: bash)"
+        )
+    if name == "compare":
+        from staff.comparison.grid import TEMPLATE
+
+        own.add_argument("--config", default=None, metavar="FILE.yaml", help="what to compare (required)")
+        about = "the folder, in place of the file's own; the same command goes on where it stopped"
+        own.add_argument("--output", default=None, metavar="PATH", help=about)
+        about = "make the tables of what is finished, and work on nothing"
+        own.add_argument("--tables", action="store_true", default=False, help=about)
+        parser.epilog = f"What the YAML file may say:\n\n{TEMPLATE}"
+    if kind:
+        about = "a YAML file of settings: flags typed earlier"
+        own.add_argument("--config", default=None, metavar="FILE.yaml", help=about)
+        if _has_presets(kind):
+            about = "settings under one name; what else is given overrides them"
+            choices = "{" + ",".join(configs.PRESETS) + "}"
+            own.add_argument("--preset", default=None, metavar=choices, help=about)
+    for switch in switches.split():
+        own.add_argument(f"--{switch}", action="store_true", default=False, help=SWITCHES[switch])
+    return parser
+
+
+def _has_presets(kind: type) -> bool:
+    fields = configs.names_of(kind)
+    return any(name in fields for preset in configs.PRESETS.values() for name in preset)
+
+
+def _given(name: str, arguments: Sequence[str]) -> argparse.Namespace:
+    """What was typed behind a command."""
+    given = argparse.Namespace(**flags.parse(_parser(name), arguments))
+    if getattr(given, "quiet", False):
+        for handler in logging.getLogger().handlers:
+            handler.setLevel(logging.ERROR)
+    return given
+
+
+def _parse(name: str, arguments: Sequence[str]) -> tuple[Any, argparse.Namespace]:
     """Flags over a YAML file over defaults.
 
     Returns:
         the config, and the switches that are no setting of the run.
     """
-    import tyro
-
-    fields = configs.names_of(kind)
-    has_presets = any(name in fields for preset in configs.PRESETS.values() for name in preset)
-    flags = argparse.ArgumentParser(program, add_help=False, allow_abbrev=False)
-    flags.add_argument("--config", metavar="FILE.yaml", help="a YAML file of settings: flags typed earlier")
-    if has_presets:
-        about = "settings under one name; what else is given overrides them"
-        flags.add_argument("--preset", choices=tuple(configs.PRESETS), help=about)
-    for switch in switches:
-        flags.add_argument(f"--{switch}", action="store_true", help=SWITCHES[switch])
-    given, rest = flags.parse_known_args(list(arguments))
+    kind, given = SETTINGS[name][0], _given(name, arguments)
+    assert kind
     values = configs.read_yaml(given.config) if given.config else {}
-    if has_presets and given.preset:
+    if getattr(given, "preset", None):
         values["preset"] = given.preset
-    default = configs.from_mapping(kind, values, given.config or "--preset") if values else kind()
-    if getattr(given, "quiet", False):
-        for handler in logging.getLogger().handlers:
-            handler.setLevel(logging.ERROR)
-    about = f"{kind.__doc__}\n\n{flags.format_help().partition('options:')[2]}"
-    style = (tyro.conf.OmitArgPrefixes,)
-    config = tyro.cli(kind, args=rest, default=default, prog=program, description=about, config=style)
-    return config, given
+    config = configs.from_mapping(kind, values, given.config or "--preset") if values else kind()
+    names = configs.names_of(kind)
+    return flags.overlaid(config, {key: v for key, v in vars(given).items() if key in names}), given
 
 
 def _stop_at_once() -> None:
@@ -265,13 +349,16 @@ def main() -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # libraries talking to programmers
     arguments = sys.argv[1:]
+    if arguments and arguments[0] == "help":
+        arguments = [*arguments[1:2], "--help"]
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))
-        print("usage: staff COMMAND [flags]      (staff COMMAND --help lists the flags)\n")
-        for name, command in COMMANDS.items():
-            print(f"  {name:{width}}  {(command.__doc__ or '').splitlines()[0]}")
+        print("usage: staff COMMAND [settings]\n")
+        for name in COMMANDS:
+            print(f"  {name:{width}}  {_first_line(name)}")
+        print("\nstaff help COMMAND lists its settings, with an example; staff -V says the version")
         sys.exit(0)
-    if arguments[0] == "--version":
+    if arguments[0] in ("-V", "--version"):
         from staff import __version__
 
         print(f"staff {__version__}")

@@ -118,7 +118,7 @@ class Reading(_Checked):
     train_on: Literal["last", "all"] = "last"
     """Take the loss on the last assistant turn of a conversation, or on every one."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """What to do with a row that can't be used: stop, or leave it out, count it and list it."""
+    """A row that can't be used: stop, or leave it out, count it and list it."""
     max_length: Annotated[int, Range(2)] = 1024
     """Tokens of a sample at most; longer prompts lose the start of their text."""
     on_long: Literal["cut-prompt", "drop", "error"] = "cut-prompt"
@@ -153,7 +153,7 @@ class Engine(_Checked):
     dtype: Dtype = "auto"
     """What models compute in; auto is bfloat16 where the hardware has it, else float32."""
     load_in: Literal["8bit", "4bit"] | None = None
-    """Quantise the models' weights as they load, with bitsandbytes."""
+    """Quantise the models' weights as they load, with bitsandbytes: LLM.int8, or NF4."""
     trust_remote_code: bool = False
     """Run Python code that a model's repository brings along."""
 
@@ -163,7 +163,9 @@ class Scoring(_Checked):
     """What an effort is, and how it is taken."""
 
     scope: Scope = "last-block"
-    """Which weights the effort is taken on."""
+    """Which weights the effort is taken on. last-block: every linear weight of the last block; last-value:
+    its value projection alone, as in the paper; linear: those of every block; lora: an adapter's; released: a
+    random sketch of the value projection, as in the paper's code."""
     loss: Literal["mean", "sum", "sqrt"] = "mean"
     """L of a sample: its response tokens' losses summed and divided by their number, by nothing, or by its
     root."""
@@ -204,20 +206,25 @@ class Training(_Checked):
 class SelectConfig(_Checked):
     """Choose the coreset of a pool: the main job."""
 
+    REQUIRED = ("data", "output")
+
     data: tuple[str, ...] = ()
     """The pool: JSONL, JSON, CSV, TSV, Parquet or Arrow files, a folder, a hub data set, or - for standard
     input."""
     target: str = ""
-    """The model the coreset is for: a hub id, a folder or a .gguf file."""
+    """The model the coreset is for: a hub id, a folder or a .gguf file. Required, but for methods that look
+    at no model."""
     draft: str | None = None
-    """The small model that speculates, given like the target; or self:N, N of the target's own blocks."""
+    """The small model that speculates, given like the target; or self:N, N of the target's own blocks.
+    Required, but for --method direct, random and others that need none, and with --scores."""
     scores: str | None = None
     """Scores of your own in place of a draft's: .npy in the data's order, or a table with row or id and
     score."""
     validation: str | None = None
     """A few rows of the task as it will be judged, for the method less."""
     pruning_rate: tuple[PruningRate, ...] = ()
-    """Fraction of the pool removed, in [0, 1); several make a coreset each."""
+    """Fraction of the pool removed, in [0, 1); several make a coreset each. This, --budget or
+    --budget-tokens is required."""
     budget: Annotated[int, Range(0, about="a number of samples")] | None = None
     """Samples kept, in place of a pruning rate."""
     budget_tokens: Count | None = None
@@ -300,6 +307,8 @@ class SelectConfig(_Checked):
 class ScoreConfig(_Checked):
     """Score every sample of a pool on one model, and nothing else."""
 
+    REQUIRED = ("data", "model", "output")
+
     data: tuple[str, ...] = ()
     """The pool, in any format that `staff select` reads."""
     model: str = ""
@@ -323,6 +332,8 @@ class ScoreConfig(_Checked):
 class FinetuneConfig(_Checked):
     """Fine-tune a model on a file with LoRA, loss on the responses alone."""
 
+    REQUIRED = ("data", "model", "output")
+
     data: tuple[str, ...] = ()
     """The examples, in any format that `staff select` reads: a coreset.jsonl, say."""
     model: str = ""
@@ -344,6 +355,8 @@ class FinetuneConfig(_Checked):
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(_Checked):
     """Predict what every method would take on this machine, before any work."""
+
+    REQUIRED = ("data", "target")
 
     data: tuple[str, ...] = ()
     """The pool, in any format that `staff select` reads."""
@@ -375,6 +388,8 @@ class PlanConfig(_Checked):
 class DraftsConfig(_Checked):
     """Compare drafts with the target on a few hundred rows: how faithful each is, and what it costs."""
 
+    REQUIRED = ("data", "target", "candidates")
+
     data: tuple[str, ...] = ()
     """The pool, in any format that `staff select` reads."""
     target: str = ""
@@ -394,6 +409,8 @@ class DraftsConfig(_Checked):
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(_Checked):
     """Answer a test file with a model and compare with its references."""
+
+    REQUIRED = ("data", "model", "output")
 
     data: tuple[str, ...] = ()
     """The test examples, in any format that `staff select` reads; the last answer of each is its
@@ -420,6 +437,8 @@ class EvaluateConfig(_Checked):
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig(_Checked):
     """Show how a file is read, and what a model would see of it; no weights are loaded."""
+
+    REQUIRED = ("data",)
 
     data: tuple[str, ...] = ()
     """What to look at, in any format that `staff select` reads. Bad rows are always listed and left out."""
@@ -488,12 +507,35 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def check_named(config: Any, *names: str) -> None:
-    """Raise ValueError for the settings among these that have nothing in them, all at once."""
-    kinds = {"data": "FILE", "model": "MODEL", "target": "MODEL", "output": "PATH"}
-    missing = [f"the {name} with --{name} {kinds[name]}" for name in names if not getattr(config, name)]
+ASKED = {
+    "data": "the data with --data FILE",
+    "model": "the model with --model MODEL",
+    "target": "the model that the coreset is for with --target MODEL",
+    "candidates": "drafts to compare with --candidates MODEL, self:8 for eight of the target's own blocks",
+    "output": "where the results go with --output PATH",
+}
+
+
+def unnamed(config: Any, *names: str) -> list[str]:
+    """A sentence for each of these settings that has nothing in it."""
+    return [f"name {ASKED[name]}" for name in names if not getattr(config, name)]
+
+
+def check_named(config: Any) -> None:
+    """Raise ValueError for the required settings that have nothing in them."""
+    check_whole(unnamed(config, *config.REQUIRED))
+
+
+def check_whole(missing: list[str]) -> None:
+    """Raise ValueError for all that is missing, at once.
+
+    Args:
+        missing: a sentence for each thing.
+    """
     if missing:
-        raise ValueError("name " + " and ".join(missing))
+        raise ValueError(
+            "\n  ".join(["several things are missing:", *missing]) if missing[1:] else missing[0]
+        )
 
 
 def flags_of(group: Any, *names: str) -> str:
@@ -505,6 +547,11 @@ def flags_of(group: Any, *names: str) -> str:
             given = "" if value is True else f" {shlex.quote(str(value))}"
             words.append(f" --{name.replace('_', '-')}{given}")
     return "".join(words)
+
+
+def type_of(kind: type, name: str) -> Any:
+    """The type of a field, with its range."""
+    return _hints(kind)[name]
 
 
 def flat(config: Any) -> dict[str, Any]:
@@ -603,7 +650,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: must be lines of 'setting: value'; found {type(values).__name__}")
+        raise ValueError(f"{path}: must be lines of 'setting: value'")
     return values
 
 

@@ -59,7 +59,7 @@ def _opened(config: Any, folder: Path, outputs: list[Path]) -> tuple[Any, rows.R
         folder: of the run, where it was begun before.
         outputs: what will be written, which must be nothing that is read.
     """
-    check_named(config, "data", "model", "output")
+    check_named(config)
     pool = rows.read(list(config.data), **config.reading.keywords())
     source = model_files.resolve(config.model, "--model")
     files.check_outputs(outputs, {"--data": pool.paths, "--model": source.files()})

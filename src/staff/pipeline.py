@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from staff import files
-from staff.config import SelectConfig, flat, meant, parse_shares, to_yaml, yaml_value
+from staff.config import SelectConfig, check_whole, flat, meant, parse_shares, to_yaml, unnamed, yaml_value
 from staff.data import duplicates, hub, rows
 from staff.data.layouts import near
 from staff.data.locate import locate
@@ -230,16 +230,10 @@ def _within_tokens(
 
 def check_settings(config: SelectConfig, data: Any, methods: Mapping[str, Method]) -> None:
     """What can be known to be wrong before anything is read or loaded."""
-    if data is None and not config.data:
-        raise ValueError("name the pool with --data FILE")
     for name in config.method:
         if name not in methods:
             raise ValueError(f"--method must be one of {', '.join(methods)}; found {name!r}")
-    if not config.pruning_rate and config.budget is None and config.budget_tokens is None:
-        raise ValueError(
-            "say how much to keep: --pruning-rate 0.8 keeps a fifth, --budget 500 keeps 500 samples, "
-            "--budget-tokens 1000000 as many as go into that"
-        )
+    check_whole(unnamed(config, "data") * (data is None) + missing(config, methods))
     known = {name: value for method in config.method for name, value in methods[method].options().items()}
     for pair in config.option:
         name, _, text = pair.partition("=")
@@ -272,19 +266,45 @@ def check_settings(config: SelectConfig, data: Any, methods: Mapping[str, Method
     hub.check_names(outputs.hub_names(config), config.public)
 
 
+def missing(config: SelectConfig, methods: Mapping[str, Method] = METHODS) -> list[str]:
+    """What a selection can't do without and has not been told, a sentence each; the data apart."""
+    found, wanted = [], wanted_models(config, methods)
+    if wanted and not config.target:
+        found += unnamed(config, "target")
+    if "draft" in wanted and not config.draft:
+        from staff.models import families
+
+        suggested = families.suggest_drafts(config.target)
+        siblings = [
+            name if share is None else f"{name} (r about {share:.2f})" for name, share in suggested.items()
+        ]
+        known = "No smaller sibling of its family is known here"
+        if siblings:
+            smaller = "members" if None in suggested.values() else "smaller siblings"
+            known = f"Known {smaller} of its family: {', '.join(siblings)}; untuned, a draft costs r + v"
+        asking = "--drop-suspects" if config.drop_suspects else f"--method {' '.join(config.method)}"
+        found.append(
+            f"{asking} needs a small draft of the target's family: name one with --draft. "
+            f"{known * bool(config.target)}{'. ' * bool(config.target)}Without one: --draft self:8 keeps 8 "
+            f"of the target's own blocks, --method direct scores the target itself"
+        )
+    if not config.pruning_rate and config.budget is None and config.budget_tokens is None:
+        found.append(
+            "say how much to keep: --pruning-rate 0.8 keeps a fifth, --budget 500 keeps 500 samples, "
+            "--budget-tokens 1000000 as many as go into that"
+        )
+    return found
+
+
 def ingredients(config: Any) -> dict[str, Any]:
     """The settings that results hang on, by name."""
     return {name: value for name, value in flat(config).items() if name not in NO_INGREDIENTS}
 
 
-def find_models(config: SelectConfig, methods: Mapping[str, Method]) -> dict[str, Source]:
-    """The models that the methods ask for, found; hub ids are fetched here.
-
-    Returns:
-        "target" and "draft" -> files, those that are needed.
-    """
+def wanted_models(config: SelectConfig, methods: Mapping[str, Method]) -> set[str]:
+    """Which of "target" and "draft" the methods ask for."""
     wanted: set[str] = set()
-    for method in (methods[name] for name in config.method):
+    for method in (methods[name] for name in config.method if name in methods):
         # the user's own scores stand in for a model's; the target verifies where there is one
         needs = [
             need for argument, need in method.needs.items() if not (config.scores and argument == "scores")
@@ -296,33 +316,24 @@ def find_models(config: SelectConfig, methods: Mapping[str, Method]) -> dict[str
         wanted.add("draft")
     if config.budget_tokens is not None:
         wanted.add("target")
-    if not wanted:
+    return wanted
+
+
+def find_models(config: SelectConfig, methods: Mapping[str, Method]) -> dict[str, Source]:
+    """The models that the methods ask for, found; hub ids are fetched here.
+
+    Returns:
+        "target" and "draft" -> files, those that are needed.
+    """
+    if not (wanted := wanted_models(config, methods)):
         return {}
     from staff.models import families
     from staff.models import files as model_files
 
-    if not config.target:
-        raise ValueError("name the model that the coreset is for with --target")
     target = model_files.resolve(config.target, "--target")
     if "draft" not in wanted:
         return {"target": target}
-    if not config.draft:
-        suggested = families.suggest_drafts(config.target)
-        siblings = [
-            name if share is None else f"{name} (r about {share:.2f})" for name, share in suggested.items()
-        ]
-        known = "No smaller sibling of its family is known here"
-        if siblings:
-            smaller = "members" if None in suggested.values() else "smaller siblings"
-            known = f"Known {smaller} of its family: {', '.join(siblings)}; untuned, a draft costs r + v"
-        asking = "--drop-suspects" if config.drop_suspects else f"--method {' '.join(config.method)}"
-        raise ValueError(
-            f"{asking} needs a small draft of the target's family: name one with "
-            f"--draft. "
-            f"{known}. Without one: --draft self:8 keeps 8 of the target's own blocks, --method direct "
-            f"scores the "
-            "target itself"
-        )
+    assert config.draft
     if families.self_blocks(config.draft) is not None:
         return {"target": target, "draft": target}
     return {"target": target, "draft": model_files.resolve(config.draft, "--draft")}

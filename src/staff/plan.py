@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from staff.config import PlanConfig, SelectConfig
+from staff.config import PlanConfig, SelectConfig, check_named
 from staff.methods import METHODS, Method
 from staff.methods.verification import default_regions, default_verified
 from staff.types import Stage
@@ -194,8 +194,7 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
     from staff.models import drafts, families
     from staff.models import load as models
 
-    if not config.data or not config.target:
-        raise ValueError("name the pool with --data FILE and the model that the coreset is for with --target")
+    check_named(config)
     rows = formats.read(list(config.data), **config.reading.keywords())
     engine, of = config.engine, config.reading
     device = models.pick_device(engine.device)

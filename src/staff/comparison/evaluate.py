@@ -63,7 +63,7 @@ def evaluate(config: EvaluateConfig, *, on_progress: Progress | None = None) -> 
     Raises:
         ValueError: something that the user can mend.
     """
-    check_named(config, "data", "model", "output")
+    check_named(config)
     output = Path(str(config.output))
     if output.suffix not in (".jsonl", ".parquet"):
         raise ValueError(

@@ -30,6 +30,33 @@ SETTINGS = (
 )  # fmt: skip
 TASK = ("train", "test", "validation", "reading", "evaluate", "finetune", "select", "metrics")
 OWN = ("data", "model", "output", "seed")  # the grid sets them
+TEMPLATE = """\
+# what `staff compare` compares; ${NAME} in any text is filled in from the environment
+target: Qwen/Qwen2.5-7B                 # the model that is fine-tuned: a hub id, a folder or a .gguf file
+draft: Qwen/Qwen2.5-0.5B                # or drafts: {small: ..., tiny: ...}: each makes its own variant
+tasks:                                  # by name; train is the pool, test is what the models are judged on
+  support: {train: data/support.jsonl, test: data/support-test.jsonl}
+  # and of a task, where it needs them: validation (rows for less and rds), reading (columns and so on),
+  # select, finetune, evaluate and metrics of its own
+methods:                                # names of `staff methods`, or names of your own with what differs:
+  random:
+  staff:
+  direct:
+  ccs:
+  ccs-on-draft: {method: ccs, needs: {scores: draft/el2n}}      # an ablation is a changed need,
+  staff-eq4: {method: staff, allocation: paper}                 # an option,
+  staff-unverified: {method: staff, verify: null}
+  staff-tuned: {method: staff, draft_epochs: 3}                 # or a setting of its selection run
+pruning_rates: [0.5, 0.8, 0.9]          # fractions of the pool removed
+seeds: [1, 2, 3]                        # of three or more, the intervals are over seeds too
+select: {}                              # settings of `staff select`, `finetune` and `evaluate` for all cells
+finetune: {epochs: 3, learning_rate: 1e-4}
+evaluate: {max_new_tokens: 128}
+metrics: [rougeL, loss]                 # rouge1 rouge2 rougeL bleu chrf exact loss
+full: true                              # a model trained on all of the data beside them
+untouched: true                         # and the model as it is
+output: runs/compare
+"""
 METRICS = ("rouge1", "rouge2", "rougeL", "bleu", "chrf", "exact", "loss")
 FULL, UNTOUCHED = "full data", "untouched model"  # rows beside the methods
 

@@ -316,7 +316,7 @@ def load(source: Input) -> Any:
             loaded = datasets.load_dataset(source.hub, source.config, **options, **folder)
     except Exception as error:  # the network, the hub and the builders raise whatever they like
         said = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{what} can't be loaded ({type(error).__name__}: {said[:300]}); {cure}") from None
+        raise ValueError(f"{what} can't be loaded ({said[:300]}); {cure}") from None
     return split_of(loaded, source.split, source.hub or what)
 
 

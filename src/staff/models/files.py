@@ -197,10 +197,9 @@ def folder_of(
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:  # the hub's client raises its own, requests' and httpx's errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no answer"
         raise ValueError(
-            f"{flag} {name}: no such folder here, and the hub did not give it ({type(error).__name__}: "
-            f"{reason[:200]})"
+            f"{flag} {name}: no such folder here, and the hub did not give it ({reason[:200]})"
         ) from None
 
 
