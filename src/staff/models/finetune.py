@@ -23,6 +23,7 @@ from staff.scoring import scopes
 from staff.scoring.gradnorm import Head, response_scores
 
 CHECKPOINTS = 2  # kept: one that turns out damaged has another before it
+WEIGHTS_MOST = 5.0  # times the mean: what a sample counts at most
 GIVEN = ("input_ids", "position_ids", "attention_mask")  # to the model, of what a step has
 
 
@@ -34,6 +35,16 @@ def sample_order(samples: int, seed: int, epoch: int) -> np.ndarray:
     do not enter: steps of like length would be quicker to run and learn less (docs/speed.md).
     """
     return np.random.default_rng([seed, epoch]).permutation(samples)
+
+
+def levelled(weights: np.ndarray, most: float = WEIGHTS_MOST) -> np.ndarray:
+    """The weights of the samples trained on, divided by their mean, none above `most`, and by the mean that
+    is left.
+
+    So the learning rate means what it means without weights, and no single sample takes a step over.
+    """
+    weights = np.minimum(weights / weights.mean(), most)
+    return weights / weights.mean()
 
 
 class _Shuffled(Sampler):
@@ -77,14 +88,15 @@ class _ResponseTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The mean over the step's response tokens."""
+        """The mean over the step's response tokens, each times its sample's weight where there are any."""
         assert isinstance(self.model, torch.nn.Module)
         given = {name: inputs[name] for name in GIVEN if name in inputs}
         # picked up inside the model's own forward, so that wrappers for several GPUs work
         with attention.short_samples(inputs["lengths"]), anatomy.head_inputs(self.model) as kept:
             outputs = model(**given, use_cache=False)
         hidden = kept.pop()[inputs["row"], inputs["before"]]
-        loss = response_scores(hidden, self._head, inputs["response_ids"]).loss.mean()
+        each = response_scores(hidden, self._head, inputs["response_ids"]).loss
+        loss = (each * inputs["weight"]).mean() if "weight" in inputs else each.mean()
         if not loss.isfinite():
             raise _diverged(self.args.learning_rate, f"the loss is nan at step {self.state.global_step + 1}")
         return (loss, outputs) if return_outputs else loss
@@ -147,6 +159,7 @@ def train_lora(
     checkpoint_seconds: float = 60.0,
     max_steps: int | None = None,
     snapshots: int = 0,
+    weights: np.ndarray | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> torch.nn.Module:
     """Fine-tune a model with LoRA on some samples of a pool, or finish a fine-tuning that was cut off.
@@ -165,6 +178,7 @@ def train_lora(
         lora_targets: as in `adapters.add_lora`.
         max_steps: steps in place of epochs, as many passes as they take.
         snapshots: how many times the adapter is kept on the way, at even steps, in output/snapshots/1 and on.
+        weights: (n,) what each sample of the pool counts in the loss, see `levelled`; None: all the same.
         on_progress: called with (steps done, steps in all).
 
     Returns:
@@ -211,7 +225,7 @@ def train_lora(
         model=model,
         args=arguments,
         train_dataset=_Positions(positions),
-        data_collator=lambda places: step_of(pool, places, packs),
+        data_collator=lambda places: step_of(pool, places, packs, weights),
         head=head,
         order=_Shuffled(len(positions), seed),
         callbacks=[_Watch(checkpoint_seconds, on_progress, output, snapshots)],
@@ -258,7 +272,7 @@ def _silence(model: torch.nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def step_of(pool: Pool, places: Sequence[int], packs: bool) -> dict:
+def step_of(pool: Pool, places: Sequence[int], packs: bool, weights: np.ndarray | None = None) -> dict:
     """One step's samples as the model takes them, and where their responses lie.
 
     Args:
@@ -268,7 +282,7 @@ def step_of(pool: Pool, places: Sequence[int], packs: bool) -> dict:
     Returns:
         what the model is given (those of GIVEN that it needs); lengths, of the samples where they are packed,
         else None; and for each of R response tokens response_ids (R,), the token, row and before (R,), where
-        in the output it is foretold, and sample_of (R,), whose it is.
+        in the output it is foretold, and sample_of (R,), whose it is; with weights, weight (R,), its sample's.
     """
     batch = collate(pool, places)
     step = {"input_ids": batch.input_ids, "row": batch.sample_of, "before": batch.before, "lengths": None}
@@ -278,10 +292,9 @@ def step_of(pool: Pool, places: Sequence[int], packs: bool) -> dict:
         starts = torch.as_tensor(np.cumsum([0, *lengths[:-1]]))
         step = attention.packed(samples) | {"lengths": lengths}
         step |= {"row": torch.zeros_like(batch.sample_of), "before": starts[batch.sample_of] + batch.before}
-    return step | {
-        "response_ids": batch.labels,
-        "sample_of": batch.sample_of,
-    }
+    if weights is not None:
+        step["weight"] = torch.from_numpy(weights[places].astype(np.float32))[batch.sample_of]
+    return step | {"response_ids": batch.labels, "sample_of": batch.sample_of}
 
 
 def _last_finished(checkpoints: Path) -> str | None:
