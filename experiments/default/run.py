@@ -1,7 +1,7 @@
 """Which default does not lose to chance? python experiments/default/run.py [results.csv]
 
-default.yaml says what is compared and how it is judged. A row a cell is added to the file as it comes, and what
-is there is not done again. Needs ${STAFF_DATA} and ${STAFF_MODELS} (DATA.md).
+default.yaml says what is compared and how it is judged. A row a cell is added to the file as it
+comes, and what is there is not done again. Needs ${STAFF_DATA} and ${STAFF_MODELS} (DATA.md).
 """
 
 import csv
@@ -130,16 +130,17 @@ def losses(model: torch.nn.Module, pool: Pool) -> np.ndarray:
 
 
 def cells() -> list[tuple[int, str, float, str]]:
-    """In the order in which they are done: a seed for every task and rate before the next seed."""
-    tasks, rates, found = SETTINGS["tasks"], SETTINGS["pruning_rates"], []
-    for place, seed in enumerate(SETTINGS["seeds"]):
-        found += [(seed, task, rate, way) for task in tasks for rate in rates for way in SETTINGS["first"]]
-        if place < 2:
-            found += [(seed, task, rates[0], way) for task in tasks for way in SETTINGS["second"]]
-    found += [
-        (seed, task, rate, "preset paper") for seed in SETTINGS["paper"] for task in tasks for rate in rates
+    """In the order in which they are done: a seed for every task before the next seed; the second screening
+    comes once the first tier has three seeds."""
+    tasks, rates, paper = SETTINGS["tasks"], SETTINGS["pruning_rates"], ["preset paper"]
+    first, second, seeds = SETTINGS["first"], SETTINGS["second"], SETTINGS["seeds"]
+    parts = [(seeds[0], rates, first), (seeds[0], rates[:1], second)]
+    parts += [(seed, rates, first) for seed in seeds[1:3]] + [(seeds[1], rates[:1], second)]
+    parts += [(seed, rates, paper) for seed in SETTINGS["paper"]]
+    parts += [(seed, rates, first) for seed in seeds[3:]]
+    return [
+        (seed, task, rate, way) for seed, at, ways in parts for task in tasks for rate in at for way in ways
     ]
-    return found
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The ways to choose that the experiment compares: what the table has, and changes to it, on given numbers."""
+"""The ways to choose that the experiment compares: the table's own, and changes to it, on given numbers."""
 
 from __future__ import annotations
 

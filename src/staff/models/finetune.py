@@ -282,7 +282,7 @@ def step_of(pool: Pool, places: Sequence[int], packs: bool, weights: np.ndarray 
     Returns:
         what the model is given (those of GIVEN that it needs); lengths, of the samples where they are packed,
         else None; and for each of R response tokens response_ids (R,), the token, row and before (R,), where
-        in the output it is foretold, and sample_of (R,), whose it is; with weights, weight (R,), its sample's.
+        in the output it is foretold, and sample_of (R,), whose it is; with weights, weight (R,), that one's.
     """
     batch = collate(pool, places)
     step = {"input_ids": batch.input_ids, "row": batch.sample_of, "before": batch.before, "lengths": None}
