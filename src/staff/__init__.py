@@ -98,7 +98,7 @@ class Settings(TypedDict, total=False):
 def select(
     data: Data,
     *,
-    method: str = "staff",
+    method: str | None = None,
     pruning_rate: float | None = None,
     output: str | os.PathLike[str] | None = None,
     update: bool = False,
@@ -109,7 +109,7 @@ def select(
 
     Args:
         data: a path, several paths, a list of dicts, a `datasets.Dataset` or a pandas DataFrame.
-        method: a key of METHODS.
+        method: a key of METHODS; None: that of the preset, or the default.
         pruning_rate: the fraction of the pool removed, in [0, 1); or give `budget`, the samples kept.
         output: the run's folder; None: a new temporary one.
         update: go on in a folder that was begun with other settings, keeping what still fits.
@@ -125,7 +125,7 @@ def select(
     rates = () if pruning_rate is None else (pruning_rate,)
     (run,) = select_grid(
         data,
-        methods=(method,),
+        methods=() if method is None else (method,),
         pruning_rates=rates,
         output=output,
         update=update,
@@ -138,7 +138,7 @@ def select(
 def select_grid(
     data: Data,
     *,
-    methods: Sequence[str] = ("staff",),
+    methods: Sequence[str] = (),
     pruning_rates: Sequence[float] = (),
     output: str | os.PathLike[str] | None = None,
     update: bool = False,
@@ -148,7 +148,7 @@ def select_grid(
     """A coreset for each method and pruning rate, from the same passes over the models.
 
     Args:
-        methods: keys of METHODS.
+        methods: keys of METHODS; none: that of the preset, or the default.
         pruning_rates: fractions of the pool removed, in [0, 1).
 
     Returns:
@@ -158,7 +158,8 @@ def select_grid(
 
     from staff import config, pipeline
 
-    values: dict[str, Any] = {**settings, "method": tuple(methods), "pruning_rate": tuple(pruning_rates)}
+    values: dict[str, Any] = {**settings, "pruning_rate": tuple(pruning_rates)}
+    values |= {"method": tuple(methods)} if methods else {}
     rows: Any = data
     paths = (
         [data] if isinstance(data, (str, os.PathLike)) else data if isinstance(data, (list, tuple)) else []

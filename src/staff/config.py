@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+DEFAULT_METHOD = "staff"  # what chooses where --method is not given
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Scope = Literal["last-value", "last-block", "linear", "lora", "released"]
 
@@ -239,7 +240,7 @@ class SelectConfig(_Checked):
     """The coreset may be public there: without it, a data set that is public is refused."""
     license: str = "unknown"
     """What the card says of the rows' licence, as the hub names it: apache-2.0, cc-by-4.0 and so on."""
-    method: tuple[str, ...] = ("staff",)
+    method: tuple[str, ...] = (DEFAULT_METHOD,)
     """How samples are chosen; `staff methods` lists them. Several make a coreset each."""
     option: tuple[str, ...] = ()
     """Options of methods that have no flag of their own, as in num_strata=20 or part=bottom."""
@@ -494,6 +495,7 @@ def near_similarity(dedup: str) -> float | None:
 PRESETS: dict[str, dict[str, Any]] = {
     # as the STAFF paper's experiments were run: arXiv:2410.01296, Section 4.1, and its released code
     "paper": {
+        "method": ("staff",),
         "draft_epochs": 3.0,
         "draft_share": 1.0,
         "num_regions": 50,
