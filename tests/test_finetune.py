@@ -15,12 +15,15 @@ import torch
 from safetensors.numpy import load_file
 
 import staff
-from family import write_pool
+from family import config_of, write_pool
+from staff import jobs
+from staff.config import FinetuneConfig
 from staff.files import SEAL
 from staff.models import attention
 from staff.models import finetune as training
 from staff.models.adapters import add_lora
 from staff.models.finetune import sample_order, train_lora
+from staff.runs.scorefile import read_weights
 from tiny import CHECKED, make_model, make_pool
 
 LENGTHS = tuple(np.random.default_rng(3).integers(4, 30, 44).tolist())
@@ -148,8 +151,11 @@ def test_tuning_lowers_the_loss_that_the_models_own_forward_reports(layout, tmp_
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_the_trainers_first_step_has_the_gradient_of_the_mean_over_response_tokens(tmp_path):
-    pool, steps = make_pool((6, 9, 5, 8)), []
+@pytest.mark.parametrize(
+    ("weights", "count"), [(None, (1, 1, 1, 1)), (np.array([3.0, 1, 2, 2, 99]), (1.5, 0.5, 1, 1))]
+)
+def test_the_trainers_first_step_has_the_gradient_of_the_mean_over_response_tokens(tmp_path, weights, count):
+    pool, steps = make_pool((6, 9, 5, 8, 7)), []
     model = make_model("llama", torch.float32)
     reference = add_lora(make_model("llama", torch.float32), 2, 4, seed=5)
     losses = []
@@ -157,10 +163,9 @@ def test_the_trainers_first_step_has_the_gradient_of_the_mean_over_response_toke
         ids = torch.tensor(pool.ids(i), dtype=torch.int64)[None]
         labels = torch.where(torch.tensor(pool.response(i)), ids, -100)
         logits = reference(input_ids=ids).logits[0]
-        losses.append(
-            torch.nn.functional.cross_entropy(logits[:-1], labels[0, 1:], ignore_index=-100, reduction="sum")
-        )
-    (sum(losses) / pool.response_tokens().sum()).backward()
+        summed = torch.nn.functional.cross_entropy(logits[:-1], labels[0, 1:], reduction="sum")
+        losses.append(count[i] * summed)
+    (sum(losses) / pool.response_tokens()[:4].sum()).backward()
     expected = {name: p.grad.clone() for name, p in reference.named_parameters() if p.grad is not None}
 
     class Look(training._Watch):
@@ -169,15 +174,70 @@ def test_the_trainers_first_step_has_the_gradient_of_the_mean_over_response_toke
 
     original, training._Watch = training._Watch, Look
     try:
-        train_lora(
-            model, pool, np.arange(4), tmp_path, epochs=1, batch_size=4, lora_rank=2, lora_alpha=4, seed=5
-        )
+        settings = {"epochs": 1, "batch_size": 4, "lora_rank": 2, "lora_alpha": 4, "seed": 5}
+        train_lora(model, pool, np.arange(4), tmp_path, weights=weights, **settings)
     finally:
         training._Watch = original
     scale = torch.stack([g.norm() for g in expected.values()]).norm().clamp(min=1.0)  # the trainer clips at 1
     assert steps[0].keys() == expected.keys()
     for name, grad in steps[0].items():
         torch.testing.assert_close(grad, expected[name] / scale, rtol=2e-4, atol=1e-6)
+
+
+def test_weights_have_a_mean_of_one_and_none_takes_a_step_over():
+    assert training.levelled(np.array([1.0, 3.0])).tolist() == [0.5, 1.5]
+    levelled = training.levelled(np.array([1.0] * 99 + [901.0]))  # the mean is 10
+    np.testing.assert_allclose(levelled, np.array([0.1] * 99 + [5.0]) / 0.149)
+
+
+def test_a_run_says_what_its_rows_count_and_fine_tuning_takes_it_at_its_word(family, tmp_path):
+    lines = write_pool(tmp_path / "pool.jsonl", 20).read_text().splitlines()
+    rows = [json.loads(line) | {"source": "abbb"[i % 4]} for i, line in enumerate(lines)]
+    run = staff.select(
+        rows, method="random", budget=8, group_by="source", shares="a=0.5,b=0.5", output=tmp_path / "run"
+    )
+    settings = {"model": str(family / "target"), "max_steps": 3, "learning_rate": 1e-2}
+    data, adapters = str(run.path / "coreset.jsonl"), []
+    for name, weights in (("plain", None), ("weighted", str(run.path / "scores.parquet")), ("own", None)):
+        if name == "own":
+            kept = [(row, 1.25 if rows[row]["source"] == "a" else 3.75) for row in run.indices.tolist()]
+            weights = str(tmp_path / "own.csv")
+            text = "".join(f"{place},{weight}\n" for place, (_, weight) in enumerate(kept))
+            Path(weights).write_text("row,weight\n" + text)
+        config = config_of(
+            FinetuneConfig, data=data, output=str(tmp_path / name), weights=weights, **settings
+        )
+        adapters.append((jobs.finetune(config) / "adapter_model.safetensors").read_bytes())
+    plain, weighted, own = adapters
+    assert plain != weighted == own
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("row,weight\n0,1\n1,0\n", "1 rows have no weight above 0, row 1 the first"),
+        ("row,weight\n0,1\n", "1 rows have no weight above 0, row 1 the first"),
+        ("row,weight\n0,1\n0,1\n", "a row stands twice"),
+        ("row,effort\n0,1\n1,2\n", "needs columns weight and row or id; found row, effort"),
+        ("row,weight\n0,a\n1,b\n", "holds something that is no number"),
+        ("row,id,weight,selected\n7,a,1,true\n", "1 rows were kept there"),
+        ("row,id,weight,selected\n7,a,1,true\n8,c,2,true\n9,b,2,false\n", "their ids differ"),
+    ],
+)
+def test_weights_that_are_not_of_these_rows_are_refused(table, said, tmp_path):
+    (tmp_path / "w.csv").write_text(table)
+    with pytest.raises(ValueError, match=f"^--weights .*w.csv: .*{said}"):
+        read_weights(tmp_path / "w.csv", np.arange(2), ["a", "b"], set())
+
+
+def test_rows_without_ids_are_taken_for_a_runs_own_only_in_its_folder(tmp_path):
+    (tmp_path / "w.csv").write_text("row,weight,selected\n3,1,true\n5,2,false\n8,4,true\n")
+    with pytest.raises(ValueError, match="rows without ids can't be told from another run's"):
+        read_weights(tmp_path / "w.csv", np.arange(2), [None, None], set())
+    found = read_weights(tmp_path / "w.csv", np.arange(2), [None, None], {tmp_path.resolve()})
+    assert found.tolist() == [1, 4]
+    (tmp_path / "w.csv").write_text("id,weight\nb,2\na,1\n")
+    assert read_weights(tmp_path / "w.csv", np.arange(2), ["a", "b"], set()).tolist() == [1, 2]
 
 
 def start(output, pause):

@@ -24,7 +24,7 @@ from staff.data.tokens import Pool, batches, collate, tokenise
 from staff.methods import METHODS
 from staff.models import anatomy, load
 from staff.models import files as model_files
-from staff.models.finetune import levelled, train_lora
+from staff.models.finetune import train_lora
 from staff.scoring import scopes
 from staff.scoring.gradnorm import mean_by_sample, response_scores
 from staff.scoring.scorer import Scorer
@@ -98,9 +98,6 @@ def preset(pool: Pool, seed: int):
 
 
 def tuned(pool: Pool, positions: np.ndarray, weights: np.ndarray | None, seed: int) -> torch.nn.Module:
-    if weights is not None:
-        weights = weights.copy()
-        weights[positions] = levelled(weights[positions])
     with tempfile.TemporaryDirectory() as folder:
         return train_lora(
             fresh("target"),

@@ -341,6 +341,9 @@ class FinetuneConfig(_Checked):
     """A hub id, a folder or a .gguf file."""
     output: str | None = None
     """Where the adapter goes. Typing the same command again goes on where it stopped."""
+    weights: str | None = None
+    """The scores.parquet of the run that chose --data, or a table of row or id and weight: each sample's loss
+    counts so much, over their mean, 5 times it at most."""
     epochs: SomeEpochs = 3.0
     """Passes over the data."""
     max_steps: Count | None = None

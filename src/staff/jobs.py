@@ -17,7 +17,7 @@ from staff.pipeline import content_of, ingredients
 from staff.runs import account
 from staff.runs.keys import LORA
 from staff.runs.outputs import fingerprint_rows, row_columns, warn
-from staff.runs.scorefile import write_scores
+from staff.runs.scorefile import read_weights, write_scores
 from staff.runs.store import Inputs, RunFolder, find_finished, open_run
 from staff.types import Need, Progress, Stage
 
@@ -40,7 +40,9 @@ def finetune(config: FinetuneConfig, *, update: bool = False, on_progress: Progr
     output = Path(str(config.output))
     config, pool, source = _opened(config, output, [output])
     with open_run(str(config.output), "adapter", on_progress) as run:
-        inputs = Inputs({"model": partial(content_of, run, source)}, {"model": f"--model {config.model}"})
+        contents: dict[str, Any] = {"model": partial(content_of, run, source)}
+        contents |= {"weights": partial(run.hash_file, Path(config.weights))} if config.weights else {}
+        inputs = Inputs(contents, {name: f"--{name} {getattr(config, name)}" for name in contents})
         inputs["data"] = fingerprint_rows(pool)
         inputs["tokenizer"] = model_files.tokenizer_fingerprint(source, config.reading.chat_template)
         made_of = {"settings": ingredients(config), "inputs": dict(inputs)}
@@ -82,7 +84,7 @@ def _tune(
     from staff.models import finetune as training
     from staff.models import load
 
-    engine, given = config.engine, source
+    engine, given, weights = config.engine, source, None
     device = load.pick_device(engine.device)
     dtype = load.pick_dtype(engine.dtype, device)
     if source.gguf:
@@ -90,6 +92,13 @@ def _tune(
         source = load.unpack_gguf(source, folder, dtype)
     tokenizer = load.load_tokenizer(source, engine.trust_remote_code)
     tokenizer.chat_template = template_of(tokenizer, config.reading)
+    if config.weights:
+        ids, beside = (
+            [example.id for example in pool.examples()],
+            {path.parent.resolve() for path in pool.paths},
+        )
+        weights = read_weights(config.weights, pool.numbers, ids, beside)
+        every = pool.numbers
     folder = run.piece("adapter", made_of)
     stage = Stage("tune", "model")
     if files.sealed(folder) is None:
@@ -111,6 +120,7 @@ def _tune(
             epochs=config.epochs,
             max_steps=config.max_steps,
             seed=config.seed,
+            weights=None if weights is None else weights[np.searchsorted(every, pool.numbers)],
             on_progress=run.clock(stage),
             **dataclasses.asdict(config.training),
         )

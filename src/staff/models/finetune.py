@@ -37,13 +37,13 @@ def sample_order(samples: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(samples)
 
 
-def levelled(weights: np.ndarray, most: float = WEIGHTS_MOST) -> np.ndarray:
-    """The weights of the samples trained on, divided by their mean, none above `most`, and by the mean that
-    is left.
+def levelled(weights: np.ndarray) -> np.ndarray:
+    """The weights of the samples trained on over their mean, none above WEIGHTS_MOST, and over the mean of
+    that.
 
     So the learning rate means what it means without weights, and no single sample takes a step over.
     """
-    weights = np.minimum(weights / weights.mean(), most)
+    weights = np.minimum(weights / weights.mean(), WEIGHTS_MOST)
     return weights / weights.mean()
 
 
@@ -178,7 +178,8 @@ def train_lora(
         lora_targets: as in `adapters.add_lora`.
         max_steps: steps in place of epochs, as many passes as they take.
         snapshots: how many times the adapter is kept on the way, at even steps, in output/snapshots/1 and on.
-        weights: (n,) what each sample of the pool counts in the loss, see `levelled`; None: all the same.
+        weights: (n,) what each sample of the pool counts in the loss, `levelled` over those trained on; None:
+            all the same.
         on_progress: called with (steps done, steps in all).
 
     Returns:
@@ -189,6 +190,9 @@ def train_lora(
     """
     if len(positions) == 0:
         raise ValueError("there is nothing to fine-tune on: no samples")
+    if weights is not None:
+        weights = weights.astype(np.float64)
+        weights[positions] = levelled(weights[positions])
     device = next(model.parameters()).device
     head = scopes.head_of(model)
     _silence(model)

@@ -52,7 +52,7 @@ def read_scores(path: str | Path, numbers: np.ndarray, ids: list[str | None]) ->
         raise ValueError(f"--scores {path}: there is no such file")
     if path.suffix == ".npy":
         return _in_order(path, len(numbers))
-    table = _read_table(path)
+    table = _read_table(path, f"--scores {path}")
     name = next((value for value in VALUES if value in table), None)
     if name is None:
         raise ValueError(
@@ -87,6 +87,59 @@ def read_scores(path: str | Path, numbers: np.ndarray, ids: list[str | None]) ->
         raise ValueError(f"{path}: column {name} holds something that is no number") from None
 
 
+def read_weights(
+    path: str | Path, numbers: np.ndarray, ids: list[str | None], beside: set[Path]
+) -> np.ndarray:
+    """What each row counts in training: a run's scores.parquet for its coreset, or a table of one's own.
+
+    Of a run the rows that it kept are taken, in their order. Rows without ids can't be told from another
+    run's, so they must lie in the run's folder.
+
+    Args:
+        path: .parquet, .csv, .tsv or .jsonl with a column `weight` and one of `row` or `id`.
+        numbers, ids: (m,) of the rows trained on.
+        beside: the folders that they lie in.
+
+    Returns:
+        (m,) float64, each above 0.
+
+    Raises:
+        ValueError: no such file or column, another run's, or no weight above 0.
+    """
+    path, flag = Path(path), f"--weights {path}"
+    if not path.is_file():
+        raise ValueError(f"{flag}: there is no such file")
+    table = _read_table(path, flag)
+    if "weight" not in table or not {"row", "id"} & table.keys():
+        raise ValueError(f"{flag}: needs columns weight and row or id; found {', '.join(table)}")
+    if "selected" in table:
+        kept = [place for place, is_kept in enumerate(table["selected"]) if is_kept]
+        known = [_id(table["id"][place]) for place in kept] if "id" in table else [None] * len(kept)
+        own = [_id(label) for label in ids]
+        if len(kept) != len(own) or known != own:
+            differ = "their ids differ" if len(kept) == len(own) else f"{len(kept)} rows were kept there"
+            raise ValueError(f"{flag}: is not of the run that kept these {len(own)} rows: {differ}")
+        if None in own and path.parent.resolve() not in beside:
+            cure = "name the coreset in that run's own folder"
+            raise ValueError(f"{flag}: rows without ids can't be told from another run's: {cure}")
+        found = [table["weight"][place] for place in kept]
+    else:
+        key, wanted = ("row", numbers.tolist()) if "row" in table else ("id", [_id(label) for label in ids])
+        labels = table[key] if key == "row" else map(_id, table[key])
+        weight_of = dict(zip(labels, table["weight"], strict=True))
+        if len(weight_of) < len(table[key]):
+            raise ValueError(f"{flag}: a {key} stands twice")
+        found = [weight_of.get(label) for label in wanted]
+    try:
+        weights = np.array([np.nan if weight is None else weight for weight in found], np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{flag}: the column weight holds something that is no number") from None
+    bad = np.flatnonzero(~(weights > 0) | ~np.isfinite(weights))
+    if len(bad):
+        raise ValueError(f"{flag}: {len(bad)} rows have no weight above 0, row {numbers[bad[0]]} the first")
+    return weights
+
+
 def _id(label: Any) -> str | None:
     """An id by its value, whatever its type: 7, 7.0 and "7" are one."""
     text = label_of(label)
@@ -106,7 +159,7 @@ def _in_order(path: Path, n: int) -> np.ndarray:
     return scores.astype(np.float64)
 
 
-def _read_table(path: Path) -> dict[str, list]:
+def _read_table(path: Path, flag: str) -> dict[str, list]:
     import pyarrow as pa
     from pyarrow import csv, json, parquet
 
@@ -118,7 +171,8 @@ def _read_table(path: Path) -> dict[str, list]:
         ".jsonl": json.read_json,
     }
     if path.suffix not in readers:
-        raise ValueError(f"--scores {path}: must be one of .npy, {', '.join(readers)}")
+        kinds = [".npy"] * flag.startswith("--scores") + [*readers]
+        raise ValueError(f"{flag}: must be one of {', '.join(kinds)}")
     try:
         return readers[path.suffix](str(path)).to_pydict()
     except (pa.ArrowException, OSError) as error:
