@@ -17,7 +17,6 @@ import numpy as np
 from staff import files
 from staff.config import SelectConfig, check_whole, flat, meant, parse_shares, to_yaml, unnamed, yaml_value
 from staff.data import duplicates, hub, rows
-from staff.data.layouts import near
 from staff.data.locate import locate
 from staff.methods import METHODS, Method
 from staff.methods.fidelity import fidelity
@@ -422,14 +421,7 @@ def _groups(config: SelectConfig, pool: rows.Rows) -> list[str] | None:
     """The label of each row, where the budget is shared over groups."""
     if config.group_by is None:
         return None
-    groups = []
-    for place, row in enumerate(pool.raw(range(len(pool)))):
-        if config.group_by not in row:
-            hint = near(config.group_by, row)
-            raise ValueError(
-                f"--group-by {config.group_by}: row {pool.numbers[place]} has no such column{hint}"
-            )
-        groups.append(str(row[config.group_by]))
+    groups = pool.column(config.group_by)
     for name in parse_shares(config.shares)[0] if config.shares else ():
         if name not in groups:
             there = meant(name, sorted(set(groups))[:20])

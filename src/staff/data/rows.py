@@ -132,6 +132,19 @@ class Rows:
         """The user's own rows at these positions, in the order asked for."""
         return map(dict, self.source.fetch(self._numbers(positions)))
 
+    def column(self, name: str) -> list[str]:
+        """A column's values, as text.
+
+        Raises:
+            ValueError: a row has none of that name; says the nearest.
+        """
+        values = []
+        for number, row in zip(self.numbers, self.raw(range(len(self))), strict=True):
+            if name not in row:
+                raise ValueError(f"--group-by {name}: row {number} has no such column{near(name, row)}")
+            values.append(str(row[name]))
+        return values
+
     def where(self, position: int) -> str:
         """What messages call the row at a position: 'train.jsonl: row 3'."""
         return _where(self.source, int(self.numbers[position]))
