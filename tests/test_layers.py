@@ -18,6 +18,7 @@ ROWS = [
     ["pipeline"],
     ["runs"],
     ["plan"],
+    ["timing"],
     ["scoring"],
     ["inspection"],
     ["models"],

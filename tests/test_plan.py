@@ -4,11 +4,13 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from family import TEMPLATE, config_of, make_tokenizer, write_pool
-from staff import cli, plan
-from staff.config import PlanConfig
+from family import TEMPLATE, config_of, make_rows, make_tokenizer, write_pool
+from staff import cli, pipeline, plan, timing
+from staff.config import PlanConfig, SelectConfig
+from staff.data import tokens
 from staff.methods import METHODS
 from staff.models import finetune as tuning
 from staff.models import load as models
@@ -87,9 +89,13 @@ def test_the_command_times_the_models_and_says_what_to_do(family, tmp_path, caps
         str(family / "draft"),
     ]
     cli.plan([*flags, "--pruning-rate", "0.5", "0.9", "--draft-epochs", "1", "--json"])
-    made = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    for stage in ("read", "tokenise: 30 of 30", "load models", "time the target", "time the draft"):
+        assert stage in said.err
+    made = json.loads(said.out)
     assert made["n"] == 30
     assert all(speed > 0 for model in made["speeds"].values() for speed in model.values())
+    assert made["verdict"] == plan.verdict(made["sum"]["passes"], 1, 1, *list(made["sum"].values())[2:4])
     assert [row["method"] for row in made["methods"]] == list(METHODS)
     assert len(made["advice"]) == 2
     assert "pays from" in plan.describe_plan(made)
@@ -101,7 +107,11 @@ def test_a_plan_counts_the_rows_that_every_tokenizer_can_use(family, tmp_path, m
     make_tokenizer(refuses + TEMPLATE).save_pretrained(tmp_path / "draft")
     rows = [{"prompt": prompt, "response": "c"} for prompt in ("a", "no", "b", "d")]
     (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(plan, "time_model", lambda model, pool, config: Speed(len(pool), 1.0))
+
+    def speed(model, pool, config, n, trains):
+        return Speed(n, 1.0), dict.fromkeys(("effort", "loss"), np.ones(len(pool)))
+
+    monkeypatch.setattr(timing, "time_model", speed)
     models = {"target": str(family / "target"), "draft": str(tmp_path / "draft")}
     data = {"data": [str(tmp_path / "pool.jsonl")], "on_bad_row": "skip"}
     made = plan.make_plan(config_of(PlanConfig, **models, **data))
@@ -129,6 +139,10 @@ def test_the_text_has_a_line_a_method_with_the_seconds_of_each_stage():
         "n": 5,
         "tokens": 1000,
         "most_verified": 4,
+        "verified": 3,
+        "verified_regions": 1,
+        "num_regions": 2,
+        "timed": {"target": True},
         "full_seconds": 4000,
         "methods": table(JOB, SPEEDS, (0.5,)),
         "advice": ["do so"],
@@ -142,7 +156,7 @@ def test_the_text_has_a_line_a_method_with_the_seconds_of_each_stage():
     )
     assert "random              none" in stages_of
     assert stages_of[-2:] == ["", "do so"]
-    assert "verification at its most, 4 of 5 samples" in plan.describe_plan(made)
+    assert "about 3 samples on the target (60.0%), in 1 of 2 regions" in plan.describe_plan(made)
 
 
 @pytest.mark.parametrize(("n", "expected"), [(10_000, 500), (200, 160), (12, 10), (11, 0), (1, 0)])
@@ -162,7 +176,7 @@ def test_a_scope_of_adapters_is_timed_on_a_fresh_one_that_training_does_not_see(
         return train_lora(model, *rest, **settings)
 
     monkeypatch.setattr(
-        scoring, "Scorer", lambda model, *rest: scored.append(scorer(model, *rest)) or scored[-1]
+        scoring, "Scorer", lambda *rest, **of: scored.append(scorer(*rest, **of)) or scored[-1]
     )
     monkeypatch.setattr(tuning, "train_lora", train)
     write_pool(tmp_path / "pool.jsonl", 30)
@@ -197,3 +211,50 @@ def test_the_models_are_quantised_as_a_selection_would(family, tmp_path, monkeyp
     ]
     cli.plan([*flags, "--load-in", "4bit", "--batch-size", "2"])
     assert asked == [("target", "4bit"), ("draft", "4bit")]
+
+
+def test_a_plan_says_what_the_run_then_does(family, tmp_path):
+    rows = [{**row, "source": "ab"[i % 3 == 0]} for i, row in enumerate(make_rows(300))]
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    models = {"target": str(family / "target"), "draft": str(family / "draft")}
+    data = {"data": [str(tmp_path / "pool.jsonl")], "dtype": "float32"}
+    for more in ({}, {"group_by": "source"}, {"verification": "adaptive"}, {"verification_budget": 4}):
+        made = plan.make_plan(config_of(PlanConfig, **models, **data, **more, batch_size=1))
+        output = str(tmp_path / "-".join(more) / "run")
+        (run,) = pipeline.select(config_of(SelectConfig, **models, **data, **more, budget=60, output=output))
+        regions, verified = run.selection.regions, len(run.selection.verified)
+        assert made["num_regions"] == len(regions)
+        assert abs(made["verified_regions"] - sum(r.verified > 0 for r in regions)) <= 0.25 * len(regions)
+        assert abs(made["verified"] - verified) <= 0.35 * verified
+        assert made["verified"] <= made["most_verified"] or "group_by" in more
+        assert made["sum"]["relative_cost"] == pytest.approx(run.cost["sum"]["relative_cost"])
+        assert made["verdict"].partition(":")[0] == run.cost["verdict"].partition(":")[0]
+
+
+def test_a_draft_of_the_targets_own_blocks_is_tokenised_and_loaded_once(family, tmp_path, monkeypatch):
+    loaded, tokenised, load, tokenise = [], [], models.load_model, tokens.tokenise
+    monkeypatch.setattr(models, "load_model", lambda *given: loaded.append(1) or load(*given))
+    monkeypatch.setattr(tokens, "tokenise", lambda *given: tokenised.append(1) or tokenise(*given))
+    data = [str(write_pool(tmp_path / "pool.jsonl", 30))]
+    given = {"target": str(family / "target"), "draft": "self:2", "batch_size": 1, "draft_epochs": 1}
+    made = plan.make_plan(config_of(PlanConfig, data=data, **given))
+    assert (len(loaded), len(tokenised)) == (1, 1)
+    assert made["flops"]["draft"] < 0.7 * made["flops"]["target"]
+    assert made["speeds"]["draft"]["training"] > 0
+
+
+def test_a_model_that_is_not_here_is_planned_for_by_its_size(family, tmp_path, monkeypatch):
+    monkeypatch.setattr("staff.models.files.is_at_hand", lambda name: "/" in name and name.startswith("/"))
+    data = [str(write_pool(tmp_path / "pool.jsonl", 30))]
+    names = {"target": "Qwen/Qwen2.5-7B", "draft": "Qwen/Qwen2.5-0.5B"}
+    made = plan.make_plan(config_of(PlanConfig, data=data, **names))
+    assert (made["verified"], made["timed"]) == (None, {"target": False, "draft": False})
+    assert made["sum"]["relative_cost"] == pytest.approx(0.49 / 7.62, rel=1e-3)
+    said = plan.describe_plan(made)
+    assert "the target and the draft by size alone, and by a plain matrix product" in said
+    assert "samples on the target at most" in said
+    made = plan.make_plan(config_of(PlanConfig, data=data, **{**names, "draft": str(family / "draft")}))
+    assert made["timed"] == {"draft": True, "target": False}
+    assert "the target by size alone, and by the speed of the draft" in plan.describe_plan(made)
+    with pytest.raises(ValueError, match="is not here, so its blocks can't be timed"):
+        plan.make_plan(config_of(PlanConfig, data=data, target="Qwen/Qwen2.5-7B", draft="self:4"))

@@ -102,7 +102,8 @@ def plan(arguments: Sequence[str]) -> None:
     from staff import plan as planning
 
     config, given = _parse("plan", arguments)
-    made = planning.make_plan(config)
+    with Bars() as progress:
+        made = planning.make_plan(config, progress)
     _say(given, planning.describe_plan(made), made)
 
 

@@ -358,7 +358,7 @@ class FinetuneConfig(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(_Checked):
-    """Predict what every method would take on this machine, before any work."""
+    """Predict what a selection would take on this machine, and what it would verify, before any work."""
 
     REQUIRED = ("data", "target")
 
@@ -376,10 +376,20 @@ class PlanConfig(_Checked):
     """T, epochs of fine-tuning the draft before it scores."""
     draft_share: Share = 1.0
     """f, share of the pool that the draft is fine-tuned on."""
+    draft_blocks: Literal["first", "even", "last", "ends"] = "first"
+    """Which blocks a self:N draft keeps."""
     num_regions: Count | None = None
     """K, intervals that the scores are cut into; left out, it follows the pool."""
     verification_budget: Count | None = None
     """b_v, samples of each region that the target scores; left out, it follows the pool."""
+    verification: Literal["fixed", "adaptive"] = "fixed"
+    """b_v samples of every region, or at most as many, where it is least certain what the target says."""
+    verification_error: Share = 0.03
+    """Where adaptive verification stops: the errors of the V_i together, as a share of their sum."""
+    hard_cutoff: Annotated[float, Range(0, 1, open_high=True)] = 0.1
+    """Fraction of the pool with the highest scores that is set aside first."""
+    group_by: str | None = None
+    """A column of the data: selection runs inside each of its values."""
     seed: Seed = 42
     """Seed of the samples that are timed."""
     reading: Reading = Reading()

@@ -10,6 +10,7 @@ from typing import Any
 from staff.config import SelectConfig, flags_of
 from staff.data.layouts import visible as visible
 from staff.methods.fidelity import Fidelity, within
+from staff.plan import sum_in_words
 from staff.runs.outputs import Run, remarks
 
 
@@ -193,7 +194,5 @@ def _cost_table(cost: dict[str, Any]) -> str:
         in_passes = "" if passes is None else f"{passes:.2f}"
         lines.append(f"{stage:26}{seconds:9.1f}{counted:>12}{in_passes:>22}")
     if "sum" in cost:
-        terms = "(2 x {epochs:g} x {share:g} + 1) x {relative_cost:.2f} + {verified_share:.2f} = {passes:.2f}"
-        terms = terms.format(**cost["sum"])
-        lines += [f"by the sum (2 T f + 1) r + v = {terms} passes", cost["verdict"]]
+        lines += [sum_in_words(cost["sum"]), cost["verdict"]]
     return "\n".join(lines)

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from staff.config import PlanConfig, SelectConfig, check_named
+from staff.config import PlanConfig, check_named, flat
 from staff.methods import METHODS, Method
+from staff.methods.fidelity import Fidelity, fidelity
+from staff.methods.groups import select_by_group
+from staff.methods.strata import split
 from staff.methods.verification import default_regions, default_verified
-from staff.types import Stage
-
-if TYPE_CHECKING:
-    from staff.data.tokens import Pool
+from staff.timing import Look, Speed, look_at_models, one_pass
+from staff.types import Progress, Selection, Stage
 
 SNAPSHOTS = 4  # of a draft's tuning, that loss trajectories are taken over
-NUM_TIMED = 48  # samples scored, after as many that warm up
-STEPS_TIMED = 6  # of training, the first of which warms up
 
 
 def staff_passes(epochs: float, share: float, relative_cost: float, verified_share: float) -> float:
@@ -43,6 +39,12 @@ def finetuning_passes(epochs: float) -> float:
     return 2 * epochs
 
 
+def sum_in_words(terms: Mapping[str, float]) -> str:
+    """The sum with its numbers, as a run and a plan print it."""
+    numbers = "(2 x {epochs:g} x {share:g} + 1) x {relative_cost:.2f} + {verified_share:.2f} = {passes:.2f}"
+    return f"by the sum (2 T f + 1) r + v = {numbers.format(**terms)} passes"
+
+
 def break_even(epochs: float, share: float, verified_share: float) -> float:
     """The r below which a draft costs less than scoring the target directly (1 U)."""
     return max(0.0, 1 - verified_share) / (2 * epochs * share + 1)
@@ -60,24 +62,16 @@ def most_verified(
 
 
 def verdict(passes: float, epochs: float, share: float, relative_cost: float, verified_share: float) -> str:
-    """One sentence on whether the draft was the cheaper way."""
+    """One sentence on whether the draft is the cheaper way; the same before a run and behind it."""
     if passes <= 1:
         spent = f"{passes:.2f} passes of the target in place of the 1 of --method direct"
-        return f"the draft was the cheaper way: {spent}"
+        return f"the draft is the cheaper way: {spent}"
     limit = break_even(epochs, share, verified_share)
     cure = f"a draft of less than {limit:.2f} of the target's cost" if limit > 0 else "fewer verified samples"
     return (
-        f"the draft was not the cheaper way: {passes:.2f} passes of the target where --method direct takes "
+        f"the draft is not the cheaper way: {passes:.2f} passes of the target where --method direct takes "
         f"1. It would be with {cure}, with fewer --draft-epochs or a smaller --draft-share"
     )
-
-
-@dataclass(frozen=True)
-class Speed:
-    """What a model took on this machine, in seconds a token."""
-
-    scoring: float
-    training: float
 
 
 @dataclass(frozen=True)
@@ -105,7 +99,7 @@ class Job:
 def stages(method: Method, job: Job, speeds: Mapping[str, Speed]) -> dict[str, float] | None:
     """Predicted seconds of each stage of a method's selection.
 
-    Reading, tokenising and loading models are left out: small, and much the same for all.
+    Reading and tokenising are left out: small, and much the same for all.
 
     Args:
         speeds: "target", and "draft" where there is one.
@@ -132,10 +126,16 @@ def stages(method: Method, job: Job, speeds: Mapping[str, Speed]) -> dict[str, f
     if method.verify:
         verified = job.verified_share * job.tokens * speeds[method.verify.base].scoring
         seconds[str(Stage("verify", method.verify.model))] = verified
-    return seconds
+    bases = {need.base for need in (*method.needs.values(), method.verify) if need} & speeds.keys()
+    loading = sum(speeds[base].loading for base in bases)
+    return {str(Stage("load")): loading, **seconds} if loading else seconds
 
 
-def table(job: Job, speeds: Mapping[str, Speed], pruning_rates: tuple[float, ...]) -> list[dict[str, Any]]:
+def table(
+    job: Job,
+    speeds: Mapping[str, Speed],
+    pruning_rates: tuple[float, ...],
+) -> list[dict[str, Any]]:
     """A row a method: what its selection takes, and from which pruning rate on it beats training on all.
 
     Returns:
@@ -179,124 +179,148 @@ def advice(job: Job, speeds: Mapping[str, Speed], pruning_rate: float) -> str:
     )
 
 
-def make_plan(config: PlanConfig) -> dict[str, Any]:
-    """Time the models on samples of a pool and predict what every method would take.
+def pretend(
+    looks: Mapping[str, Look], n: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Efforts of a whole pool on the draft and on the target, spread as those of the samples that were
+    scored: each has its rank's value, and the target's by the ratio of a sample of like rank.
 
     Returns:
-        n, tokens, most_verified, speeds (seconds a token), full_seconds, methods (`table`), advice (a
+        (n,), (n,) in no particular order; None where the models were not at hand.
+    """
+    draft, target = looks.get("draft"), looks["target"]
+    if draft is None or not draft.is_timed or not target.is_timed:
+        return None
+    ranks = rng.permutation(n) + rng.random(n)
+    scores = np.quantile(draft.scores["effort"].astype(np.float64), ranks / n)
+    both = draft.scores["effort"][np.searchsorted(draft.positions, target.positions)].astype(np.float64)
+    ratios = np.divide(target.scores["effort"], both, out=np.ones_like(both), where=both > 0)
+    near = np.clip(ranks / n * len(both) + rng.normal(size=n), 0, len(both) - 1).astype(int)
+    return scores, scores * ratios[np.argsort(both, kind="stable")][near]
+
+
+def foretold(
+    config: PlanConfig, efforts: tuple[np.ndarray, np.ndarray], groups: list[str] | None
+) -> Selection:
+    """What STAFF would make of such efforts: which regions hold enough to be verified, and how many samples
+    the target then scores."""
+    method, (scores, target), given = METHODS["staff"], efforts, flat(config)
+    told: dict[str, Any] = {name: given[name] for name in method.options() if name in given}
+    told |= {"budget": 0, "rng": np.random.default_rng(config.seed)}
+    told |= {"scores": scores, "verify": target.__getitem__}
+    if groups is None:
+        return method.select(len(scores), **told)
+    return select_by_group(method, groups, len(scores), **told)
+
+
+def faithful(looks: Mapping[str, Look], n: int) -> Fidelity:
+    """What the samples that both models scored say of the draft."""
+    target, draft = looks["target"], looks["draft"]
+    places = np.searchsorted(draft.positions, target.positions)
+    scores = draft.scores["effort"][places].astype(np.float64)
+    regions = np.zeros(len(places), np.int64)
+    partition = split(scores, default_regions(len(scores)))[1]
+    loss = draft.scores["loss"][places]
+    return fidelity(regions, np.array([n]), n, scores, target.scores["effort"], None, loss, partition)
+
+
+def make_plan(config: PlanConfig, on_progress: Progress | None = None) -> dict[str, Any]:
+    """Time the models on samples of a pool and predict what every method would take, and what a selection
+    would verify.
+
+    Returns:
+        n, tokens; num_regions, verified_regions, verified (None: not known before a model has scored),
+        most_verified; sum (STAFF's, in passes) and its verdict; fidelity; speeds (seconds a token), sizes in
+        operations of a pass, timed (label -> was it at hand), full_seconds, methods (`table`), advice (a
         sentence for each pruning rate).
 
     Raises:
         ValueError: something that the user can mend.
     """
     from staff.data import rows as formats
-    from staff.data.tokens import in_common, tokenise
-    from staff.models import drafts, families
-    from staff.models import load as models
 
     check_named(config)
+    tell = on_progress or (lambda stage, done, total: None)
+    tell(str(Stage("read")), 0, 1)
     rows = formats.read(list(config.data), **config.reading.keywords())
-    engine, of = config.engine, config.reading
-    device = models.pick_device(engine.device)
-    dtype = models.pick_dtype(engine.dtype, device)
-    blocks = families.self_blocks(config.draft)
-    names = {"target": config.target}
-    if config.draft:
-        names["draft"] = config.target if blocks else config.draft
-    sources = {label: models.resolve(name, f"--{label}") for label, name in names.items()}
-    speeds: dict[str, Speed] = {}
-    pools: dict[str, Pool] = {}
-    for label, source in sources.items():
-        tokenizer = models.load_tokenizer(source, engine.trust_remote_code)
-        pools[label] = tokenise(rows.examples(), tokenizer, of.max_length, None, of, rows.where)
-    rows, pools = in_common(rows, pools)
-    for label, source in sources.items():
-        models.check_room(source, pools[label], rows.numbers, engine.trust_remote_code)
-        model = models.load_model(source, dtype, device, engine.trust_remote_code, engine.load_in)
-        model = drafts.cut(model, blocks) if label == "draft" and blocks else model
-        speeds[label] = time_model(model, pools[label], config)
-    tokens = int(pools["target"].lengths.sum())
-    if "draft" in speeds:  # a tokenizer of its own may make more or fewer tokens of the same text
-        scale = float(pools["draft"].lengths.sum() / tokens)
-        speeds["draft"] = Speed(speeds["draft"].scoring * scale, speeds["draft"].training * scale)
-    verified = most_verified(
-        len(rows), config.num_regions, config.verification_budget, SelectConfig.hard_cutoff
-    )
+    rows, looks = look_at_models(config, rows, tell)
+    target, n = looks["target"], len(rows)
+    groups = None if config.group_by is None else rows.column(config.group_by)
+    efforts = pretend(looks, n, np.random.default_rng(config.seed))
+    chosen = foretold(config, efforts, groups) if efforts else None
+    most = most_verified(n, config.num_regions, config.verification_budget, config.hard_cutoff)
+    verified = len(chosen.verified) if chosen else most
     job = Job(
-        tokens=tokens,
-        response_share=float(pools["target"].response_tokens().sum() / tokens),
+        tokens=target.tokens,
+        response_share=target.response / target.tokens,
         draft_epochs=config.draft_epochs,
         draft_share=config.draft_share,
         target_epochs=config.epochs,
         epochs=config.epochs,
-        verified_share=verified / len(rows),
+        verified_share=verified / n,
     )
-    return {
-        "n": len(rows),
-        "tokens": tokens,
-        "most_verified": verified,
+    speeds = {label: seen.speed for label, seen in looks.items()}
+    passes = {label: one_pass(seen, config.scoring.scope) for label, seen in looks.items()}
+    made: dict[str, Any] = {
+        "n": n,
+        "tokens": target.tokens,
+        "most_verified": most,
+        "verified": len(chosen.verified) if chosen else None,
+        "num_regions": len(chosen.regions) if chosen else None,
+        "verified_regions": sum(region.verified > 0 for region in chosen.regions) if chosen else None,
+        "timed": {label: seen.is_timed for label, seen in looks.items()},
+        "flops": passes,
         "speeds": {label: asdict(speed) for label, speed in speeds.items()},
-        "full_seconds": config.epochs * tokens * speeds["target"].training,
+        "full_seconds": config.epochs * target.tokens * target.speed.training,
         "methods": table(job, speeds, config.pruning_rate),
         "advice": [advice(job, speeds, rate) for rate in config.pruning_rate],
     }
-
-
-def time_model(model: Any, pool: Pool, config: PlanConfig) -> Speed:
-    """Seconds a token of scoring and of LoRA training, on samples drawn at random; the model is changed."""
-    from staff.models import adapters
-    from staff.models.finetune import sample_order, train_lora
-    from staff.scoring.scorer import Scorer
-
-    scoring, training = config.scoring, config.training
-    drawn = np.random.default_rng(config.seed).permutation(len(pool))[: 2 * NUM_TIMED]
-    drawn = np.resize(drawn, 2 * NUM_TIMED)
-    adapted: Any = None
-    if scoring.scope == "lora":
-        rank, targets = training.lora_rank, training.lora_targets
-        adapted = adapters.add_lora(model, rank, rank, config.seed, targets)
-    scorer = Scorer(adapted or model, scoring.scope)
-    scorer.scores(pool, drawn[:NUM_TIMED], scoring.batch_tokens)
-    began = time.perf_counter()
-    scorer.scores(pool, drawn[NUM_TIMED:], scoring.batch_tokens)
-    a_token = (time.perf_counter() - began) / pool.lengths[drawn[NUM_TIMED:]].sum()
-    if adapted:
-        model = adapted.unload()  # training puts on one of its own
-    steps: list[float] = []
-    trained = np.resize(drawn, STEPS_TIMED * training.batch_size)
-    names = ("batch_size", "lora_rank", "lora_targets")
-    settings = {"epochs": 1, **{name: getattr(training, name) for name in names}}
-    with tempfile.TemporaryDirectory(prefix="staff-") as folder:
-        train_lora(
-            model,
-            pool,
-            trained,
-            Path(folder),
-            seed=config.seed,
-            on_progress=lambda done, total: steps.append(time.perf_counter()),
-            **settings,
-        )
-    # without the first step, which warms up
-    order = sample_order(len(trained), config.seed, 0)[training.batch_size :]
-    return Speed(float(a_token), float((steps[-1] - steps[0]) / pool.lengths[trained[order]].sum()))
+    if "draft" in looks:
+        terms = {
+            "epochs": config.draft_epochs,
+            "share": config.draft_share,
+            "relative_cost": passes["draft"] / passes["target"],
+            "verified_share": verified / n,
+        }
+        made["sum"] = {**terms, "passes": staff_passes(**terms)}
+        made["verdict"] = verdict(made["sum"]["passes"], **terms)
+        if efforts:
+            made["fidelity"] = faithful(looks, n).as_dict()
+    return made
 
 
 def describe_plan(plan: Mapping[str, Any]) -> str:
     """A plan as a person reads it."""
     rates = list(plan["methods"][0]["total_seconds"])
-    where = "predicted seconds on this machine, loading aside"
+    n, away = plan["n"], [label for label, is_timed in plan["timed"].items() if not is_timed]
+    where = "predicted seconds on this machine"
+    if away:
+        others = [label for label in plan["timed"] if label not in away]
+        by = f"the speed of the {others[0]}" if others else "a plain matrix product, which no model reaches"
+        where += f"; the {' and the '.join(away)} by size alone, and by {by}: at least"
     header = "".join(f"{f'{float(rate):.0%} pruned':>13}" for rate in rates)
-    lines = ["", f"pool       {plan['n']} samples, {plan['tokens']:,} tokens; {where}", ""]
-    lines.append(f"{'method':20}{'choosing':>10}{header}{'pays from':>11}")
+    lines = ["", f"pool       {n} samples, {plan['tokens']:,} tokens{' or so' * bool(away)}; {where}"]
+    if plan["verified"] is not None:
+        regions = f"{plan['verified_regions']} of {plan['num_regions']} regions"
+        share = plan["verified"] / n
+        lines.append(f"verified   about {plan['verified']} samples on the target ({share:.1%}), in {regions}")
+    elif "sum" in plan:
+        share = plan["most_verified"] / n
+        lines.append(f"verified   {plan['most_verified']} samples on the target at most ({share:.1%})")
+    if "fidelity" in plan:
+        told = Fidelity(**plan["fidelity"])
+        some = f"{told.shown()}, from {told.samples} samples; every run tells it from those it verifies"
+        lines.append(f"fidelity   {told.verdict}: {some}")
+    if "sum" in plan:
+        lines += [f"cost       {sum_in_words(plan['sum'])}", f"           {plan['verdict']}"]
+    lines += ["", f"{'method':20}{'choosing':>10}{header}{'pays from':>11}"]
     for row in plan["methods"]:
         pays = "never" if row["break_even"] is None else f"{row['break_even']:.0%}"
         totals = "".join(f"{seconds:13.1f}" for seconds in row["total_seconds"].values())
         lines.append(f"{row['method']:20}{row['selection_seconds']:10.1f}{totals}{pays:>11}")
     lines += [
         f"{'all data':20}{0:10.1f}" + f"{plan['full_seconds']:13.1f}" * len(rates),
-        "",
-        f"with the training on what is kept; verification at its most, {plan['most_verified']} of "
-        f"{plan['n']} samples: how many regions hold enough to be verified shows once the draft has scored",
+        "with the training on what is kept",
         "",
         f"{'method':20}seconds of each stage",
     ]

@@ -96,6 +96,7 @@ SENTENCES = {
     "dedup": "look for duplicates",
     "unpack": "unpack the {model}",
     "load": "load models",
+    "time": "time the {model}",
     "tune": "fine-tune the {model}",
     "score": "score on the {model}",
     "verify": "verify on the {model}",

@@ -201,6 +201,15 @@ def suggest_drafts(target: str) -> dict[str, float | None]:
     return {}
 
 
+def billions_of(name: str) -> float | None:
+    """Billions of parameters of a model on the hub, by the table or else by its name; None: neither says."""
+    for family in FAMILIES.values():
+        for member, size in family.members.items():
+            if member.lower() == name.lower():
+                return size
+    return _billions(name.lower())
+
+
 def _billions(name: str) -> float | None:
     """Parameters as a model's name tells them."""
     match = re.findall(r"(\d+(?:\.\d+)?)\s*([bm])(?![a-z])", name)

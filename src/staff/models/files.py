@@ -203,6 +203,15 @@ def folder_of(
         ) from None
 
 
+def is_at_hand(name: str) -> bool:
+    """Is a model on this machine, so that looking at it downloads nothing?"""
+    if Path(name).expanduser().exists() or not HUB_ID.fullmatch(name):
+        return True
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
 def _in_folder(name: str, folder: Path, flag: str) -> Source:
     has_weights = any(path.name != "adapter_model.safetensors" for path in folder.glob("*.safetensors"))
     if (folder / "adapter_config.json").is_file() and not has_weights:

@@ -1,0 +1,215 @@
+"""What models take on this machine and make of a pool, from a few of its samples; by their sizes alone where
+they are not at hand."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from staff.config import PlanConfig
+from staff.types import Progress, Stage
+
+if TYPE_CHECKING:
+    from staff.data.rows import Rows
+    from staff.data.tokens import Pool
+    from staff.models.load import Size
+
+NUM_TIMED = 48  # samples scored on the target at most
+DRAFTED = 3  # times as many on the draft, which is cheaper
+WARMING = 4  # samples before the clock runs
+STEPS_TIMED = 2  # of training, the first of which warms up
+CHARACTERS = 4  # of a token, where no tokenizer is at hand
+PRODUCT = 1024  # rows and columns of the matrices whose product tells a machine's speed
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a model takes on this machine, in seconds: a token of scoring, one of training, and to load."""
+
+    scoring: float
+    training: float
+    loading: float = 0.0
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is known of a model.
+
+    Attributes:
+        speed: for tokens as the target counts them; of training 0 where nothing is trained.
+        size: what a token costs in it, in operations.
+        tokens, response: of the pool, in its own tokens.
+        positions: of the pool, that were scored; none where it is not at hand.
+        scores: what one pass gave of these.
+    """
+
+    speed: Speed
+    size: Size
+    tokens: int
+    response: int
+    positions: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    scores: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def is_timed(self) -> bool:
+        """It was at hand."""
+        return len(self.positions) > 0
+
+
+def look_at_models(config: PlanConfig, rows: Rows, tell: Progress) -> tuple[Rows, dict[str, Look]]:
+    """Load the models, score a few samples on each, train where a method would.
+
+    A model that is not on this machine, and whose size is known, is not fetched for that: then operations are
+    counted, and seconds follow from the speed of the other model, or from that of a plain matrix product,
+    which no model reaches.
+
+    Returns:
+        the rows that every tokenizer can use; and "target" and, where there is one, "draft" -> its Look.
+
+    Raises:
+        ValueError: something that the user can mend.
+    """
+    from staff.data.tokens import in_common, tokenise
+    from staff.models import drafts, families, load
+    from staff.models.files import is_at_hand, tokenizer_fingerprint
+
+    engine, how = config.engine, config.reading
+    blocks = families.self_blocks(config.draft)
+    names = {"target": config.target, **({"draft": config.draft} if config.draft and not blocks else {})}
+    away = {
+        label: billions
+        for label, name in names.items()
+        if not is_at_hand(name) and (billions := families.billions_of(name)) is not None
+    }
+    if blocks and away:
+        raise ValueError(f"--draft {config.draft}: {config.target} is not here, so its blocks can't be timed")
+    sources = {label: load.resolve(name, f"--{label}") for label, name in names.items() if label not in away}
+    which = {label: tokenizer_fingerprint(source, how.chat_template) for label, source in sources.items()}
+    made: dict[str, Pool] = {}  # of each tokenizer
+    for label, source in sources.items():
+        if which[label] not in made:
+            tokenizer, n = load.load_tokenizer(source, engine.trust_remote_code), len(rows)
+            told = partial(lambda of, done: tell(str(Stage("tokenise")), done, of), n)
+            made[which[label]] = tokenise(rows.examples(), tokenizer, how.max_length, told, how, rows.where)
+    rows, made = in_common(rows, made) if made else (rows, made)
+    pools = {label: made[name] for label, name in which.items()}
+    counts = {label: (int(p.lengths.sum()), int(p.response_tokens().sum())) for label, p in pools.items()}
+    usual = next(iter(counts.values()), None) or _by_characters(rows)
+    looks: dict[str, Look] = {}
+    device = load.pick_device(engine.device)
+    dtype = load.pick_dtype(engine.dtype, device)
+    share = np.random.default_rng(config.seed).permutation(len(rows))
+    timed = int(np.clip(len(rows) // 25, 8, NUM_TIMED))
+    for label, source in sources.items():  # one is in memory at a time
+        load.check_room(source, pools[label], rows.numbers, engine.trust_remote_code)
+        tell(str(Stage("load")), 0, 1)
+        began = time.monotonic()
+        model = load.load_model(source, dtype, device, engine.trust_remote_code, engine.load_in)
+        loading = time.monotonic() - began
+        parts = {label: model}
+        if label == "target" and blocks:  # other modules over the same weights
+            weights = {id(part): part for part in (*model.parameters(), *model.buffers())}
+            parts = {"draft": drafts.cut(copy.deepcopy(model, weights), blocks, config.draft_blocks), **parts}
+        del model
+        for name in list(parts):
+            tell(str(Stage("time", name)), 0, 1)
+            size = load.measure(parts[name])
+            some = np.sort(share[: timed * (1 if name == "target" else DRAFTED)])
+            trains = name == "target" or config.draft_epochs > 0
+            speed, scores = time_model(parts.pop(name), pools[label].take(some), config, len(rows), trains)
+            speed = dataclasses.replace(speed, loading=loading)
+            looks[name] = Look(speed, size, *counts[label], some, scores)
+            tell(str(Stage("time", name)), 1, 1)
+    scope = config.scoring.scope
+    rates = [one_pass(seen, scope) / (seen.speed.scoring * seen.tokens) for seen in looks.values()]
+    for label, billions in away.items():
+        rate = rates[0] if rates else product_speed(device, dtype)
+        size = load.Size(round(billions * 1e9), 0, 0)
+        each = size.scoring_flops(*usual, scope), size.training_flops(*usual)
+        looks[label] = Look(Speed(*(flops / usual[0] / rate for flops in each)), size, *usual)
+    if "draft" in looks:  # a tokenizer of its own may make more or fewer tokens of the same text
+        seen, scale = looks["draft"], looks["draft"].tokens / looks["target"].tokens
+        speed = Speed(seen.speed.scoring * scale, seen.speed.training * scale, seen.speed.loading)
+        looks["draft"] = dataclasses.replace(seen, speed=speed)
+    return rows, looks
+
+
+def one_pass(seen: Look, scope: str) -> float:
+    """Operations of one scoring pass over the pool."""
+    return seen.size.scoring_flops(seen.tokens, seen.response, scope)
+
+
+def _by_characters(rows: Rows) -> tuple[int, int]:
+    """Tokens of a pool and of its responses, about."""
+    texts = [[len(turn.text) for turn in example.turns] for example in rows.examples()]
+    return tuple(sum(parts) // CHARACTERS + 1 for parts in (map(sum, texts), (t[-1] for t in texts)))  # type: ignore[return-value]
+
+
+def product_speed(device: Any, dtype: Any) -> float:
+    """Operations a second of a plain matrix product here."""
+    import torch
+
+    matrix = torch.ones(PRODUCT, PRODUCT, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(4):  # the first warms up
+        began = time.perf_counter()
+        float((matrix @ matrix)[0, 0])  # waits for a device that is asked from afar
+        seconds.append(time.perf_counter() - began)
+    return 2 * PRODUCT**3 / min(seconds[1:])
+
+
+def time_model(
+    model: Any, pool: Pool, config: PlanConfig, n: int, trains: bool
+) -> tuple[Speed, dict[str, np.ndarray]]:
+    """Seconds a token of scoring and of LoRA training, and the scores of some samples; the model is changed.
+
+    Args:
+        pool: these samples alone.
+        n: samples of the whole pool: steps are small where there is little to train on.
+    """
+    from staff.models import adapters
+    from staff.models.finetune import sample_order, train_lora
+    from staff.scoring.scorer import Scorer
+
+    scoring, training = config.scoring, config.training
+    adapted: Any = None
+    if scoring.scope == "lora":
+        rank, targets = training.lora_rank, training.lora_targets
+        adapted = adapters.add_lora(model, rank, rank, config.seed, targets)
+    scorer = Scorer(adapted or model, scoring.scope, loss=scoring.loss)
+    scorer.scores(pool, np.arange(min(WARMING, len(pool))), scoring.batch_tokens)
+    began = time.perf_counter()
+    scores = scorer.scores(pool, np.arange(len(pool)), scoring.batch_tokens)
+    a_token = float((time.perf_counter() - began) / pool.lengths.sum())
+    if not trains:
+        return Speed(a_token, 0.0), scores
+    if adapted:
+        model = adapted.unload()  # training puts on one of its own
+    steps: list[float] = []
+    batch_size = min(training.batch_size, max(1, n // 100))
+    trained = np.resize(np.arange(len(pool)), STEPS_TIMED * batch_size)
+    names = ("lora_rank", "lora_targets")
+    settings = {"batch_size": batch_size, **{name: getattr(training, name) for name in names}}
+    with tempfile.TemporaryDirectory(prefix="staff-") as folder:
+        train_lora(
+            model,
+            pool,
+            trained,
+            Path(folder),
+            epochs=1,
+            seed=config.seed,
+            on_progress=lambda done, total: steps.append(time.perf_counter()),
+            **settings,
+        )
+    # without the first step, which warms up
+    order = sample_order(len(trained), config.seed, 0)[batch_size:]
+    return Speed(a_token, float((steps[-1] - steps[0]) / pool.lengths[trained[order]].sum())), scores
