@@ -98,13 +98,28 @@ def plan(arguments: Sequence[str]) -> None:
     """Predict what every method would take on this machine, where it pays, and what to do.
 
     staff plan --data train.jsonl --target T --draft D
+    staff plan --config comparison.yaml
     """
     from staff import plan as planning
 
+    if (given := _given("plan", arguments)).config and "tasks" in configs.read_yaml(given.config):
+        return _forecast(given)
     config, given = _parse("plan", arguments)
     with Bars() as progress:
         made = planning.make_plan(config, progress)
     _say(given, planning.describe_plan(made), made)
+
+
+def _forecast(given: argparse.Namespace) -> None:
+    from staff.comparison import forecast as forecasting
+    from staff.comparison.grid import read_comparison
+
+    if others := vars(given).keys() - {"config", "preset", "json"}:
+        raise ValueError(f"{given.config} is a comparison, which says all itself; leave out --{min(others)}")
+    comparison = read_comparison(given.config, "runs/compare")
+    with Bars() as progress:
+        found = forecasting.forecast(comparison, progress)
+    _say(given, forecasting.describe_forecast(found), found)
 
 
 def drafts(arguments: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from staff.config import PlanConfig, check_named, flat
+from staff.config import PlanConfig, SelectConfig, check_named, flat
 from staff.methods import METHODS, Method
 from staff.methods.fidelity import Fidelity, fidelity
 from staff.methods.groups import select_by_group
@@ -200,7 +200,7 @@ def pretend(
 
 
 def foretold(
-    config: PlanConfig, efforts: tuple[np.ndarray, np.ndarray], groups: list[str] | None
+    config: PlanConfig | SelectConfig, efforts: tuple[np.ndarray, np.ndarray], groups: list[str] | None
 ) -> Selection:
     """What STAFF would make of such efforts: which regions hold enough to be verified, and how many samples
     the target then scores."""
