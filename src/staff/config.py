@@ -349,6 +349,12 @@ class FinetuneConfig(_Checked):
     max_steps: Count | None = None
     """Training steps in place of epochs, so that coresets of different sizes can be compared at equal
     updates."""
+    eval_data: tuple[str, ...] = ()
+    """Examples that are held out: their loss is taken before the first step and after every epoch."""
+    merge: bool = False
+    """Leave the model with the adapter folded in, too, in OUTPUT/merged: for who loads no adapters."""
+    report_to: Literal["wandb", "trackio", "tensorboard"] | None = None
+    """Tell one of these of every step, too."""
     seed: Seed = 42
     """Seed of the adapter and of the order of the samples."""
     reading: Reading = Reading()

@@ -23,9 +23,9 @@ PLACES = {
     "models": "model target draft draft_blocks scores candidates",
     "selection": "",
     "scoring": "scoring",
-    "training": "epochs max_steps draft_epochs draft_share target_epochs training "
+    "training": "eval_data epochs max_steps draft_epochs draft_share target_epochs training "
     "lora_rank lora_alpha lora_targets",
-    "results": "output format push_to_hub public license picture",
+    "results": "output format merge report_to push_to_hub public license picture",
     "machine": "engine",
 }
 PLACE_OF = {name: place for place, names in PLACES.items() for name in names.split()}
@@ -33,7 +33,7 @@ KINDS = {
     "data": "FILE", "validation": "FILE", "keep": "FILE", "scores": "FILE", "picture": "FILE",
     "target": "MODEL", "draft": "MODEL", "model": "MODEL", "candidates": "MODEL", "output": "PATH",
     "method": "NAME", "option": "NAME=VALUE", "columns": "PART=COLUMN,...", "group_by": "COLUMN",
-    "shares": "VALUE=SHARE,...", "push_to_hub": "OWNER/NAME", "template_date": "DATE",
+    "eval_data": "FILE", "shares": "VALUE=SHARE,...", "push_to_hub": "OWNER/NAME", "template_date": "DATE",
 }  # fmt: skip
 OURS = "the command itself"
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,16 +42,23 @@ def finetune(config: FinetuneConfig, *, update: bool = False, on_progress: Progr
     """
     output = Path(str(config.output))
     config, pool, source = _opened(config, output, [output])
+    _check_finetune(config, source)
+    held_out = rows.read(list(config.eval_data), **config.reading.keywords()) if config.eval_data else None
+    files.check_outputs([output], {"--eval-data": held_out.paths if held_out else ()})
     with open_run(str(config.output), "adapter", on_progress) as run:
         contents: dict[str, Any] = {"model": partial(content_of, run, source)}
         contents |= {"weights": partial(run.hash_file, Path(config.weights))} if config.weights else {}
         inputs = Inputs(contents, {name: f"--{name} {getattr(config, name)}" for name in contents})
         inputs["data"] = fingerprint_rows(pool)
         inputs["tokenizer"] = model_files.tokenizer_fingerprint(source, config.reading.chat_template)
+        if held_out:
+            inputs["eval_data"] = fingerprint_rows(held_out)
         made_of = {"settings": ingredients(config), "inputs": dict(inputs)}
         run.begin(made_of["settings"], inputs, update)
         if not find_finished(run.path, files.fingerprint(made_of)):
-            _tune(config, run, pool, source, inputs, made_of)
+            _tune(config, run, pool, source, inputs, made_of, held_out)
+        if config.merge:
+            _merge(config, run, source, inputs)
         for piece in (*run.work.glob("model-*"), *run.work.glob("adapter-*")):
             files.remove(piece)
         return run.path
@@ -69,6 +79,17 @@ def _opened(config: Any, folder: Path, outputs: list[Path]) -> tuple[Any, rows.R
     return dataclasses.replace(config, reading=reading), pool, source
 
 
+def _check_finetune(config: FinetuneConfig, source: Source) -> None:
+    """What can't be done is known before any work."""
+    method = model_files.check_quantised(source, config.engine.load_in)
+    if config.merge and method:
+        cure = "leave --merge away, or fine-tune the model that it was made from with --load-in"
+        raise ValueError(f"--merge: {source.name} is quantised already ({method}); {cure}")
+    if config.report_to and find_spec(config.report_to) is None:
+        package = config.report_to
+        raise ValueError(f"--report-to {package} needs the {package} package: pip install {package}")
+
+
 def _tune(
     config: FinetuneConfig,
     run: RunFolder,
@@ -76,6 +97,7 @@ def _tune(
     source: Source,
     inputs: Inputs,
     made_of: dict[str, Any],
+    held_out: rows.Rows | None,
 ) -> None:
     import numpy as np
 
@@ -87,9 +109,7 @@ def _tune(
     engine, given, weights = config.engine, source, None
     device = load.pick_device(engine.device)
     dtype = load.pick_dtype(engine.dtype, device)
-    if source.gguf:
-        folder = run.piece("model", {"gguf": inputs["model"], "dtype": str(dtype)})
-        source = load.unpack_gguf(source, folder, dtype)
+    source = _unpacked(source, run, inputs, dtype)
     tokenizer = load.load_tokenizer(source, engine.trust_remote_code)
     tokenizer.chat_template = template_of(tokenizer, config.reading)
     if config.weights:
@@ -109,6 +129,17 @@ def _tune(
         tokens = usable[""]
         load.check_room(source, tokens, pool.numbers, engine.trust_remote_code)
         warn(pool, tokens, config.reading.max_length, run.path / "skipped.jsonl")
+        judged = None
+        if held_out:
+            judged = tokenise(
+                held_out.examples(), tokenizer, reading.max_length, None, reading, held_out.where
+            )
+            held_out, usable = in_common(held_out, {"": judged})
+            judged = usable[""]
+            load.check_room(source, judged, held_out.numbers, engine.trust_remote_code)
+        report = {"report_to": config.report_to, "run_name": run.path.name} if config.report_to else None
+        if config.report_to == "tensorboard":
+            os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
         model = load.load_model(source, dtype, device, engine.trust_remote_code, engine.load_in)
         # before the adapter, whose seal ends this stage
         files.write_json(folder / "size.json", dataclasses.asdict(load.measure(model)))
@@ -121,6 +152,9 @@ def _tune(
             max_steps=config.max_steps,
             seed=config.seed,
             weights=None if weights is None else weights[np.searchsorted(every, pool.numbers)],
+            log=run.path / "log.jsonl",
+            held_out=judged,
+            report=report,
             on_progress=run.clock(stage),
             **dataclasses.asdict(config.training),
         )
@@ -132,11 +166,68 @@ def _tune(
     if not given.adapter:
         _name_base(run.path / "adapter_config.json", config.model)
     files.write_text(run.path / "config.yaml", to_yaml(config))
+    if (run.path / "log.jsonl").exists():
+        draw_losses(run.path / "log.jsonl", run.path / "loss.png")
     spent = account.spent(run.work).get(stage, {})
     steps, size = (files.sealed(folder) or {}).get("steps"), _read(folder / "size.json")
     cost = {"seconds": spent.get("seconds"), "steps": steps, "size": size}
     about = {**made_of, "seed": config.seed, "cost": cost, **load.facts(device, dtype)}
     run.finish(files.fingerprint(made_of), about, [path.name for path in parts])
+
+
+def _unpacked(source: Source, run: RunFolder, inputs: Inputs, dtype: Any) -> Source:
+    """A model's files; a .gguf file is unpacked once."""
+    from staff.models import load
+
+    if not source.gguf:
+        return source
+    folder = run.piece("model", {"gguf": inputs["model"], "dtype": str(dtype)})
+    return load.unpack_gguf(source, folder, dtype)
+
+
+def _merge(config: FinetuneConfig, run: RunFolder, source: Source, inputs: Inputs) -> None:
+    """The model with the adapter folded in, in merged/: the weights as they came, not as they were loaded for
+    the tuning."""
+    from staff.models import load
+
+    folder, adapter = run.path / "merged", files.hash_file(run.path / "adapter_model.safetensors")
+    if (files.sealed(folder) or {}).get("adapter") == adapter:
+        return
+    device = load.pick_device(config.engine.device)
+    dtype = load.pick_dtype(config.engine.dtype, device)
+    run.tell(Stage("merge", "model"), 0, 1)
+    source = _unpacked(source, run, inputs, dtype)
+    model: Any = load.merged(source, run.path, dtype, config.engine.trust_remote_code)
+
+    def write(aside: Path) -> None:
+        model.save_pretrained(aside)
+        load.load_tokenizer(dataclasses.replace(source, folder=run.path)).save_pretrained(aside)
+        files.seal(aside, sorted(path.name for path in aside.iterdir()), adapter=adapter)
+
+    files.remove(folder)
+    files.write_whole(folder, write)
+    run.tell(Stage("merge", "model"), 1, 1)
+
+
+def draw_losses(log: Path, picture: Path) -> bool:
+    """A picture of log.jsonl: the loss of each step, and of what was held out; False where matplotlib is not
+    installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    told = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for name, label, look in (("loss", "a step", "-"), ("eval_loss", "held out", "o--")):
+        if points := [(line["step"], line[name]) for line in told if name in line]:
+            axes.plot(*zip(*points, strict=True), look, label=label)
+    axes.set_xlabel("steps")
+    axes.set_ylabel("mean loss over response tokens")
+    axes.legend()
+    save: Callable[[Path], None] = lambda part: figure.savefig(part, format="png", dpi=120)  # noqa: E731
+    files.write_whole(picture, save)
+    return True
 
 
 def _name_base(path: Path, model: str) -> None:

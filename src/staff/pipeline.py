@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # torch comes in with them
 # named by content, or of no consequence to the results
 NO_INGREDIENTS = {"data", "output", "scores", "validation", "push_to_hub", "checkpoint_seconds", "device"}
 NO_INGREDIENTS |= {"keep", "weights", "max_unpacked", "trust_remote_code", "public", "license"}
+NO_INGREDIENTS |= {"eval_data", "merge", "report_to"}  # of a fine-tuning
 
 FILES = ("scores", "validation", "keep")  # settings that name one
 

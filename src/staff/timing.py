@@ -207,7 +207,7 @@ def time_model(
             Path(folder),
             epochs=1,
             seed=config.seed,
-            on_progress=lambda done, total: steps.append(time.perf_counter()),
+            on_progress=lambda *_: steps.append(time.perf_counter()),
             **settings,
         )
     # without the first step, which warms up

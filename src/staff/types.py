@@ -98,6 +98,7 @@ SENTENCES = {
     "load": "load models",
     "time": "time the {model}",
     "tune": "fine-tune the {model}",
+    "merge": "merge the adapter into the {model}",
     "score": "score on the {model}",
     "verify": "verify on the {model}",
     "calibrate": "calibrate the {model}",

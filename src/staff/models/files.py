@@ -263,8 +263,10 @@ def check_quantised(source: Source, load_in: str | None = None) -> str | None:
     """How a folder's weights are quantised already, None where they aren't.
 
     Raises:
-        ValueError: the library for it, or for `load_in`, is missing; or it is asked for twice.
+        ValueError: the library for it, for `load_in` or a .gguf file is missing; or it is asked for twice.
     """
+    if source.gguf and find_spec("gguf") is None:
+        raise ValueError("reading .gguf files needs the gguf package: pip install 'staff-coreset[gguf]'")
     config = source.folder / "config.json"
     settings = (
         json.loads(config.read_text(encoding="utf-8")).get("quantization_config")

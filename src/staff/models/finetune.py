@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,15 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from staff.data.tokens import Pool, collate
-from staff.files import SEAL, is_out_of_memory, seal, sealed
+from staff.files import SEAL, is_out_of_memory, seal, sealed, write_text
 from staff.models import anatomy, attention
 from staff.models.adapters import add_lora, joined_products
 from staff.models.files import ADAPTER as ADAPTER
 from staff.scoring import scopes
 from staff.scoring.gradnorm import Head, response_scores
 
+OnStep = Callable[[int, int, str], object]  # steps done, steps in all, figures in words
+LATEST = 20  # steps that the tokens a second are of
 CHECKPOINTS = 2  # kept: one that turns out damaged has another before it
 WEIGHTS_MOST = 5.0  # times the mean: what a sample counts at most
 GIVEN = ("input_ids", "position_ids", "attention_mask")  # to the model, of what a step has
@@ -77,9 +81,9 @@ class _Positions(Dataset):
 class _ResponseTrainer(Trainer):
     """The Trainer with our order of samples, and a head that sees response tokens alone."""
 
-    def __init__(self, *args: Any, head: Head, order: _Shuffled, **kwargs: Any):
+    def __init__(self, *args: Any, head: Head, order: _Shuffled, held_out: Pool | None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._head, self._order = head, order
+        self._head, self._order, self._held_out = head, order, held_out
         self.loss_is_scaled_for_ga = False
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -89,17 +93,46 @@ class _ResponseTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The mean over the step's response tokens, each times its sample's weight where there are any."""
+        each, outputs = self._losses(model, inputs)
+        loss = (each * inputs["weight"]).mean() if "weight" in inputs else each.mean()
+        if not loss.isfinite():
+            raise _diverged(self.args.learning_rate, f"the loss is nan at step {self.state.global_step + 1}")
+        return (loss, outputs) if return_outputs else loss
+
+    def _losses(self, model: Any, inputs: Any) -> tuple[torch.Tensor, Any]:
+        """(R,) of the response tokens, and what the model gave."""
         assert isinstance(self.model, torch.nn.Module)
         given = {name: inputs[name] for name in GIVEN if name in inputs}
         # picked up inside the model's own forward, so that wrappers for several GPUs work
         with attention.short_samples(inputs["lengths"]), anatomy.head_inputs(self.model) as kept:
             outputs = model(**given, use_cache=False)
         hidden = kept.pop()[inputs["row"], inputs["before"]]
-        each = response_scores(hidden, self._head, inputs["response_ids"]).loss
-        loss = (each * inputs["weight"]).mean() if "weight" in inputs else each.mean()
-        if not loss.isfinite():
-            raise _diverged(self.args.learning_rate, f"the loss is nan at step {self.state.global_step + 1}")
-        return (loss, outputs) if return_outputs else loss
+        return response_scores(hidden, self._head, inputs["response_ids"]).loss, outputs
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._began, self._tokens = time.monotonic(), inputs["tokens"]
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= {"tokens": self._tokens, "seconds": time.monotonic() - self._began}
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:  # type: ignore[override]
+        """The mean over all response tokens that were held out, as the loss of a step is."""
+        pool, total = self._held_out, 0.0
+        assert pool is not None
+        assert self.model is not None
+        order = np.argsort(pool.lengths, kind="stable")
+        self.model.eval()
+        for start in range(0, len(order), self.args.per_device_train_batch_size):
+            places = order[start : start + self.args.per_device_train_batch_size]
+            inputs = self._prepare_inputs(step_of(pool, places, packs=False))  # type: ignore[arg-type]
+            with torch.no_grad(), self.compute_loss_context_manager():
+                total += float(self._losses(self.model, inputs)[0].double().sum())
+        found = {"eval_loss": total / int(pool.response_tokens().sum())}
+        self.log(found)
+        return found
 
 
 def _diverged(learning_rate: float, how: str) -> ValueError:
@@ -110,25 +143,44 @@ def _diverged(learning_rate: float, how: str) -> ValueError:
 
 
 class _Watch(TrainerCallback):
-    """Tells the progress, saves by the clock, and keeps the adapter as it is at even steps through the
-    run."""
+    """Tells the progress and writes it down, saves by the clock, and keeps the adapter as it is at even steps
+    through the run."""
 
     def __init__(
         self,
         checkpoint_seconds: float,
-        on_progress: Callable[[int, int], None] | None,
+        on_progress: OnStep | None,
         output: Path,
         snapshots: int,
+        log: Path | None,
     ):
         self._seconds, self._on_progress, self._saved = checkpoint_seconds, on_progress, time.monotonic()
-        self._output, self._snapshots = output, snapshots
+        self._output, self._snapshots, self._log = output, snapshots, log
+        self._latest: deque[tuple[int, float]] = deque(maxlen=LATEST)  # tokens and seconds of steps
+        self._held_out = ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._log and state.is_world_process_zero:  # what a kill left behind the last checkpoint goes
+            write_log(self._log, state.log_history)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        told = state.log_history[-1]
+        if self._log and state.is_world_process_zero and (line := _log_line(told)):
+            with open(self._log, "a", encoding="utf-8") as file:
+                file.write(line)
+        if "eval_loss" in told:
+            self._held_out = f", held out {told['eval_loss']:.3f}"
+        if "loss" in told and self._on_progress:
+            self._latest.append((told["tokens"], told["seconds"]))
+            tokens, seconds = map(sum, zip(*self._latest, strict=True))
+            figures = f"loss {told['loss']:.3f}{self._held_out}, rate {told['learning_rate']:.1e}"
+            figures += f", {tokens / max(seconds, 1e-9):,.0f} tokens/s"
+            self._on_progress(state.global_step, state.max_steps, figures)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         for number in range(1, self._snapshots + 1):
             if state.global_step == max(1, round(number * state.max_steps / self._snapshots)):
                 model.save_pretrained(self._output / "snapshots" / str(number))
-        if self._on_progress:
-            self._on_progress(state.global_step, state.max_steps)
         if time.monotonic() - self._saved >= self._seconds and state.global_step < state.max_steps:
             control.should_save = True
 
@@ -140,6 +192,17 @@ class _Watch(TrainerCallback):
         # went back
         for old in sorted(checkpoint.parent.glob("checkpoint-*"), key=_step)[:-CHECKPOINTS]:
             shutil.rmtree(old)
+
+
+def write_log(path: Path, history: Sequence[dict[str, Any]]) -> None:
+    """log.jsonl: a line a step (step, epoch, loss, learning_rate, grad_norm, tokens, seconds), and one each
+    time that what is held out was looked at (step, epoch, eval_loss)."""
+    write_text(path, "".join(map(_log_line, history)))
+
+
+def _log_line(told: dict[str, Any]) -> str:
+    is_line = "loss" in told or "eval_loss" in told
+    return json.dumps({"step": told["step"], **told}) + "\n" if is_line else ""
 
 
 def train_lora(
@@ -160,7 +223,10 @@ def train_lora(
     max_steps: int | None = None,
     snapshots: int = 0,
     weights: np.ndarray | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    log: Path | None = None,
+    held_out: Pool | None = None,
+    report: Mapping[str, Any] | None = None,
+    on_progress: OnStep | None = None,
 ) -> torch.nn.Module:
     """Fine-tune a model with LoRA on some samples of a pool, or finish a fine-tuning that was cut off.
 
@@ -180,7 +246,10 @@ def train_lora(
         snapshots: how many times the adapter is kept on the way, at even steps, in output/snapshots/1 and on.
         weights: (n,) what each sample of the pool counts in the loss, `levelled` over those trained on; None:
             all the same.
-        on_progress: called with (steps done, steps in all).
+        log: a JSON Lines file that can be followed, see `write_log`; whole again when it ends.
+        held_out: samples whose loss is taken before the first step and after every epoch.
+        report: of TrainingArguments, what tells others how it goes: report_to, run_name, project.
+        on_progress: called with (steps done, steps in all, figures of the last ones in words).
 
     Returns:
         the model with its adapter.
@@ -211,8 +280,10 @@ def train_lora(
         warmup_steps=round(warmup * steps),
         seed=seed,
         save_strategy="no",  # `_Watch` saves by the clock
-        logging_strategy="no",
-        report_to="none",
+        logging_strategy="steps",
+        logging_steps=1,
+        eval_strategy="epoch" if held_out else "no",
+        eval_on_start=held_out is not None and begun is None,
         disable_tqdm=True,
         remove_unused_columns=False,
         use_cpu=device.type == "cpu",
@@ -220,6 +291,7 @@ def train_lora(
         fp16=halves == torch.float16,
         dataloader_pin_memory=device.type == "cuda",
         label_names=["response_ids"],
+        **{"report_to": "none", **(report or {})},
     )
 
     shortest = positions[np.argsort(pool.lengths[positions], kind="stable")[:2]]
@@ -229,10 +301,12 @@ def train_lora(
         model=model,
         args=arguments,
         train_dataset=_Positions(positions),
+        eval_dataset=_Positions(np.arange(len(held_out))) if held_out else None,
         data_collator=lambda places: step_of(pool, places, packs, weights),
         head=head,
         order=_Shuffled(len(positions), seed),
-        callbacks=[_Watch(checkpoint_seconds, on_progress, output, snapshots)],
+        held_out=held_out,
+        callbacks=[_Watch(checkpoint_seconds, on_progress, output, snapshots, log)],
     )
     trainer.remove_callback(PrinterCallback)
     try:
@@ -247,6 +321,8 @@ def train_lora(
         ) from error
     if not all(p.isfinite().all() for name, p in model.named_parameters() if "lora_" in name):
         raise _diverged(learning_rate, "the adapter is nan")
+    if log:
+        write_log(log, trainer.state.log_history)
     aside = output / ".adapter"
     model.save_pretrained(aside)
     for name in ADAPTER:
@@ -284,9 +360,10 @@ def step_of(pool: Pool, places: Sequence[int], packs: bool, weights: np.ndarray 
         packs: the samples one behind the other in a single row, not padded (`attention.packed`).
 
     Returns:
-        what the model is given (those of GIVEN that it needs); lengths, of the samples where they are packed,
-        else None; and for each of R response tokens response_ids (R,), the token, row and before (R,), where
-        in the output it is foretold, and sample_of (R,), whose it is; with weights, weight (R,), that one's.
+        what the model is given (those of GIVEN that it needs); tokens, their number; lengths, of the samples
+        where they are packed, else None; and for each of R response tokens response_ids (R,), the token, row
+        and before (R,), where in the output it is foretold, and sample_of (R,), whose it is; with weights,
+        weight (R,), that one's.
     """
     batch = collate(pool, places)
     step = {"input_ids": batch.input_ids, "row": batch.sample_of, "before": batch.before, "lengths": None}
@@ -298,7 +375,8 @@ def step_of(pool: Pool, places: Sequence[int], packs: bool, weights: np.ndarray 
         step |= {"row": torch.zeros_like(batch.sample_of), "before": starts[batch.sample_of] + batch.before}
     if weights is not None:
         step["weight"] = torch.from_numpy(weights[places].astype(np.float32))[batch.sample_of]
-    return step | {"response_ids": batch.labels, "sample_of": batch.sample_of}
+    tokens = int(pool.lengths[places].sum())
+    return step | {"response_ids": batch.labels, "sample_of": batch.sample_of, "tokens": tokens}
 
 
 def _last_finished(checkpoints: Path) -> str | None:

@@ -217,7 +217,6 @@ def load_model(
     is_quantised = bool(check_quantised(source, load_in) or load_in)
     extra: dict[str, Any] = {"use_safetensors": True}
     if source.gguf:
-        _check_gguf()
         extra = {"gguf_file": source.gguf, "quantization_config": GgufConfig(dequantize=True)}
         if load_in:
             raise ValueError(
@@ -256,6 +255,14 @@ def load_model(
     if adapter:
         model = _quietly(lambda: _put_on(model, adapter, merge and not is_quantised), source)
     return model.eval().requires_grad_(False)
+
+
+def merged(source: Source, adapter: Path, dtype: torch.dtype, trust_remote_code: bool) -> torch.nn.Module:
+    """A model as it came, and a LoRA adapter that was trained on it folded in."""
+    import torch
+
+    model = load_model(source, dtype, torch.device("cpu"), trust_remote_code)
+    return _quietly(lambda: _put_on(model, adapter, True), source)
 
 
 def _check_weights(model: torch.nn.Module, told: dict[str, Any], source: Source) -> None:
@@ -301,15 +308,6 @@ def _put_on(model: torch.nn.Module, adapter: Path, merge: bool) -> torch.nn.Modu
         own.weight = type(own.weight)(own.weight.detach().clone(), requires_grad=False)
         model.config.tie_word_embeddings = False  # type: ignore[union-attr]
     return wrapped.merge_and_unload() if merge else wrapped
-
-
-def _check_gguf() -> None:
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise ValueError(
-            "reading .gguf files needs the gguf package: pip install 'staff-coreset[gguf]'"
-        ) from None
 
 
 def unpack_gguf(source: Source, folder: Path, dtype: torch.dtype) -> Source:

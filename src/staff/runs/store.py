@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from staff import files
+from staff.bars import Bars
 from staff.runs import account
 from staff.types import Progress, Stage
 
@@ -113,30 +114,36 @@ class RunFolder:
             with contextlib.suppress(OSError):
                 self.path.rmdir()
 
-    def tell(self, stage: Stage, done: int, total: int) -> None:
-        """Show how far a stage is; its first call is noted in the log."""
+    def tell(self, stage: Stage, done: int, total: int, figures: str = "") -> None:
+        """Show how far a stage is; its first call is noted in the log.
+
+        Args:
+            figures: what else our own bars say of it.
+        """
         name = str(stage)
         if name not in self._stages:
             self._stages.add(name)
             self.note(f"{name}: {done} of {total}")
-        if self._on_progress:
+        if isinstance(self._on_progress, Bars):
+            self._on_progress(name, done, total, figures)
+        elif self._on_progress:
             self._on_progress(name, done, total)
 
     def counter(self, stage: Stage, total: int) -> Callable[[int], None]:
         """`tell` of one stage, called with how much is done."""
         return lambda done: self.tell(stage, done, total)
 
-    def clock(self, stage: Stage) -> Callable[[int, int], None]:
+    def clock(self, stage: Stage) -> Callable[..., None]:
         """`tell` of one stage that also counts the seconds between its calls, so that a kill loses the last
         alone."""
         began = time.monotonic()
 
-        def step(done: int, total: int) -> None:
+        def step(done: int, total: int, figures: str = "") -> None:
             nonlocal began
             now = time.monotonic()
             account.spend(self.work, stage, seconds=now - began)
             began = now
-            self.tell(stage, done, total)
+            self.tell(stage, done, total, figures)
 
         return step
 
