@@ -24,7 +24,7 @@ from staff.models.load import load_model, resolve
 from staff.scoring.gradnorm import CHUNK_BYTES, Site
 from staff.scoring.prefix import length_of
 from staff.scoring.scorer import Scorer
-from staff.scoring.shards import score_by_shards
+from staff.scoring.shards import make_shards, score_by_shards, shards_of
 
 LONG = 2048  # tokens of the sample whose memory is measured
 Q_K_V = ("q_proj", "k_proj", "v_proj")  # what nothing flows back through
@@ -154,7 +154,9 @@ def run_scaling(case: dict, folder: Path) -> dict:
     start = time.perf_counter()
     make = lambda: (partial(scorer.scores, pool), case["batch_tokens"])  # noqa: E731
     with tempfile.TemporaryDirectory() as shards:
-        score_by_shards(make, pool.lengths, Path(shards) / "scores.npz")
+        path = Path(shards) / "scores.npz"
+        of = shards_of(pool.lengths, path)
+        score_by_shards(of, path, lambda missing: make_shards(make, of, missing))
     return {"seconds": time.perf_counter() - start, "peak_bytes": resident("VmHWM") - before}
 
 

@@ -360,16 +360,22 @@ def test_no_flipped_bit_of_a_file_of_scores_goes_unseen(tmp_path, caplog):
 def test_a_damaged_part_of_the_ledger_costs_that_part_alone(tmp_path, caplog):
     calls = []
 
-    def score(positions, part):
+    def score(positions, *_):
         calls.append(positions.tolist())
-        return positions * 10.0
+        return {"positions": positions, "scores": (positions * 10).astype(np.float32)}
 
-    first = store.Ledger(tmp_path, score, part=2)
+    def make(parts, asked):
+        shards = memory.Shards(tmp_path, "ledger", parts, np.ones(6, np.int64), 64)
+        return memory.read_shards(
+            shards, lambda missing: memory.make_shards(lambda: (score, 1), shards, missing)
+        )
+
+    first = store.Ledger(tmp_path, make, part=2)
     first(np.arange(6))
     whole = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
     flip(tmp_path / "ledger-00001.npz")
     calls.clear()
-    assert store.Ledger(tmp_path, score, part=2)(np.arange(6)).tolist() == [0, 10, 20, 30, 40, 50]
+    assert store.Ledger(tmp_path, make, part=2)(np.arange(6)).tolist() == [0, 10, 20, 30, 40, 50]
     assert calls == [[2, 3]]
     assert [path.read_bytes() for path in sorted(tmp_path.iterdir())] == whole
     assert "ledger-00001.npz is damaged" in caplog.text
@@ -535,7 +541,7 @@ def test_out_of_memory_halves_the_budget_which_is_written_down_said_and_kept_by_
     )
     assert finish(*start(data, tmp_path / "a", family, before=short(130), checkpoint_seconds=60)) is None
     log = (tmp_path / "a" / "work" / "log.txt").read_text()
-    assert re.search(r"out of memory: from shard 0 on a batch holds \d+ tokens at most, not 512", log)
+    assert re.search(r"out of memory: shard 0 is scored in batches of \d+ tokens at most, not 512", log)
     assert log.count("out of memory") > 2  # more than once for the draft, and for the target
     short_of = {"before": short(130, allocator), "checkpoint_seconds": 60}
     killed_at("verify on the target", 1, data, tmp_path / "b", family, **short_of)
@@ -560,7 +566,9 @@ def test_gradients_against_validation_rows_halve_their_batches_and_go_on_where_t
     }
     data, piece = whole[0] / "pool.jsonl", "work/similarity-*/{}"
     assert finish(*start(data, tmp_path / "a", family, before=short(130), **settings)) is None
-    assert "out of memory: from shard 0 on a batch holds" in (tmp_path / "a" / "work" / "log.txt").read_text()
+    assert (
+        "out of memory: shard 0 is scored in batches of" in (tmp_path / "a" / "work" / "log.txt").read_text()
+    )
     killed_at("gradients of the draft", 33, data, tmp_path / "b", family, before=short(130), **settings)
     (kept,) = (tmp_path / "b").glob(piece.format("shard-00000.npz"))
     before = kept.stat().st_mtime_ns
@@ -575,20 +583,13 @@ def test_gradients_against_validation_rows_halve_their_batches_and_go_on_where_t
     assert files.read_arrays(b)["similarity"].std() > 0
 
 
-def test_a_budget_that_was_lowered_counts_from_its_shard_on(tmp_path):
+def test_a_budget_that_was_lowered_counts_for_its_shard_alone(tmp_path):
     budgets = memory.Budgets(tmp_path / "budgets.json", 4096)
     budgets.lower(3, 2048)
     budgets.lower(3, 1024)
     budgets.lower(7, 512)
     for known in (budgets, memory.Budgets(tmp_path / "budgets.json", 4096)):
-        assert [known.of(shard) for shard in (0, 2, 3, 6, 7, 9)] == [4096, 4096, 1024, 1024, 512, 512]
-    budgets.lower(0, 700)  # a shard that was damaged, scored again when there is less
-    assert [memory.Budgets(tmp_path / "budgets.json", 4096).of(shard) for shard in (0, 2, 3, 9)] == [
-        700,
-        700,
-        700,
-        512,
-    ]
+        assert [known.of(shard) for shard in (0, 2, 3, 6, 7, 9)] == [4096, 4096, 1024, 4096, 512, 4096]
 
 
 def test_a_sample_that_does_not_fit_alone_is_named(whole, family, tmp_path):
@@ -765,4 +766,5 @@ def test_a_budget_settled_once_is_kept_whatever_is_told_later(tmp_path):
     budgets.lower(3, 500)
     again = memory.Budgets(tmp_path / "budgets.json", None)
     again.settle(65536)
-    assert [again.of(shard) for shard in (0, 2, 3, 9)] == [2048, 2048, 500, 500]
+    assert [again.of(shard) for shard in (0, 2, 3, 9)] == [2048, 2048, 500, 2048]
+    assert [again.agree("threads", threads) for threads in (2, 8)] == [2, 2]

@@ -10,7 +10,7 @@ import transformers
 from staff.config import Scoring
 from staff.scoring import scopes, shards
 from staff.scoring.scorer import Scorer
-from staff.scoring.shards import level, score_by_shards
+from staff.scoring.shards import level, make_shards, score_by_shards, shards_of
 from test_gradnorm import oracle, weights_of, with_lora
 from tiny import EXPERT_LAYOUTS, EXPERTS, SHAPE, VOCABULARY, make_model, make_pool
 
@@ -55,11 +55,12 @@ def test_balanced_layers_are_divided_by_their_mean_over_the_pool_whatever_the_sh
 
     for shard in (3, 512):
         monkeypatch.setattr(shards, "SHARD", shard)
-        arguments = (lambda: (partial(scorer.scores, POOL), 64), POOL.lengths, path)
+        of = shards_of(POOL.lengths, path)
+        run = partial(make_shards, lambda: (partial(scorer.scores, POOL), 64), of)
         with pytest.raises(KeyboardInterrupt):
-            score_by_shards(*arguments, on_shard=killed)
+            score_by_shards(of, path, partial(run, on_shard=killed))
         assert len(list(tmp_path.glob("shard-*.npz"))) == last[shard] / shard
-        scores = score_by_shards(*arguments)  # the rest, beside what is there
+        scores = score_by_shards(of, path, run)  # the rest, beside what is there
         np.testing.assert_allclose(scores["effort"], expected, rtol=1e-10)
         assert not list(tmp_path.glob("shard-*.npz"))
     means = scorer.scores(POOL, POSITIONS[:4])["site_norms"].mean(0)
@@ -79,7 +80,8 @@ def test_a_fresh_adapter_that_never_gets_a_gradient_is_left_out_of_the_balance(t
     model = add_lora(make_model("llama"), 4, 8, seed=0)  # B = 0: the gradient of A is 0
     scorer = Scorer(model, "lora", balance=True)
     path = tmp_path / "scores.npz"
-    scores = score_by_shards(lambda: (partial(scorer.scores, POOL), 64), POOL.lengths, path)
+    of = shards_of(POOL.lengths, path)
+    scores = score_by_shards(of, path, partial(make_shards, lambda: (partial(scorer.scores, POOL), 64), of))
     assert (scorer.scores(POOL, POSITIONS)["site_norms"] == 0).any(0).mean() == 0.5
     assert np.isfinite(scores["effort"]).all()
 

@@ -130,14 +130,17 @@ def test_a_part_that_was_lost_and_done_again_counts_its_seconds_twice_and_its_op
 def test_the_ledger_asks_for_each_sample_once_and_remembers_it_on_disk(tmp_path):
     calls = []
 
-    def score(positions, part):
-        calls.append(positions.tolist())
-        return positions * 10.0
+    def make(parts, asked):
+        calls.extend(positions.tolist() for positions in parts.values())
+        made = {n: {"positions": p, "scores": p * np.float32(10)} for n, p in parts.items()}
+        for number, arrays in made.items():
+            files.write_arrays(tmp_path / f"ledger-{number:05d}.npz", arrays)
+        return made
 
-    ledger = store.Ledger(tmp_path, score, part=2)
+    ledger = store.Ledger(tmp_path, make, part=2)
     assert ledger(np.array([7, 1, 3])).tolist() == [70, 10, 30]
     assert calls == [[1, 3], [7]]
-    again = store.Ledger(tmp_path, score, part=2)
+    again = store.Ledger(tmp_path, make, part=2)
     assert again(np.array([3, 4])).tolist() == [30, 40]
     assert calls == [[1, 3], [7], [4]]
     assert len(again) == 4

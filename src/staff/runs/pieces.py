@@ -6,7 +6,8 @@ from __future__ import annotations
 import dataclasses
 import gc
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,51 @@ from staff.runs.aside import Aside
 from staff.runs.store import Inputs, Ledger, RunFolder
 from staff.scoring import less, rds, selfcheck
 from staff.scoring.scorer import CALIBRATION, Scorer
-from staff.scoring.shards import Budgets, Score, level, remove_shards, score_by_shards, score_within
+from staff.scoring.shards import (
+    SUMS,
+    Score,
+    Shards,
+    level,
+    make_shards,
+    read_shards,
+    remove_shards,
+    score_by_shards,
+    shards_of,
+)
 from staff.types import AGAINST_VALIDATION, Need, Stage
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What is taken of the samples of a pool, in words that another process understands.
+
+    Attributes:
+        model: a key of `keys.model_specs`.
+        quantity: "scores", what one pass gives; one of AGAINST_VALIDATION; "efforts", as a ledger keeps them;
+            "site_norms", the norm of each weight.
+        features: mean last hidden states besides.
+        without_prompts: of the responses alone.
+        snapshot: 1 to SNAPSHOTS, the model as it was after that part of its tuning.
+    """
+
+    model: str
+    quantity: str = "scores"
+    features: bool = False
+    without_prompts: bool = False
+    snapshot: int | None = None
+
+
+def _efforts(
+    score: Score, means: np.ndarray | None, positions: np.ndarray, *batches: Any
+) -> dict[str, np.ndarray]:
+    """As a ledger keeps them."""
+    scores = score(positions, *batches)
+    efforts = scores["effort"] if means is None else level(scores["site_norms"], means)
+    return {"positions": positions, "scores": np.asarray(efforts, np.float32)}
+
+
+def _site_norms(score: Score, positions: np.ndarray, *batches: Any) -> dict[str, np.ndarray]:
+    return {"site_norms": score(positions, *batches)["site_norms"]}
 
 
 class Pieces:
@@ -310,122 +354,139 @@ class Pieces:
         if arrays is not None and (not with_features or "features" in arrays):
             remove_shards(path)
             return arrays
-        pool = self.pool(name).responses_alone() if without_prompts else self.pool(name)
         # before the clock of scoring starts, so that its seconds are not counted as scoring
-        adapter = self.adapter(name) if self.specs[name].epochs else None
-        at = adapter / "snapshots" / str(snapshot) if adapter and snapshot is not None else None
+        if self.specs[name].epochs:
+            self.adapter(name)
+        of = Pass(name, features=with_features, without_prompts=without_prompts, snapshot=snapshot)
         part, prefix = "without prompts" * without_prompts, "features-shard" if with_features else "shard"
         stage = Stage("score", name, part, f"{snapshot}/{SNAPSHOTS}" if snapshot is not None else "")
+        return self._pass(of, path, stage, prefix)
 
-        def make() -> tuple[Score, int]:
-            scorer = self.scorer(name, at)
-            return partial(scorer.scores, pool, features=with_features), scorer.tokens_borne
+    def _pass(self, of: Pass, path: Path, stage: Stage, prefix: str = "shard") -> dict[str, np.ndarray]:
+        """A pass over the whole pool, in one file."""
+        pool = self._pool_of(of)
+        shards = shards_of(pool.lengths, path, prefix, self.config.scoring.batch_tokens)
+        on_samples = self._counter(stage, len(pool))
+        run = self._runner(of, shards, stage, on_samples, f"{path.parent.name} {prefix}")
+        return score_by_shards(shards, path, run, on_samples)
 
-        return score_by_shards(
-            make,
-            pool.lengths,
-            path,
-            prefix=prefix,
-            **self._watch(stage, name, pool, f"{path.parent.name} {prefix}"),
-        )
+    def _pool_of(self, of: Pass) -> Pool:
+        pool = self.pool(of.model)
+        return pool.responses_alone() if of.without_prompts else pool
 
-    def _watch(self, stage: Stage, name: str, pool: Pool, part: str) -> dict[str, Any]:
-        """What a loop over shards tells of itself: progress, cost; inputs are looked at before a shard is
-        kept."""
-        done = 0
+    def _counter(self, stage: Stage, total: int, done: int = 0) -> Callable[[int], None]:
+        """Tells the progress, called with the samples just done."""
 
         def on_samples(samples: int) -> None:
             nonlocal done
             done += samples
-            self.run.tell(stage, done, len(pool))
+            self.run.tell(stage, done, total)
+
+        return on_samples
+
+    def _runner(
+        self, of: Pass, shards: Shards, stage: Stage, on_samples: Callable[[int], None], part: str
+    ) -> Callable[[list[int]], None]:
+        """What makes shards of a pass; inputs are looked at before one is kept, and its cost is written down.
+
+        Args:
+            part: what the account calls the pass.
+        """
 
         def on_shard(positions: np.ndarray, seconds: float) -> None:
-            self.inputs.check(self.specs[name].base)
-            self._spend_pass(stage, name, pool, positions, seconds, f"{part} {positions[0]}")
+            self.inputs.check(self.specs[of.model].base)
+            self._spend_pass(stage, of.model, self._pool_of(of), positions, seconds, f"{part} {positions[0]}")
 
-        batch_tokens, name_of = self.config.scoring.batch_tokens, self._name_of
-        return {
-            "batch_tokens": batch_tokens,
-            "name_of": name_of,
-            "on_samples": on_samples,
-            "on_shard": on_shard,
-        }
+        make = partial(self.opened, of, shards)
+        watch = partial(make_shards, name_of=self._name_of, on_samples=on_samples, on_shard=on_shard)
+        return partial(watch, make, shards)
+
+    def opened(self, of: Pass, shards: Shards) -> tuple[Score, int]:
+        """What scores the samples of a pass, its model loaded; and the padded tokens that its device
+        bears."""
+        adapter = self.adapter(of.model) if self.specs[of.model].epochs else None
+        at = adapter / "snapshots" / str(of.snapshot) if adapter and of.snapshot is not None else None
+        scorer, pool = self.scorer(of.model, at), self._pool_of(of)
+        scores = partial(scorer.scores, pool, features=of.features)
+        if of.quantity in AGAINST_VALIDATION:
+            return self._against(of, scorer, shards.folder.name), scorer.tokens_borne
+        if of.quantity == "efforts":
+            known = files.read_arrays(shards.folder / "site_means.npz") or {}
+            return partial(_efforts, scores, known.get("site_means")), scorer.tokens_borne
+        if of.quantity == "site_norms":
+            return partial(_site_norms, scores), scorer.tokens_borne
+        return scores, scorer.tokens_borne
 
     def ledger(self, name: str) -> Ledger:
         """A model's efforts of single samples, asked for by position; it is loaded at the first call that
         needs it."""
-        pool, stage = self.pool(name), Stage("verify", name)
+        stage, lengths = Stage("verify", name), self.pool(name).lengths
         folder = self.run.piece("scores", self._scores_key(name))
-        budgets = Budgets(folder / "ledger-budgets.json", self.config.scoring.batch_tokens)
+        batch_tokens = self.config.scoring.batch_tokens
 
-        def score(positions: np.ndarray, part: int) -> np.ndarray:
-            scorer = self.scorer(name)
-            means = self._site_means(scorer, name, folder) if self.config.scoring.balance_layers else None
-            budgets.settle(scorer.tokens_borne)
-            began = time.monotonic()
-            run = partial(scorer.scores, pool)
-            scores = score_within(run, pool.lengths, positions, budgets, part, self._name_of)
-            self.inputs.check(self.specs[name].base)
-            self._spend_pass(stage, name, pool, positions, time.monotonic() - began, f"{folder.name} {part}")
-            return scores["effort"] if means is None else level(scores["site_norms"], means)
+        def make(parts: dict[int, np.ndarray], asked: int) -> dict[int, dict[str, np.ndarray]]:
+            if self.config.scoring.balance_layers:
+                self._calibrate(name, folder)
+            done = asked - sum(map(len, parts.values()))
+            shards = Shards(folder, "ledger", parts, lengths, batch_tokens)
+            on_samples = self._counter(stage, asked, done)
+            run = self._runner(Pass(name, "efforts"), shards, stage, on_samples, folder.name)
+            return read_shards(shards, run, on_samples)
 
-        return Ledger(folder, score, on_progress=partial(self.run.tell, stage))
+        return Ledger(folder, make)
 
-    def _site_means(self, scorer: Scorer, name: str, folder: Path) -> np.ndarray:
+    def _calibrate(self, name: str, folder: Path) -> None:
         """The mean norm of each weight, over samples drawn for it alone: verification never sees the whole
         pool."""
-        arrays = files.read_arrays(folder / "site_means.npz")
-        if arrays is not None:
-            return arrays["site_means"]
-        pool, began = self.pool(name), time.monotonic()
+        if files.read_arrays(folder / "site_means.npz") is not None:
+            return
+        pool, stage = self.pool(name), Stage("calibrate", name)
         draws = np.random.default_rng([self.config.seed, 2])
         positions = np.sort(draws.choice(len(pool), min(CALIBRATION, len(pool)), replace=False))
-        budgets = Budgets(folder / "site_means-budgets.json", self.config.scoring.batch_tokens)
-        budgets.settle(scorer.tokens_borne)
-        run = partial(scorer.scores, pool)
-        norms = score_within(run, pool.lengths, positions, budgets, 0, self._name_of)["site_norms"]
-        means = norms.mean(0, dtype=np.float64)
-        seconds = time.monotonic() - began
-        self._spend_pass(Stage("calibrate", name), name, pool, positions, seconds, folder.name)
+        shards = Shards(folder, "site_means", {0: positions}, pool.lengths, self.config.scoring.batch_tokens)
+        on_samples = self._counter(stage, len(positions))
+        run = self._runner(Pass(name, "site_norms"), shards, stage, on_samples, folder.name)
+        means = read_shards(shards, run, on_samples)[0][SUMS] / len(positions)
         files.write_arrays(folder / "site_means.npz", {"site_means": means})
-        return means
+        shards.file(0).unlink(missing_ok=True)
 
     def _against_validation(self, name: str, quantity: str) -> np.ndarray:
         """How like each sample is to the validation rows: (n,) by its gradient (LESS), (n, q) by its gradient
         or its states (RDS+)."""
-        config = self.config
-        assert config.validation
         key = {**self._scores_key(name), "validation": self.inputs["validation"]}
         path = self.run.piece(quantity, key) / f"{quantity}.npz"
         arrays = files.read_arrays(path)
         if arrays is not None:
             remove_shards(path)
             return arrays[quantity]
-        validation = reading.read(config.validation, **config.reading.keywords())
+        query, numbers = self._query(name)
+        self._check_room(self.specs[name].base, query, numbers)
+        if self.specs[name].epochs:
+            self.adapter(name)
+        return self._pass(Pass(name, quantity), path, Stage(AGAINST_VALIDATION[quantity], name))[quantity]
+
+    def _query(self, name: str) -> tuple[Pool, np.ndarray]:
+        """The validation rows in a model's tokens, and their numbers."""
+        assert self.config.validation
+        how = self.config.reading
+        validation = reading.read(self.config.validation, **how.keywords())
         tokenizer = self._tokenizer(self.specs[name].base)
-        how = config.reading
         query = tokenise(validation.examples(), tokenizer, how.max_length, None, how, validation.where)
-        self._check_room(self.specs[name].base, query, validation.numbers)
-        pool = self.pool(name)
+        return query, validation.numbers
 
-        def make() -> tuple[Score, int]:
-            scorer, began = self.scorer(name), time.monotonic()
-            every, bears = np.arange(len(query)), scorer.tokens_borne
-            score: Score
-            if quantity == "rds":
-                score = partial(rds.cosines, scorer, pool, rds.embed(scorer, query, every, bears))
-            elif quantity == "similarities":
-                score = partial(less.similarities, scorer, pool, less.directions(scorer, query))
-            else:
-                score = partial(less.similarity, scorer, pool, less.mean_direction(scorer, query))
-            seconds = time.monotonic() - began
-            self._spend_pass(
-                Stage("query", part=f"for {quantity}"), name, query, every, seconds, path.parent.name
-            )
-            return score, bears
-
-        watch = self._watch(Stage(AGAINST_VALIDATION[quantity], name), name, pool, path.parent.name)
-        return score_by_shards(make, pool.lengths, path, **watch)[quantity]
+    def _against(self, of: Pass, scorer: Scorer, once: str) -> Score:
+        began, (query, _), pool = time.monotonic(), self._query(of.model), self._pool_of(of)
+        every = np.arange(len(query))
+        score: Score
+        if of.quantity == "rds":
+            score = partial(rds.cosines, scorer, pool, rds.embed(scorer, query, every, scorer.tokens_borne))
+        elif of.quantity == "similarities":
+            score = partial(less.similarities, scorer, pool, less.directions(scorer, query))
+        else:
+            score = partial(less.similarity, scorer, pool, less.mean_direction(scorer, query))
+        stage, seconds = Stage("query", part=f"for {of.quantity}"), time.monotonic() - began
+        self._spend_pass(stage, of.model, query, every, seconds, once)
+        return score
 
     def _name_of(self, position: int) -> str:
         return f"row {self.rows.numbers[position]} of the data"

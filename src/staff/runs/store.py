@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import glob
+import itertools
 import json
 import logging
 import os
@@ -295,27 +296,28 @@ class Ledger:
 
     Args:
         path: its folder.
-        score: (positions, ascending; number of the part) -> scores; called for what is missing, a part at a
-            time.
+        make: ({number: positions, ascending}, samples asked for in all) -> "positions" and "scores" of each
+            part, which it leaves in ledger-NUMBER.npz; called for what is missing.
         part: positions scored and written together.
-        on_progress: called with (done, asked) after each part.
     """
 
     def __init__(
         self,
         path: Path,
-        score: Callable[[np.ndarray, int], np.ndarray],
+        make: Callable[[dict[int, np.ndarray], int], Mapping[int, Mapping[str, np.ndarray]]],
         part: int = 128,
-        on_progress: Callable[[int, int], None] | None = None,
     ):
-        self._path, self._score, self._part, self._on_progress = path, score, part, on_progress
+        self._make, self._part = make, part
         self._parts: set[int] = set()
         self._scores: dict[int, float] = {}
-        for file in sorted(path.glob("ledger-*.npz")):
+        for file in sorted(path.glob("ledger-[0-9]*.npz")):
             arrays = files.read_arrays(file)
             if arrays is not None:
-                self._scores.update(zip(arrays["positions"].tolist(), arrays["scores"].tolist(), strict=True))
-                self._parts.add(int(file.stem.removeprefix("ledger-")))
+                self._add(int(file.stem.removeprefix("ledger-")), arrays)
+
+    def _add(self, number: int, arrays: Mapping[str, np.ndarray]) -> None:
+        self._parts.add(number)
+        self._scores.update(zip(arrays["positions"].tolist(), arrays["scores"].tolist(), strict=True))
 
     def __len__(self) -> int:
         """Samples that the target has scored."""
@@ -324,18 +326,11 @@ class Ledger:
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """(k,) positions -> (k,) float32 scores."""
         missing = np.unique([p for p in positions.tolist() if p not in self._scores]).astype(np.int64)
-        for start in range(0, len(missing), self._part):
-            asked = missing[start : start + self._part]
-            # the first part whose file is not there, or is damaged and so asked for again
-            number = next(number for number in range(len(self._parts) + 1) if number not in self._parts)
-            scores = np.asarray(self._score(asked, number), np.float32)
-            files.write_arrays(
-                self._path / f"ledger-{number:05d}.npz", {"positions": asked, "scores": scores}
-            )
-            self._parts.add(number)
-            self._scores.update(zip(asked.tolist(), scores.tolist(), strict=True))
-            if self._on_progress:
-                self._on_progress(len(positions) - len(missing) + start + len(asked), len(positions))
+        # numbers whose file is not there, or is damaged and so asked for again
+        free = (number for number in itertools.count() if number not in self._parts)
+        parts = {next(free): missing[at : at + self._part] for at in range(0, len(missing), self._part)}
+        for number, arrays in self._make(parts, len(positions)).items() if parts else ():
+            self._add(number, arrays)
         return np.array([self._scores[p] for p in positions.tolist()], np.float32)
 
 

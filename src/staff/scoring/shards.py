@@ -1,5 +1,4 @@
-"""The one loop over a pool: shards of fixed positions, each whole or absent, in batches that the memory
-bears."""
+"""The shards of a pass over a pool: fixed positions, each whole or absent, in batches that memory bears."""
 
 from __future__ import annotations
 
@@ -7,19 +6,22 @@ import gc
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from staff.data.tokens import batches
-from staff.files import is_out_of_memory, read_arrays, read_checked, write_arrays, write_checked
+from staff.files import hold, is_out_of_memory, read_arrays, read_checked, write_arrays, write_checked
 
 logger = logging.getLogger(__name__)
 
 # samples whose scores are written together; batches never cross one, so a resumed run cuts them alike
 SHARD = 512
+ROUNDS = 3  # so often is a shard made again that can't be read once it was written
+SUMS = "norm_sums"  # (sites,), of a shard's "site_norms"
 Arrays = dict[str, np.ndarray]
 
 
@@ -32,107 +34,188 @@ class Score(Protocol):
         """(k,) positions -> arrays of k rows, in batches of at most so many padded tokens."""
 
 
-class Budgets:
-    """Padded tokens of a batch, by shard: what was settled at the start, and less from where memory ran out
-    on.
+@dataclass(frozen=True, eq=False)
+class Shards:
+    """A pass cut into parts, each of which whoever takes it leaves in a file of its own.
 
-    On disk, so that a resumed run cuts its batches as the run that ran through did, and ends with the same
-    bytes.
+    Attributes:
+        folder, prefix: where the files lie and what their names begin with.
+        positions: number -> (k,) pool positions.
+        lengths: (n,) tokens of each sample of the pool.
+        batch_tokens: padded tokens of a batch at most, in place of what the device bears.
+    """
+
+    folder: Path
+    prefix: str
+    positions: Mapping[int, np.ndarray]
+    lengths: np.ndarray
+    batch_tokens: int | None = None
+
+    def file(self, number: int) -> Path:
+        return self.folder / f"{self.prefix}-{number:05d}.npz"
+
+    @property
+    def budgets(self) -> Budgets:
+        return Budgets(self.folder / f"{self.prefix}-budgets.json", self.batch_tokens)
+
+
+class _Ranges(Mapping[int, np.ndarray]):
+    """The shards of a whole pool, by number: made when they are asked for, since there may be many."""
+
+    def __init__(self, n: int, size: int):
+        self._n, self._size = n, size
+
+    def __len__(self) -> int:
+        return -(-self._n // self._size)
+
+    def __iter__(self) -> Any:
+        return iter(range(len(self)))
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        return np.arange(number * self._size, min((number + 1) * self._size, self._n))
+
+
+def shards_of(
+    lengths: np.ndarray, path: Path, prefix: str = "shard", batch_tokens: int | None = None, size: int = 0
+) -> Shards:
+    """The whole pool in shards beside the file that they will make.
 
     Args:
-        path: a file of the piece of work that they are for.
-        given: the budget of the first shard; None: what `settle` is told, the first time.
+        size: samples of a shard; 0: SHARD.
+    """
+    return Shards(path.parent, prefix, _Ranges(len(lengths), size or SHARD), lengths, batch_tokens)
+
+
+class Budgets:
+    """Padded tokens of a batch, by shard: what was settled at the start, and less for a shard whose memory
+    ran out.
+
+    On disk, a file for each such shard, so that whoever makes it again cuts its batches alike and ends with
+    the same bytes; no shard hangs on another.
+
+    Args:
+        path: a file of the pass that they are for.
+        given: the budget of every shard; None: what `settle` is told, the first time.
     """
 
     def __init__(self, path: Path, given: int | None):
-        self._path, self._given = path, [] if given is None else [[0, given]]
-        self._steps: list[list[int]] = [*self._given, *(read_checked(path) or {}).get("from_shard", [])]
+        self._path, self._given = path, given
 
     def settle(self, tokens: int) -> None:
-        """Begin with `tokens`, unless it is known; written down, so that a resume on other hardware cuts
-        alike."""
-        if not self._steps:
-            self._steps = [[0, tokens]]
-            self._write()
+        """Begin with `tokens`, unless it is known or given."""
+        if self._given is None:
+            self.agree("tokens", tokens)
+
+    def agree(self, name: str, value: int) -> int:
+        """What the pass was begun with under a name: of several processes the first has its way. Written
+        down, so that a resume on other hardware goes on alike."""
+        known = read_checked(self._path) or {}
+        if name not in known:
+            with hold(self._path.with_suffix(".lock"), wait=True):
+                known = read_checked(self._path) or {}
+                if name not in known:
+                    known[name] = value
+                    write_checked(self._path, known)
+        return known[name]
 
     def of(self, shard: int) -> int:
         """The budget of a shard, in padded tokens."""
-        return [tokens for start, tokens in self._steps if start <= shard][-1]
+        lowered = read_checked(self._lowered(shard))
+        return lowered["tokens"] if lowered else self._given or (read_checked(self._path) or {})["tokens"]
 
     def lower(self, shard: int, tokens: int) -> None:
-        """From this shard on at most `tokens`; shards before it keep what they had."""
-        later = [[start, min(least, tokens)] for start, least in self._steps if start > shard]
-        before = [step for step in self._steps if step[0] < shard or step == self._steps[0]]
-        self._steps = [*before, [shard, tokens], *later]
-        self._write()
+        """At most `tokens` for this shard."""
+        write_checked(self._lowered(shard), {"tokens": tokens})
 
-    def _write(self) -> None:
-        write_checked(self._path, {"from_shard": self._steps[len(self._given) :]})
+    def _lowered(self, shard: int) -> Path:
+        return self._path.with_name(f"{self._path.stem}-{shard:05d}.json")
 
 
-def score_by_shards(
+def make_shards(
     make: Callable[[], tuple[Score, int]],
-    lengths: np.ndarray,
-    path: Path,
+    shards: Shards,
+    missing: list[int],
     *,
-    prefix: str = "shard",
-    batch_tokens: int | None = None,
     name_of: Callable[[int], str] = str,
     on_samples: Callable[[int], None] | None = None,
     on_shard: Callable[[np.ndarray, float], None] | None = None,
-) -> Arrays:
-    """What a pass over a pool gives, shard by shard, taking from disk what is there; left in one file at the
-    end.
+) -> None:
+    """Make some shards in this process, one after the other.
 
     Args:
-        make: called at the first shard that is missing: what scores, and the padded tokens that its device
-            bears.
-        lengths: (n,) tokens of each sample.
-        path: the file; shards lie beside it, named by the prefix, until they are all there.
-        batch_tokens: padded tokens of a batch at most, in place of what the device bears.
+        make: called first: what scores, and the padded tokens that its device bears.
         name_of: pool position -> what messages call the sample.
-        on_samples: called with the number of samples just done, those from disk included; a negative one
-            where they are begun again.
+        on_samples: called with the number of samples just done; a negative one where they are begun again.
         on_shard: called with (positions, seconds) before a shard is kept.
+    """
+    score, bears = make()
+    shards.budgets.settle(bears)
+    for number in missing:
+        began = time.monotonic()
+        part = score_within(score, shards, number, name_of, on_samples)
+        if on_shard:
+            on_shard(shards.positions[number], time.monotonic() - began)
+        write_arrays(shards.file(number), part)
+
+
+def read_shards(
+    shards: Shards, run: Callable[[list[int]], None], on_samples: Callable[[int], None] | None = None
+) -> dict[int, Arrays]:
+    """What the files of a pass hold; those that are missing or damaged are made first.
+
+    All norms at once may not fit into memory: of "site_norms" their sums alone are kept, in SUMS.
+
+    Args:
+        run: makes the files of these numbers.
+        on_samples: called with the samples of each file that is there at the start.
+
+    Raises:
+        ValueError: a file is damaged however often it is written.
+    """
+    parts: dict[int, Arrays] = {}
+    for attempt in range(ROUNDS):
+        missing = []
+        for number in shards.positions:
+            if number not in parts:
+                part = read_arrays(shards.file(number))
+                if part is None:
+                    missing.append(number)
+                else:
+                    norms = part.pop("site_norms", None)
+                    parts[number] = part if norms is None else {**part, SUMS: norms.sum(0, dtype=np.float64)}
+                    if on_samples and not attempt:
+                        on_samples(len(shards.positions[number]))
+        if not missing:
+            return parts
+        run(missing)
+    raise ValueError(f"{shards.file(missing[0])} can't be read back as it was written: is the disk damaged?")
+
+
+def score_by_shards(
+    shards: Shards,
+    path: Path,
+    run: Callable[[list[int]], None],
+    on_samples: Callable[[int], None] | None = None,
+) -> Arrays:
+    """What a pass over a whole pool gives; left in one file at the end, and its shards removed.
+
+    Args:
+        run: makes the shards of these numbers (`make_shards`, or workers).
+        on_samples: told of the samples that are there already.
 
     Returns:
         arrays of n rows. Where a shard has "site_norms" (`level`), "effort" is levelled by their means over
         the pool; the norms themselves are not returned.
     """
-
-    def file_of(number: int) -> Path:
-        return path.parent / f"{prefix}-{number:05d}.npz"
-
-    budgets = Budgets(path.parent / f"{prefix}-budgets.json", batch_tokens)
-    score: Score | None = None
-    parts: list[Arrays] = []
-    sums = None  # of the norms of each weight: all norms at once may not fit, so they stay with the shards
-    for number, start in enumerate(range(0, len(lengths), SHARD)):
-        positions = np.arange(start, min(start + SHARD, len(lengths)))
-        part = read_arrays(file_of(number))
-        if part is None:
-            if score is None:
-                score, bears = make()
-                budgets.settle(bears)
-            began = time.monotonic()
-            part = score_within(score, lengths, positions, budgets, number, name_of, on_samples)
-            if on_shard:
-                on_shard(positions, time.monotonic() - began)
-            write_arrays(file_of(number), part)
-        elif on_samples:
-            on_samples(len(positions))
-        norms = part.pop("site_norms", None)
-        if norms is not None:
-            shard_sum = norms.sum(0, dtype=np.float64)
-            sums = shard_sum if sums is None else sums + shard_sum
-        parts.append(part)
-    scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    if sums is not None:
-        shards = [read_arrays(file_of(number)) for number in range(len(parts))]
-        scores["effort"] = np.concatenate(
-            [level(part["site_norms"], sums / len(lengths)) for part in shards if part]
-        )
-        assert len(scores["effort"]) == len(lengths), "a shard that was saved is gone"
+    parts = read_shards(shards, run, on_samples)
+    ordered = [parts[number] for number in sorted(parts)]
+    sums = [part.pop(SUMS) for part in ordered if SUMS in part]
+    scores = {name: np.concatenate([part[name] for part in ordered]) for name in ordered[0]}
+    if sums:
+        means: np.ndarray = sum(sums[1:], sums[0]) / len(shards.lengths)  # in this order: the same bytes
+        norms = (read_arrays(shards.file(number)) for number in sorted(parts))
+        scores["effort"] = np.concatenate([level(part["site_norms"], means) for part in norms if part])
+        assert len(scores["effort"]) == len(shards.lengths), "a shard that was saved is gone"
     write_arrays(path, scores)
     remove_shards(path)
     return scores
@@ -140,7 +223,7 @@ def score_by_shards(
 
 def remove_shards(path: Path) -> None:
     """Clear what lies beside a finished file: its run may have been killed right behind the last shard."""
-    for shard in path.parent.glob("*shard-*.npz"):
+    for shard in path.parent.glob("*shard-[0-9]*.npz"):
         shard.unlink()
 
 
@@ -160,25 +243,19 @@ def level(site_norms: np.ndarray, means: np.ndarray) -> np.ndarray:
 
 def score_within(
     score: Score,
-    lengths: np.ndarray,
-    positions: np.ndarray,
-    budgets: Budgets,
-    shard: int,
+    shards: Shards,
+    number: int,
     name_of: Callable[[int], str] = str,
     on_samples: Callable[[int], None] | None = None,
 ) -> Arrays:
-    """Score some samples in batches that fit: the token budget is halved for as long as memory runs out.
-
-    Args:
-        lengths: (n,) tokens of each sample of the pool.
-        positions: (k,) pool positions.
-        shard: whose budget holds.
+    """Score a shard in batches that fit: its token budget is halved for as long as memory runs out.
 
     Raises:
         ValueError: a sample does not fit alone.
     """
+    positions, budgets, lengths = shards.positions[number], shards.budgets, shards.lengths
     while True:
-        budget, done = budgets.of(shard), 0
+        budget, done = budgets.of(number), 0
 
         def count(samples: int) -> None:
             nonlocal done
@@ -206,9 +283,12 @@ def score_within(
             )
         largest = max(len(places) * int(lengths[positions[places]].max()) for places in cut)
         lowered = min(budget, largest) // 2
-        budgets.lower(shard, lowered)
+        budgets.lower(number, lowered)
         logger.warning(
-            "out of memory: from shard %d on a batch holds %d tokens at most, not %d", shard, lowered, budget
+            "out of memory: shard %d is scored in batches of %d tokens at most, not %d",
+            number,
+            lowered,
+            budget,
         )
 
 
