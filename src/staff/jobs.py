@@ -16,12 +16,12 @@ from staff import files
 from staff.config import FinetuneConfig, ScoreConfig, SelectConfig, Training, check_named, to_yaml
 from staff.data import rows
 from staff.models import files as model_files
-from staff.pipeline import content_of, ingredients
+from staff.pipeline import ingredients
 from staff.runs import account
 from staff.runs.keys import LORA
 from staff.runs.outputs import fingerprint_rows, row_columns, warn
 from staff.runs.scorefile import read_weights, write_scores
-from staff.runs.store import Inputs, RunFolder, find_finished, open_run
+from staff.runs.store import Inputs, RunFolder, content_of, find_finished, open_run
 from staff.types import Need, Progress, Stage
 
 if TYPE_CHECKING:  # torch comes in with it

@@ -26,7 +26,7 @@ from staff.runs import account, outputs
 from staff.runs.aside import Aside, among_all, set_aside
 from staff.runs.outputs import Run
 from staff.runs.scorefile import read_scores
-from staff.runs.store import Inputs, RunFolder, open_run
+from staff.runs.store import Inputs, RunFolder, content_of, open_run
 from staff.types import AGAINST_VALIDATION, OF_ONE_PASS, Need, Progress, Selection, Stage
 
 if TYPE_CHECKING:  # torch comes in with them
@@ -367,11 +367,6 @@ def _inputs(
     if pool is not None:
         inputs["data"] = outputs.fingerprint_rows(pool)
     return inputs
-
-
-def content_of(run: RunFolder, source: Source) -> str:
-    """A fingerprint of a model's files."""
-    return files.fingerprint({path.name: run.hash_file(path) for path in source.files()})
 
 
 def _key(

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from staff import files
 from staff.bars import Bars
 from staff.runs import account
 from staff.types import Progress, Stage
+
+if TYPE_CHECKING:
+    from staff.models.files import Source
 
 logger = logging.getLogger(__name__)
 
@@ -258,6 +261,11 @@ class Inputs(dict[str, str]):
                     f"{what} changed while the run was reading it: put it back and go on, or start again "
                     f"with --update"
                 )
+
+
+def content_of(run: RunFolder, source: Source) -> str:
+    """A fingerprint of a model's files."""
+    return files.fingerprint({path.name: run.hash_file(path) for path in source.files()})
 
 
 class _Log(logging.Handler):
