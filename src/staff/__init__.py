@@ -93,6 +93,11 @@ class Settings(TypedDict, total=False):
     dtype: str
     load_in: str | None
     trust_remote_code: bool
+    workers: int | None
+    threads: int | None
+    engine: str
+    ray_address: str | None
+    worker_timeout: float
 
 
 def select(

@@ -168,6 +168,21 @@ def compare(arguments: Sequence[str]) -> None:
     )
 
 
+def worker(arguments: Sequence[str]) -> None:
+    """Score shards of a run that a driver laid out: started by torchrun, Slurm, or by hand on each
+    machine."""
+    parser = argparse.ArgumentParser("staff worker", description=worker.__doc__)
+    parser.add_argument("--run", required=True, help="the run's folder: the driver's --output")
+    parser.add_argument("--wait", type=float, default=600.0, help="seconds without work until it ends (600)")
+    parser.add_argument("--name", help=argparse.SUPPRESS)
+    parser.add_argument("--quiet", action="store_true", help=SWITCHES["quiet"])
+    given = parser.parse_args(list(arguments))
+    from staff.runs import pieces
+    from staff.runs import worker as working
+
+    working.work(Path(given.run), {"pass": pieces.open_offer}, given.name, given.wait)
+
+
 def inspect(arguments: Sequence[str]) -> None:
     """Show how a file is read: format, columns, lengths, duplicates, rows as the model sees them.
 
@@ -246,6 +261,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "drafts": drafts,
     "select": select,
     "score": score,
+    "worker": worker,
     "finetune": finetune,
     "evaluate": evaluate,
     "compare": compare,

@@ -160,6 +160,27 @@ class Engine(_Checked):
 
 
 @dataclass(frozen=True)
+class Spread(_Checked):
+    """Who does what is done sample by sample."""
+
+    workers: Count | None = None
+    """Processes that score side by side: one a GPU, else the cores shared out; left out, this one alone."""
+    threads: Count | None = None
+    """CPU threads of each: the same number gives the same bytes, however many workers there are."""
+    engine: Literal["local", "files", "ray"] = "local"
+    """Who starts them: this command, you with `staff worker --run`, or Ray."""
+    ray_address: str | None = None
+    """A Ray cluster's address, or auto; left out, Ray is started on this machine."""
+    worker_timeout: Annotated[float, Range(0, open_low=True)] = 600.0
+    """Seconds without a batch after which a worker's shard is done again."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.engine == "ray" and not self.workers:
+            raise ValueError("--engine ray: say how many actors with --workers")
+
+
+@dataclass(frozen=True)
 class Scoring(_Checked):
     """What an effort is, and how it is taken."""
 
@@ -289,6 +310,7 @@ class SelectConfig(_Checked):
     scoring: Scoring = Scoring()
     training: Training = Training()
     engine: Engine = Engine()
+    spread: Spread = Spread()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -327,6 +349,7 @@ class ScoreConfig(_Checked):
     reading: Reading = Reading()
     scoring: Scoring = Scoring()
     engine: Engine = Engine()
+    spread: Spread = Spread()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,13 +73,14 @@ def clear_asides(places: Iterable[Path], alone: bool) -> None:
         if (
             not named
             or left.is_symlink()
-            or not (alone or (named[1] == HOST and not _is_alive(int(named[2]))))
+            or not (alone or (named[1] == HOST and not is_alive(int(named[2]))))
         ):
             continue
         remove(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
-def _is_alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
+    """Is there a process of this number on this machine?"""
     try:
         os.kill(process, 0)
     except OSError as error:
@@ -222,12 +223,20 @@ def _is_full(error: BaseException | None) -> bool:
     return False
 
 
-def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Named arrays as .npz: no pickle, a checksum for each inside, equal arrays give equal bytes."""
+def write_arrays(
+    path: Path, arrays: Mapping[str, np.ndarray], before: Callable[[str], object] | None = None
+) -> None:
+    """Named arrays as .npz: no pickle, a checksum for each inside, equal arrays give equal bytes.
+
+    Args:
+        before: called with the file's SHA-256 before it has its name.
+    """
 
     def write(aside: Path) -> None:
         with open(aside, "wb") as file:
             np.savez(file, allow_pickle=False, **arrays, **{NAMES: np.array(list(arrays), dtype=np.str_)})
+        if before:
+            before(hash_file(aside))
 
     write_whole(path, write)
 

@@ -262,7 +262,7 @@ def score(config: ScoreConfig, *, on_progress: Progress | None = None) -> tuple[
         inputs = Inputs(contents, {"target": f"--model {config.model}"})
         inputs["data"] = fingerprint_rows(pool)
         training = Training(**{name: getattr(config, name) for name in LORA})
-        groups = {name: getattr(config, name) for name in ("reading", "scoring", "engine")}
+        groups = {name: getattr(config, name) for name in ("reading", "scoring", "engine", "spread")}
         stand_in = SelectConfig(seed=config.seed, training=training, **groups)
         run.begin(ingredients(stand_in), inputs, update=True)
         from staff.runs.pieces import Pieces  # torch comes in here

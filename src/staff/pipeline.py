@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # torch comes in with them
 NO_INGREDIENTS = {"data", "output", "scores", "validation", "push_to_hub", "checkpoint_seconds", "device"}
 NO_INGREDIENTS |= {"keep", "weights", "max_unpacked", "trust_remote_code", "public", "license"}
 NO_INGREDIENTS |= {"eval_data", "merge", "report_to"}  # of a fine-tuning
+NO_INGREDIENTS |= {"workers", "engine", "ray_address", "worker_timeout"}
 
 FILES = ("scores", "validation", "keep")  # settings that name one
 

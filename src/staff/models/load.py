@@ -28,8 +28,11 @@ if TYPE_CHECKING:  # models are found and identified without torch: a finished r
 logger = logging.getLogger(__name__)
 
 
-def pick_device(device: str) -> torch.device:
+def pick_device(device: str, is_here: bool = True) -> torch.device:
     """The device asked for, or the best there is.
+
+    Args:
+        is_here: it must be one of this machine; a driver's workers may have others.
 
     Raises:
         ValueError: there is no such device.
@@ -41,18 +44,30 @@ def pick_device(device: str) -> torch.device:
             "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         )
     try:
-        torch.empty(0, device=device)
+        if is_here:
+            torch.empty(0, device=device)
         return torch.device(device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device}: not to be had here ({str(error).splitlines()[0]})") from None
 
 
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+def take_gpu(rank: int, threads: int) -> None:
+    """Let "cuda" mean this process's GPU, one each in turn; and compute on so many CPU threads."""
+    import torch
+
+    torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+
+
+def pick_dtype(dtype: str, device: torch.device, is_here: bool = True) -> torch.dtype:
     """The type asked for; auto is bfloat16 where the hardware multiplies in it, else float32."""
     import torch
 
     if dtype != "auto":
         return getattr(torch, dtype)
+    if device.type == "cuda" and not is_here and not torch.cuda.is_available():
+        raise ValueError("--dtype auto: there is no GPU here to ask; say what the workers compute in")
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type == "cpu":
@@ -60,11 +75,24 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def with_threads(threads: int, work: Callable[..., Any], *arguments: Any) -> Any:
+    """Do something on so many CPU threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return work(*arguments)
+    finally:
+        torch.set_num_threads(before)
+
+
 def facts(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """What a manifest says of where and in what a model computed."""
     import torch
 
-    gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    is_known = device.type == "cuda" and torch.cuda.is_available()
+    gpu = f" ({torch.cuda.get_device_name(device)})" if is_known else ""
     return {"device": f"{device}{gpu}", "dtype": str(dtype).removeprefix("torch.")}
 
 

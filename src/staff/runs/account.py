@@ -13,8 +13,17 @@ from typing import Any
 from staff import plan
 from staff.types import Stage
 
-FILE = "account.jsonl"
+FILE = "account.jsonl"  # and account-NAME.jsonl of each worker: lines of several machines don't mix
 Numbers = dict[str, float]
+
+
+_own = FILE
+
+
+def write_to(name: str) -> None:
+    """Let this process write its lines to a file of its own."""
+    global _own
+    _own = f"account-{name}.jsonl"
 
 
 def spend(
@@ -27,7 +36,7 @@ def spend(
             where it had to be done again, its seconds count each time and its operations once.
     """
     entry = {"stage": dataclasses.asdict(stage), "once": once, "seconds": seconds, **operations}
-    with open(work / FILE, "ab+") as file:
+    with open(work / _own, "ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":  # the last line of a killed run
@@ -44,8 +53,8 @@ def spent(work: Path) -> dict[Stage, Numbers]:
     """
     total: dict[Stage, Numbers] = {}
     seen: dict[tuple[Stage, str], Numbers] = {}
-    path = work / FILE
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+    paths = sorted(work.glob("account*.jsonl"))
+    for line in (line for path in paths for line in path.read_bytes().split(b"\n")):
         try:
             entry = json.loads(line)
             stage, once = Stage(**entry.pop("stage")), entry.pop("once")

@@ -46,7 +46,7 @@ def model_specs(config: SelectConfig) -> dict[str, ModelSpec]:
     }
 
 
-def engine_key(dtype: str, device: str, batch_tokens: int | None) -> Key:
+def engine_key(dtype: str, device: str, batch_tokens: int | None, threads: int | None = None) -> Key:
     """What numbers are computed with: other versions or kinds of device round otherwise."""
     versions = machine()["versions"]
     return {
@@ -55,7 +55,7 @@ def engine_key(dtype: str, device: str, batch_tokens: int | None) -> Key:
         "device": device,
         "batch_tokens": batch_tokens,
         "versions": versions,
-    }
+    } | ({} if threads is None else {"threads": threads})
 
 
 def pool_key(data: str, reading: Reading, tokenizer: str) -> Key:

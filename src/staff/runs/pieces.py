@@ -5,26 +5,31 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import hashlib
+import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from staff import files, graph
-from staff.config import SelectConfig
+from staff.config import SelectConfig, flat, from_mapping
 from staff.data import rows as reading
 from staff.data.tokens import Pool, in_common, tokenise
 from staff.models import adapters, drafts, families, load
-from staff.models.files import Source, tokenizer_fingerprint
+from staff.models.files import Source, resolve, tokenizer_fingerprint
 from staff.models.finetune import train_lora
 from staff.plan import SNAPSHOTS
 from staff.runs import account, keys
 from staff.runs.aside import Aside
-from staff.runs.store import Inputs, Ledger, RunFolder
+from staff.runs.crew import Crew, worker_threads
+from staff.runs.store import Inputs, Ledger, RunFolder, content_of
+from staff.runs.worker import Opened, local_rank
 from staff.scoring import less, rds, selfcheck
 from staff.scoring.scorer import CALIBRATION, Scorer
 from staff.scoring.shards import (
@@ -74,13 +79,44 @@ def _site_norms(score: Score, positions: np.ndarray, *batches: Any) -> dict[str,
     return {"site_norms": score(positions, *batches)["site_norms"]}
 
 
+@dataclass(frozen=True, eq=False)
+class Numbered:
+    """What a worker knows of the rows: (n,) their numbers."""
+
+    numbers: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    arrays = files.read_arrays(path)
+    if arrays is None:
+        raise ValueError(
+            f"{path} is not there, or damaged: is the run's folder on a file system that is shared?"
+        )
+    return arrays
+
+
+def open_offer(run: RunFolder, offer: Mapping[str, Any]) -> Opened:
+    """A pass that a driver offers, for its workers."""
+    global _joined
+    key = files.fingerprint([str(run.path), *(offer[name] for name in ("config", "inputs", "rows"))])
+    if _joined is None or _joined[0] != key:  # a model that is loaded serves the next pass
+        _joined = key, Pieces.of_offer(run, offer)
+    return _joined[1].offered(offer)
+
+
+_joined: tuple[str, Pieces] | None = None
+
+
 class Pieces:
     """What one run's methods look at; one model is loaded at a time.
 
     Args:
         config: what to do; which settings a piece hangs on is said in runs/keys.py alone.
         run: the run's folder.
-        rows: the pool's rows.
+        rows: the pool's rows (`reading.Rows`); of a worker their numbers.
         sources: "draft" and "target" -> files, those that the run needs.
         inputs: fingerprints of the data and of each source.
         wanted: all needs of the run, so that one pass over a model gives what all of its methods ask for.
@@ -93,21 +129,26 @@ class Pieces:
         self,
         config: SelectConfig,
         run: RunFolder,
-        rows: reading.Rows,
+        rows: Any,
         sources: dict[str, Source],
         inputs: Inputs,
         wanted: Iterable[Need] = (),
     ):
         self.config, self.run, self.rows, self.sources, self.inputs = config, run, rows, sources, inputs
-        self.device = load.pick_device(config.engine.device)
-        self.dtype = load.pick_dtype(config.engine.dtype, self.device)
+        is_here = config.spread.engine == "local"
+        self.device = load.pick_device(config.engine.device, is_here)
+        self.dtype = load.pick_dtype(config.engine.dtype, self.device, is_here)
         self.specs = keys.model_specs(config)
         self.facts: dict[str, Any] = load.facts(self.device, self.dtype)
         self._wanted = list(wanted)
-        self._engine = keys.engine_key(str(self.dtype), self.device.type, config.scoring.batch_tokens)
+        engine = str(self.dtype), self.device.type, config.scoring.batch_tokens, config.spread.threads
+        self._engine = keys.engine_key(*engine)
+        self._numbers = rows.numbers  # of the rows that are tokenised
+        self._crew: Crew | None = None
         self._unpacked: dict[str, Source] = {}
         self._whole: set[Path] = set()  # adapters whose checksums were looked at
         self._pools: dict[str, Pool] = {}
+        self._dropped: dict[str, list[int]] = {}  # places of the rows that are not in the tokens on disk
         self._aside: str | None = None  # which rows were set aside, once they are
         self._made: dict[Need, np.ndarray] = {}  # the same for every pruning rate
         template = config.reading.chat_template
@@ -160,7 +201,8 @@ class Pieces:
                 self.inputs.check("data", base)
                 self._spend(Stage("tokenise"), time.monotonic() - began)
                 files.write_arrays(path, arrays)
-            self._pools[self._pool_id(name)] = Pool.from_arrays(arrays)
+            pool = self._pools[self._pool_id(name)] = Pool.from_arrays(arrays)
+            self._dropped[self._pool_id(name)] = [place for place, _ in pool.dropped]
         return self._pools[self._pool_id(name)]
 
     def usable_rows(self) -> reading.Rows:
@@ -393,13 +435,107 @@ class Pieces:
             part: what the account calls the pass.
         """
 
+        threads = shards.budgets.agree("threads", self._threads())
+        if not self._has_workers():
+            on_shard = self._on_shard(of, stage, part)
+            watch = partial(make_shards, name_of=self._name_of, on_samples=on_samples, on_shard=on_shard)
+            run = partial(watch, partial(self.opened, of, shards), shards)
+            return partial(load.with_threads, threads, run)
+        self.free()
+        self._crew = self._crew or Crew(self.run, self.config.spread)
+        offer = self._offer(of, shards) | {
+            "part": part,
+            "stage": dataclasses.asdict(stage),
+            "threads": threads,
+        }
+        return partial(self._crew.make, offer, shards, on_samples=on_samples)
+
+    def _on_shard(self, of: Pass, stage: Stage, part: str) -> Callable[[np.ndarray, float], None]:
+        pool = self._pool_of(of)
+
         def on_shard(positions: np.ndarray, seconds: float) -> None:
             self.inputs.check(self.specs[of.model].base)
-            self._spend_pass(stage, of.model, self._pool_of(of), positions, seconds, f"{part} {positions[0]}")
+            self._spend_pass(stage, of.model, pool, positions, seconds, f"{part} {positions[0]}")
 
-        make = partial(self.opened, of, shards)
-        watch = partial(make_shards, name_of=self._name_of, on_samples=on_samples, on_shard=on_shard)
-        return partial(watch, make, shards)
+        return on_shard
+
+    # ---- what workers are told, and what they make of it ----
+
+    def _has_workers(self) -> bool:
+        return bool(self.config.spread.workers) or self.config.spread.engine == "files"
+
+    def _threads(self) -> int:
+        spread = self.config.spread
+        return worker_threads(spread) if self._has_workers() else spread.threads or torch.get_num_threads()
+
+    def _offer(self, of: Pass, shards: Shards) -> dict[str, Any]:
+        """A pass in words that another process understands, with what it must find the same."""
+        tokens = self.run.piece("pool", self._tokens_key(of.model))
+        numbers = self.rows.numbers
+        rows = tokens / f"rows-{hashlib.sha256(numbers.tobytes()).hexdigest()[:12]}.npz"
+        if files.read_arrays(rows) is None:
+            stored = np.delete(self._numbers, self._dropped[self._pool_id(of.model)])
+            files.write_arrays(rows, {"numbers": numbers, "kept": np.flatnonzero(np.isin(stored, numbers))})
+        return {
+            "kind": "pass",
+            "of": dataclasses.asdict(of),
+            "config": flat(self.config),
+            "sources": {base: source.name for base, source in self.sources.items()},
+            "inputs": dict(self.inputs),
+            "engine": self._engine,
+            "set_aside": self._aside,
+            "rows": str(rows.relative_to(self.run.work)),
+            "folder": shards.folder.name,
+            "prefix": shards.prefix,
+            "size": shards.size,
+            "positions": {} if shards.size else {n: at.tolist() for n, at in shards.positions.items()},
+        }
+
+    @classmethod
+    def of_offer(cls, run: RunFolder, offer: Mapping[str, Any]) -> Pieces:
+        """What a worker scores with: the same settings, tokens, weights and versions as its driver's.
+
+        Raises:
+            ValueError: something is not the same here; named.
+        """
+        config = from_mapping(SelectConfig, offer["config"], "the driver's settings")
+        base = keys.model_specs(config)[offer["of"]["model"]].base
+        sources = {base: resolve(name, f"--{base}") for base, name in offer["sources"].items()}
+        inputs = Inputs({base: partial(content_of, run, sources[base])}, {base: offer["sources"][base]})
+        if inputs[base] != offer["inputs"][base]:
+            raise ValueError(
+                f"{sources[base].folder} holds other files than the driver's {offer['sources'][base]}: its "
+                f"weights, tokenizer or configuration differ. Give this machine the same ones"
+            )
+        inputs.update(offer["inputs"])
+        rows = _arrays(run.work / offer["rows"])
+        pieces = cls(config, run, Numbered(rows["numbers"]), sources, inputs)
+        before, now = ({**of.pop("versions"), **of} for of in (dict(offer["engine"]), dict(pieces._engine)))
+        if changed := files.differences(before, now):
+            raise ValueError(f"the driver's scores are made with others: {', '.join(changed)}")
+        pieces._aside, name = offer["set_aside"], offer["of"]["model"]
+        pool = Pool.from_arrays(_arrays((run.work / offer["rows"]).with_name("tokens.npz")))
+        kept = rows["kept"]
+        pieces._pools[pieces._pool_id(name)] = pool if len(kept) == len(pool) else pool.take(kept)
+        return pieces
+
+    def offered(self, offer: Mapping[str, Any]) -> Opened:
+        """A pass as a worker goes about it."""
+        of, folder = Pass(**offer["of"]), self.run.work / offer["folder"]
+        lengths = self._pool_of(of).lengths
+        shards = shards_of(
+            lengths, folder / "any", offer["prefix"], offer["config"]["batch_tokens"], offer["size"]
+        )
+        if not offer["size"]:
+            chosen = {int(n): np.array(at, np.int64) for n, at in offer["positions"].items()}
+            shards = dataclasses.replace(shards, positions=chosen, size=0)
+        on_shard = self._on_shard(of, Stage(**offer["stage"]), offer["part"])
+
+        def loaded() -> tuple[Score, int]:
+            load.take_gpu(local_rank(os.environ), offer["threads"])
+            return self.opened(of, shards)
+
+        return Opened(shards, loaded, self._name_of, on_shard)
 
     def opened(self, of: Pass, shards: Shards) -> tuple[Score, int]:
         """What scores the samples of a pass, its model loaded; and the padded tokens that its device

@@ -16,6 +16,7 @@ import itertools
 import json
 import logging
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -93,14 +94,18 @@ class RunFolder:
                 f"{path} can't be written to: {error.strerror}; name another folder with --output"
             ) from None
         with contextlib.suppress(OSError):
-            (self.work / "holder.txt").write_text(f"process {os.getpid()}\n")
+            (self.work / "holder.txt").write_text(f"process {os.getpid()} on {platform.node()}\n")
+        self.at_close = contextlib.ExitStack()
         self._log = _Log(self.work / "log.txt")
         logging.getLogger("staff").addHandler(self._log)
         self._on_progress, self._stages = on_progress, set[str]()
         self._hashes_path = self.work / "hashes.json"
         self._hashes: dict[str, list[Any]] = (files.read_checked(self._hashes_path) or {}).get("hashes", {})
         beside = path.parent.glob(f".{glob.escape(path.stem)}.*") if kind == "scores" else ()
-        files.clear_asides([*path.rglob(".*"), *beside], alone=True)
+        asides = [*path.rglob(".*"), *beside]
+        shared = [place for place in asides if "shard-" in place.name or place.parent.name == "workers"]
+        files.clear_asides(set(asides) - set(shared), alone=True)
+        files.clear_asides(shared, alone=False)  # workers on other machines may be at them
         self._pieces: set[Path] = set()  # whose key.json was looked at
         self.note(
             " ".join([f"staff {version_of('staff-coreset')}", *(f"{p} {version_of(p)}" for p in PACKAGES)])
@@ -108,8 +113,25 @@ class RunFolder:
         if (self.work / "begun.json").exists():
             self._log.open()
 
+    @classmethod
+    def joined(cls, path: Path, hashes: Path) -> RunFolder:
+        """The folder of a run that another process holds, as its worker: nothing is locked, cleared or
+        logged.
+
+        Args:
+            hashes: where this process remembers hashes of files.
+        """
+        run = cls.__new__(cls)
+        run.path, run.work, run._is_new, run._pieces = path, path / "work", False, set()
+        run._log, run._on_progress, run._stages = _Log(hashes.with_suffix(".log")), None, set()
+        run._hashes_path = hashes
+        known = (files.read_checked(place) or {} for place in (run.work / "hashes.json", hashes))
+        run._hashes = {name: seen for told in known for name, seen in told.get("hashes", {}).items()}
+        return run
+
     def close(self) -> None:
         """Let go of the folder; one in which nothing was begun is left as it was."""
+        self.at_close.close()
         logging.getLogger("staff").removeHandler(self._log)
         self._lock.release()
         if self._is_new and not (self.work / "begun.json").exists():
@@ -345,8 +367,6 @@ class Ledger:
 def machine() -> dict[str, Any]:
     """What things are made with: versions of the packages that decide about numbers, Python, the kind of
     processor."""
-    import platform
-
     return {
         "versions": {name: version_of(name) for name in PACKAGES},
         "python": platform.python_version(),

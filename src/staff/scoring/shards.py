@@ -43,6 +43,7 @@ class Shards:
         positions: number -> (k,) pool positions.
         lengths: (n,) tokens of each sample of the pool.
         batch_tokens: padded tokens of a batch at most, in place of what the device bears.
+        size: samples of each where they are the whole pool in order; 0: positions of one's own choice.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class Shards:
     positions: Mapping[int, np.ndarray]
     lengths: np.ndarray
     batch_tokens: int | None = None
+    size: int = 0
 
     def file(self, number: int) -> Path:
         return self.folder / f"{self.prefix}-{number:05d}.npz"
@@ -83,7 +85,8 @@ def shards_of(
     Args:
         size: samples of a shard; 0: SHARD.
     """
-    return Shards(path.parent, prefix, _Ranges(len(lengths), size or SHARD), lengths, batch_tokens)
+    size = size or SHARD
+    return Shards(path.parent, prefix, _Ranges(len(lengths), size), lengths, batch_tokens, size)
 
 
 class Budgets:
@@ -223,8 +226,8 @@ def score_by_shards(
 
 def remove_shards(path: Path) -> None:
     """Clear what lies beside a finished file: its run may have been killed right behind the last shard."""
-    for shard in path.parent.glob("*shard-[0-9]*.npz"):
-        shard.unlink()
+    for shard in path.parent.glob("*shard-[0-9]*"):
+        shard.unlink(missing_ok=True)
 
 
 def level(site_norms: np.ndarray, means: np.ndarray) -> np.ndarray:
