@@ -9,7 +9,7 @@ from typing import Any
 
 from staff.config import SelectConfig, flags_of
 from staff.data.layouts import visible as visible
-from staff.methods.fidelity import Fidelity, within
+from staff.methods.fidelity import ADVICE, Fidelity, within
 from staff.plan import sum_in_words
 from staff.runs.outputs import Run, remarks
 
@@ -147,13 +147,6 @@ def _why_unverified(config: SelectConfig) -> str:
         "for no region holds more than its draw takes: try fewer --num-regions, a smaller "
         "--verification-budget, or --verification adaptive"
     )
-
-
-ADVICE = {
-    "poor": "don't trust this draft: --method direct scores the target itself, --method random costs "
-    "nothing; or another --draft or --scope (`staff drafts` compares some)",
-    "unknown": "more --verification-budget or fewer --num-regions say more; --method random costs nothing",
-}
 
 
 def _fidelity_lines(fidelity: Fidelity, config: SelectConfig) -> list[str]:

@@ -124,6 +124,7 @@ class Region:
         budget: m_i, the selection budget granted, in samples.
         selected: samples of it in the coreset, those that filled up a budget left over included.
         ratio_low, ratio_high: V_i's interval of 95 %; nan where nothing is known of it.
+        even_budget: what m_i would be were all V_i alike; None where nothing was verified.
     """
 
     lower: float
@@ -135,6 +136,7 @@ class Region:
     selected: int
     ratio_low: float = np.nan
     ratio_high: float = np.nan
+    even_budget: int | None = None
 
 
 @dataclass(frozen=True)

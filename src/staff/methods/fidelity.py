@@ -22,6 +22,12 @@ PAIRED = 1000  # samples at most that pairs are counted over
 GOOD, GOOD_REST, USABLE, NOTHING_LEFT = 0.8, 0.4, 0.6, 0.2
 FREE = {"length": "the responses' length", "loss": "the draft's loss"}
 
+ADVICE = {  # by verdict
+    "poor": "don't trust this draft: --method direct scores the target itself, --method random costs "
+    "nothing; or another --draft or --scope (`staff drafts` compares some)",
+    "unknown": "more --verification-budget or fewer --num-regions say more; --method random costs nothing",
+}
+
 Estimate = tuple[float, float, float]  # value, low, high
 
 

@@ -120,6 +120,7 @@ def staff(
         ratios = verifying.adaptive(scores, members, verification_error, most, verify, draws)
     verified = ratios.verified
     budgets = allocate(ratios.values, sizes, budget, allocation)
+    even = allocate(np.ones(num_regions), sizes, budget, allocation) if len(verified) else None
 
     is_taken = np.zeros(n, bool)
     for positions, region_budget in zip(members, budgets, strict=True):
@@ -145,6 +146,7 @@ def staff(
             ratio_high=float(ratios.high[i]),
             budget=int(budgets[i]),
             selected=int(selected[i]),
+            even_budget=None if even is None else int(even[i]),
         )
         for i in range(num_regions)
     )
