@@ -17,6 +17,7 @@ ROWS = [
     ["jobs", "candidates", "__init__"],
     ["pipeline"],
     ["runs"],
+    ["report"],
     ["plan"],
     ["timing"],
     ["scoring"],

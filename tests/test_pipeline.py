@@ -48,7 +48,7 @@ def test_a_run_keeps_m_rows_of_the_users_own_bytes_in_order(finished):
 
 def test_the_regions_file_and_the_cost_file_say_what_happened(finished):
     header, *lines = (finished.path / "regions.csv").read_text().splitlines()
-    assert header == "region,lower,upper,size,verified,ratio,budget,selected,ratio_low,ratio_high"
+    assert header == "region,lower,upper,size,verified,ratio,budget,selected,ratio_low,ratio_high,even_budget"
     cells = [line.split(",") for line in lines]
     assert sum(int(row[3]) for row in cells) == 54  # the hardest tenth was set aside
     assert sum(int(row[4]) for row in cells) == len(finished.selection.verified) > 0

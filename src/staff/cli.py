@@ -35,16 +35,23 @@ def select(arguments: Sequence[str]) -> None:
     staff select --data train.jsonl --target T --draft D --pruning-rate 0.8 --output runs/x
     """
     from staff import pipeline
+    from staff.runs import reports
 
     config, given = _parse("select", arguments)
     configs.check_whole(configs.unnamed(config, "data", "output") + pipeline.missing(config))
     with Bars(quiet=given.quiet) as progress:
         runs = pipeline.select(config, update=given.update, on_progress=progress)
+    page = reports.try_report(Path(config.output or ""), runs)
     values = [{"coreset": str(run.path / "coreset.jsonl"), **run.manifest, "cost": run.cost} for run in runs]
     if len(runs) == 1:
-        _say(given, console.summary(runs[0], config), values[0])
+        text, told = console.summary(runs[0], config), values[0]
     else:
-        _say(given, console.grid_table(runs, config), {"coresets": values})
+        text, told = console.grid_table(runs, config), {"coresets": values}
+    _say(
+        given,
+        text + (f"\nwhat was kept, and why: {page}" if page else ""),
+        told | {"report": page and str(page)},
+    )
 
 
 def finetune(arguments: Sequence[str]) -> None:
@@ -204,6 +211,22 @@ def inspect(arguments: Sequence[str]) -> None:
         Console(soft_wrap=True).print(inspection.render(report), emoji=False, highlight=False)
 
 
+def report(arguments: Sequence[str]) -> None:
+    """Make the page of a run or a comparison again, from its files."""
+    parser = argparse.ArgumentParser("staff report", description=report.__doc__)
+    parser.add_argument("folder", type=Path, help="of a run, of one of its coresets, or of a comparison")
+    given = parser.parse_args(list(arguments))
+    if (given.folder / "results.csv").exists():
+        from staff.comparison import tables
+
+        page = tables.write_page(given.folder)
+    else:
+        from staff.runs import reports
+
+        page = reports.report_run(given.folder)
+    print(console.visible(f"page       {page}"))
+
+
 def _say(given: argparse.Namespace, text: str, values: dict[str, Any]) -> None:
     if given.json:
         print(json.dumps(values, ensure_ascii=False))
@@ -265,6 +288,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "finetune": finetune,
     "evaluate": evaluate,
     "compare": compare,
+    "report": report,
     "inspect": inspect,
     "methods": methods,
     "init": init,

@@ -101,6 +101,12 @@ def write_csv(path: Path, header: Sequence[str], lines: Iterable[Sequence[Any]])
     write_text(path, text.getvalue())
 
 
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The lines of a table that `write_csv` wrote."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 @contextlib.contextmanager
 def hold(path: Path, wait: bool = False) -> Iterator[bool]:
     """A lock among processes, dropped by the system with its process; yields whether it was available.

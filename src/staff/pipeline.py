@@ -472,7 +472,7 @@ def _results(
     values: dict[str, Any] = (
         {} if scores is None else {need.quantity if need else "score": np.asarray(scores)}
     )
-    about = outputs.facts_of(pool)
+    about = outputs.facts_of(pool) | ({"score": next(iter(values))} if values else {})
     terms = target_pass = None
     if pieces:
         name = "draft" if "draft" in pieces.sources else "target"
@@ -504,6 +504,8 @@ def _results(
         values["region"] = selection.region_of  # -1: cut
     if len(selection.verified):
         values["verified"] = np.isin(every, selection.verified)
+    if groups is not None:
+        values["group"] = groups
     values["weight"] = selection.weights
     values["selected"] = np.isin(every, selection.indices)
     return (

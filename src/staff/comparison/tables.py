@@ -3,7 +3,6 @@ against cost."""
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
@@ -16,10 +15,12 @@ import numpy as np
 from staff.comparison.evaluate import read_examples
 from staff.comparison.grid import FULL, UNTOUCHED
 from staff.comparison.statistics import holm, interval, p_value, resample, resampled_means
-from staff.files import failures_are_said, write_csv, write_text, write_whole
+from staff.files import failures_are_said, read_table, write_csv, write_text, write_whole
+from staff.report.comparison_page import LOWER, comparison_page
+from staff.report.page import made_or_said
 
 BASELINE = "random"
-LOWER = ("loss",)  # metrics of which less is better
+COMPARISON_PAGE = "comparison.html"
 OF_SENTENCES = {"bleu": "BLEU", "chrf": "chrF"}  # whose value of a whole file is no mean over its rows
 LEVEL = 0.95
 OUTCOMES = ("win", "tie", "loss")
@@ -88,8 +89,7 @@ def read_results(path: Path) -> Cells:
     """
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file; `staff compare` makes it")
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(path)
     if not rows:
         raise ValueError(f"{path}: holds no finished cell yet")
     return rows
@@ -299,7 +299,33 @@ def report(folder: Path, metrics_of: Mapping[str, tuple[str, ...]], plots: bool 
         write_text(folder / "results.md", markdown)
         columns = [field.name for field in fields(Difference)]
         write_csv(folder / "differences.csv", columns, map(astuple, differences))
+        means = [
+            (*key, method, rate, cell.mean, *interval(cell.resampled, LEVEL))
+            for key, cells in judged.items()
+            for (method, rate), cell in cells.items()
+        ]
+        header = ["task", "metric", "method", "pruning_rate", "mean", "low", "high"]
+        write_csv(folder / "means.csv", header, means)
+        if plots:
+            made_or_said(folder / COMPARISON_PAGE, lambda: write_page(folder))
     return markdown
+
+
+def write_page(folder: Path) -> Path:
+    """comparison.html from the tables of a comparison.
+
+    Raises:
+        ValueError: a table is not there.
+    """
+    rows = read_results(folder / "results.csv")
+    for name in ("means.csv", "differences.csv"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name}: there is no such file; `staff compare --tables` makes it")
+    means, differences = (read_table(folder / name) for name in ("means.csv", "differences.csv"))
+    write_text(
+        folder / COMPARISON_PAGE, comparison_page(folder.resolve().name, rows, means, differences, BASELINE)
+    )
+    return folder / COMPARISON_PAGE
 
 
 def _plot(folder: Path, rows: Cells, judged: Mapping[MethodAt, Judged], task: str, metric: str) -> list[str]:

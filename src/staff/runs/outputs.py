@@ -21,12 +21,15 @@ from staff.config import SelectConfig, from_mapping, read_yaml
 from staff.data import export, hub, rows
 from staff.methods.fidelity import Fidelity
 from staff.methods.overlap import Overlap, nestedness, overlaps
+from staff.report import notebook
+from staff.report.facts import Facts, read_columns
 from staff.runs.aside import Aside
 from staff.runs.scorefile import write_scores
 from staff.runs.store import RunFolder, find_finished
 from staff.types import Region, Selection
 
 if TYPE_CHECKING:  # a finished run is recognised without it
+    import altair as alt
     import pyarrow as pa
 
     from staff.data.tokens import Pool
@@ -81,6 +84,54 @@ class Run:
         known: dict[str, Any] = self.manifest.get("fidelity") or {}
         numbers: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
         return Fidelity(**numbers) if numbers else None
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What its page and its charts show."""
+        path = self.path / "dropped.jsonl"
+        named = path.name in self.manifest["files"]
+        lines = path.read_text(encoding="utf-8").splitlines() if named else []
+        dropped = {entry["row"]: entry["reason"] for entry in map(json.loads, lines)}
+        settings = self.manifest.get("settings", {})
+        said = remarks(self.manifest, settings.get("max_length", 0))
+        columns = read_columns(self.scores)
+        return Facts(self.path.name, self.manifest, self.cost, self.selection.regions, columns, said, dropped)
+
+    def plot_regions(self) -> alt.TopLevelMixin:
+        """How many samples each region holds and how many were kept, budgets before and after verification,
+        V with its intervals; a row for each group.
+
+        Raises:
+            ValueError: the method has no regions.
+        """
+        return notebook.regions(self.facts)
+
+    def plot_fidelity(self) -> alt.TopLevelMixin:
+        """The verified samples: the draft's score against the target's.
+
+        Raises:
+            ValueError: nothing was verified.
+        """
+        return notebook.fidelity_of(self.facts)
+
+    def plot_shares(self, column: str) -> alt.TopLevelMixin:
+        """Shares of pool and coreset along a column of `scores`: bins of a number, values of a text.
+
+        Raises:
+            ValueError: there is no such column.
+        """
+        return notebook.shares(self.facts, column)
+
+    def plot_samples(self, x: str, y: str) -> alt.TopLevelMixin:
+        """Every sample by two columns of `scores`, kept or dropped.
+
+        Raises:
+            ValueError: there is no such column.
+        """
+        return notebook.samples(self.facts, x, y)
+
+    def _repr_html_(self) -> str:
+        return notebook.card(self.facts, repr(self))
 
     def __repr__(self) -> str:
         n, m, method = (self.manifest[name] for name in ("n", "m", "method"))
@@ -301,15 +352,21 @@ def find_run(coreset: Coreset, key: str | None, read: Callable[[], rows.Rows]) -
     cost = json.loads((path / "cost.json").read_text(encoding="utf-8"))
     regions: tuple[Region, ...] = ()
     if "region_of" in arrays:
-        kinds = (float, float, int, int, float, int, int, float, float)
         with open(path / "regions.csv", encoding="utf-8", newline="") as file:
-            _, *lines = csv.reader(file)
-        regions = tuple(Region(*(kind(v) for kind, v in zip(kinds, line[1:], strict=True))) for line in lines)
+            regions = tuple(map(_region, csv.DictReader(file)))
     filled, from_cut = map(int, arrays["filled"])
     region_of, verified, weights = arrays.get("region_of"), arrays["verified"], arrays.get("weights")
     selection = Selection(arrays["indices"], regions, region_of, verified, filled, from_cut, weights)
     indices = np.load(path / "indices.npy", allow_pickle=False)
     return Run(path, indices, selection, cost, manifest, read)
+
+
+COUNTS = ("size", "verified", "budget", "selected", "even_budget")  # of a Region; the rest are numbers
+
+
+def _region(line: Mapping[str, str]) -> Region:
+    values = {name: (int if name in COUNTS else float)(text) for name, text in line.items() if text}
+    return Region(**{name: value for name, value in values.items() if name != "region"})  # type: ignore[arg-type]
 
 
 def load_run(path: str | Path) -> Run:
