@@ -6,6 +6,8 @@ import dataclasses
 import datetime
 import json
 import logging
+import os
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -306,9 +308,37 @@ def _selection(grid: Grid, cell: Cell, runs: dict[str, list[Run]], tell: Progres
         with hold(grid.place("locks", "selection_" + name.replace("/", "_"))) as is_mine:
             if not is_mine:
                 return None
+            _take_over(grid, cell, config, Path(folder))
             runs[name] = pipeline.select(config, update=True, on_progress=tell, methods=table)
     wanted = (cell.method, cell.pruning_rate)
     return next(run for run in runs[name] if (run.manifest["method"], run.manifest["pruning_rate"]) == wanted)
+
+
+def _take_over(grid: Grid, cell: Cell, config: SelectConfig, folder: Path) -> None:
+    """Begin a selection with the pieces of one that differs by its seed alone, so that a pass that is the
+    same is made once; its cost comes along. Where models are tuned, seeds share no numbers."""
+    needs = [need for name in config.method for need in grid.comparison.variants[name].method.needs.values()]
+    tuned = config.draft_epochs or any(need.model == "tuned_target" for need in needs)
+    if tuned or config.scoring.scope in ("lora", "released") or (folder / "work" / "begun.json").exists():
+        return
+    own = [dataclasses.replace(cell, seed=seed) for seed in grid.comparison.seeds if seed != cell.seed]
+    for other in own:
+        done = grid.place("selections", _selection_name(grid, other))
+        if list(done.glob("**/manifest.json")) and not list(done.glob("work/*/shard-[0-9]*")):
+            mark(folder, "run")
+            for piece in done.glob("work/*-*/"):
+                shutil.copytree(piece, folder / "work" / piece.name, copy_function=_link, dirs_exist_ok=True)
+            shutil.copyfile(done / "work" / "account.jsonl", folder / "work" / "account.jsonl")
+            return
+
+
+def _link(source: str, target: str) -> None:
+    """The same file in two places: pieces are replaced, never written into."""
+    Path(target).unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _selection_name(grid: Grid, cell: Cell) -> str:
