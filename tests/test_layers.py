@@ -13,8 +13,10 @@ SOURCE = Path(__file__).parents[1] / "src" / "staff"
 ROWS = [
     ["cli"],
     ["console", "flags"],
+    ["__init__"],
+    ["tryout"],
     ["comparison"],
-    ["jobs", "candidates", "__init__"],
+    ["jobs", "candidates", "diagnosis"],
     ["pipeline"],
     ["runs"],
     ["report"],

@@ -1,8 +1,7 @@
-"""Pools whose right answer is known: runs/regimes/{clean,noisy,copies,mixed}/*.jsonl, from ${STAFF_DATA} with
-one seed.
+"""Pools whose right answer is known: runs/data/regimes/, from ${STAFF_DATA} with one seed.
 
-Short rows of the paraphrase task throughout, so that a cell is cheap; test and validation rows are clean and are
-of that task alone. The validation file is split by `staff` itself: half of it steers, half judges.
+Short rows of the paraphrase task throughout, so that a cell is cheap; test and validation rows are clean and
+are of that task alone. The validation file is split by `staff` itself: half of it steers, half judges.
 """
 
 import json
@@ -23,7 +22,7 @@ WRONG = 0.3  # share of the answers that are another row's
 ORIGINALS = ROWS // 20  # that six sevenths of the pool are variants of
 STRANGERS = 10  # rows of other tasks for each of the task's
 VALIDATION, QUERY = 200, 50  # rows that auto splits into steering and judging ones; steering ones used
-OUTPUT = Path("runs/regimes")
+OUTPUT = Path("runs/data/regimes")
 
 
 def rows_of(task: str, split: str) -> Iterator[dict]:
@@ -52,13 +51,12 @@ def shuffled(rows: list[dict], draws: random.Random) -> list[dict]:
 
 
 def variant(row: dict, number: int, draws: random.Random) -> dict:
-    """The same row with a word of its answer said twice, another case or another end: one or two word triples
-    differ."""
+    """The same row, a word of its answer said twice, perhaps with another end: a few word triples differ."""
     words = row["response"].split()
     place = draws.randrange(len(words))
     words.insert(place, words[place])
     response = " ".join(words)
-    response = draws.choice([response, response.upper(), response.rstrip(".") + " ."])
+    response = draws.choice([response, response.rstrip("."), response.rstrip(".") + " ."])
     return {**row, "id": f"{row['id']}-{number}", "response": response, "copy_of": row["id"]}
 
 
@@ -100,7 +98,7 @@ def main() -> None:
     }
     for name, rows in pools.items():
         write(OUTPUT / name / "train.jsonl", rows)
-    write(OUTPUT / "test.jsonl", take(TASK, "test", 100))
+    write(OUTPUT / "test-60.jsonl", take(TASK, "test", 60))
     write(OUTPUT / "test-50.jsonl", take(TASK, "test", 50))
     # of the training file, behind the pool: the validation file has too few rows so short
     validation = take(TASK, "train", VALIDATION, first=ROWS)

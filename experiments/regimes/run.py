@@ -2,12 +2,13 @@
 
     python experiments/regimes/pools.py && python experiments/regimes/run.py [--minutes 8] [REGIME ...]
 
-Type it again and it goes on; `staff compare --config experiments/regimes/REGIME.yaml --tables` makes the tables.
+Type it again and it goes on; `staff compare --config experiments/regimes/REGIME.yaml --tables` makes tables.
 """
 
 import argparse
 import dataclasses
 import time
+from functools import partial
 from pathlib import Path
 
 from staff.comparison.grid import read_comparison
@@ -27,19 +28,18 @@ def main() -> None:
     given = parser.parse_args()
     end = time.monotonic() + 60 * given.minutes
 
-    def tell(stage: str, done: int, total: int) -> None:
+    def tell(regime: str, stage: str, done: int, total: int) -> None:
         if stage == "cells" and done < total:
             print(f"{time.strftime('%H:%M:%S')} {regime}: {done} of {total} cells", flush=True)
             if time.monotonic() > end:
                 raise Over
 
-    comparisons = {
-        name: read_comparison(Path(__file__).with_name(f"{name}.yaml")) for name in given.regimes
-    }
+    comparisons = {name: read_comparison(Path(__file__).with_name(f"{name}.yaml")) for name in given.regimes}
     for number in range(max(len(c.seeds) for c in comparisons.values())):
         for regime, whole in comparisons.items():
             if number < len(whole.seeds):
-                compare(dataclasses.replace(whole, seeds=whole.seeds[: number + 1]), on_progress=tell)
+                some = dataclasses.replace(whole, seeds=whole.seeds[: number + 1])
+                compare(some, on_progress=partial(tell, regime))
     print("all done")
 
 

@@ -148,6 +148,19 @@ def drafts(arguments: Sequence[str]) -> None:
     _say(given, text, found)
 
 
+def diagnose(arguments: Sequence[str]) -> None:
+    """Say what is in a pool, with one pass of a small model, and what that means for choosing from it.
+
+    staff diagnose --data train.jsonl --model D --validation few.jsonl --test test.jsonl
+    """
+    from staff import diagnosis
+
+    config, given = _parse("diagnose", arguments)
+    with Bars(quiet=given.quiet) as progress:
+        found = diagnosis.diagnose(config, progress)
+    _say(given, diagnosis.describe_diagnosis(found, config.output), found)
+
+
 def compare(arguments: Sequence[str]) -> None:
     """Methods, pruning rates and seeds against each other: select, fine-tune, evaluate; tables, costs.
 
@@ -282,6 +295,7 @@ def completion(arguments: Sequence[str]) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "plan": plan,
     "drafts": drafts,
+    "diagnose": diagnose,
     "select": select,
     "score": score,
     "worker": worker,
@@ -298,6 +312,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 SETTINGS: dict[str, tuple[type | None, str]] = {
     "plan": (configs.PlanConfig, "json"),
     "drafts": (configs.DraftsConfig, "quiet json"),
+    "diagnose": (configs.DiagnoseConfig, "quiet json"),
     "select": (configs.SelectConfig, "update quiet json"),
     "score": (configs.ScoreConfig, "quiet json"),
     "finetune": (configs.FinetuneConfig, "update quiet json"),

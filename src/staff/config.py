@@ -450,6 +450,32 @@ class DraftsConfig(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DiagnoseConfig(_Checked):
+    """Look at what is in a pool, with one pass of a small model, and say what that means."""
+
+    REQUIRED = ("data", "model")
+
+    data: tuple[str, ...] = ()
+    """The pool, in any format that `staff select` reads."""
+    model: str = ""
+    """The draft that looks at it: a hub id, a folder or a .gguf file."""
+    validation: str | None = None
+    """A few rows of the task as it will be judged: which rows of the pool are unlike them?"""
+    test: str | None = None
+    """The file that models will be judged on: which rows of it stand in the pool?"""
+    target: str | None = None
+    """The model the coreset is for: lengths are told in its tokens too; no weights of it are loaded."""
+    output: str = "diagnosis.json"
+    """The file that the findings are written to."""
+    rows: Annotated[int, Range(20)] = 2_000
+    """Rows of the pool, drawn at random, that the model looks at."""
+    seed: Seed = 42
+    """Seed of the rows that are drawn."""
+    reading: Reading = Reading()
+    engine: Engine = Engine()
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(_Checked):
     """Answer a test file with a model and compare with its references."""
 

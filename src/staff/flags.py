@@ -19,7 +19,7 @@ from staff.config import names_of, type_of
 
 # where a setting stands in the help; one of `reading` and so on stands with its group, others under selection
 PLACES = {
-    "data": "data validation keep dedup drop_suspects suspect_ratio reading rows",
+    "data": "data validation test keep dedup drop_suspects suspect_ratio reading rows",
     "models": "model target draft draft_blocks scores candidates",
     "selection": "",
     "scoring": "scoring",
@@ -30,7 +30,7 @@ PLACES = {
 }
 PLACE_OF = {name: place for place, names in PLACES.items() for name in names.split()}
 KINDS = {
-    "data": "FILE", "validation": "FILE", "keep": "FILE", "scores": "FILE", "picture": "FILE",
+    "data": "FILE", "validation": "FILE", "test": "FILE", "keep": "FILE", "scores": "FILE", "picture": "FILE",
     "target": "MODEL", "draft": "MODEL", "model": "MODEL", "candidates": "MODEL", "output": "PATH",
     "method": "NAME", "option": "NAME=VALUE", "columns": "PART=COLUMN,...", "group_by": "COLUMN",
     "eval_data": "FILE", "shares": "VALUE=SHARE,...", "push_to_hub": "OWNER/NAME", "template_date": "DATE",

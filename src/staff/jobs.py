@@ -41,7 +41,7 @@ def finetune(config: FinetuneConfig, *, update: bool = False, on_progress: Progr
         ValueError: something that the user can mend.
     """
     output = Path(str(config.output))
-    config, pool, source = _opened(config, output, [output])
+    config, pool, source = opened(config, output, [output])
     _check_finetune(config, source)
     held_out = rows.read(list(config.eval_data), **config.reading.keywords()) if config.eval_data else None
     files.check_outputs([output], {"--eval-data": held_out.paths if held_out else ()})
@@ -64,7 +64,7 @@ def finetune(config: FinetuneConfig, *, update: bool = False, on_progress: Progr
         return run.path
 
 
-def _opened(config: Any, folder: Path, outputs: list[Path]) -> tuple[Any, rows.Rows, Source]:
+def opened(config: Any, folder: Path, outputs: list[Path]) -> tuple[Any, rows.Rows, Source]:
     """The config with the day held fixed that a chat template writes, its data, and its model's files.
 
     Args:
@@ -256,7 +256,7 @@ def score(config: ScoreConfig, *, on_progress: Progress | None = None) -> tuple[
         cure = "name a file that ends in .parquet"
         raise ValueError(f"--output {output}: scores are written as Parquet; {cure}")
     skipped, unfinished = output.with_suffix(".skipped.jsonl"), output.with_suffix(".unfinished")
-    config, pool, source = _opened(config, unfinished, [output, skipped])
+    config, pool, source = opened(config, unfinished, [output, skipped])
     with open_run(unfinished, "scores", on_progress) as run:
         contents = {"target": partial(content_of, run, source)}
         inputs = Inputs(contents, {"target": f"--model {config.model}"})

@@ -21,6 +21,7 @@ from staff import files, graph
 from staff.config import SelectConfig, flat, from_mapping
 from staff.data import rows as reading
 from staff.data.tokens import Pool, in_common, tokenise
+from staff.data.turns import Example
 from staff.models import adapters, drafts, families, load
 from staff.models.files import Source, resolve, tokenizer_fingerprint
 from staff.models.finetune import train_lora
@@ -108,6 +109,11 @@ def open_offer(run: RunFolder, offer: Mapping[str, Any]) -> Opened:
 
 
 _joined: tuple[str, Pieces] | None = None
+
+
+def _ratio(loss: np.ndarray, alone: np.ndarray) -> np.ndarray:
+    loss, alone = loss.astype(np.float64), alone.astype(np.float64)
+    return np.divide(loss, alone, out=np.ones_like(loss), where=alone > 0)
 
 
 class Pieces:
@@ -366,9 +372,39 @@ class Pieces:
     def loss_ratios(self) -> np.ndarray:
         """(n,) the raw draft's loss on each answer after its prompt, as a multiple of that on the answer
         alone."""
-        loss = self.array(Need("raw_draft", "loss")).astype(np.float64)
-        alone = self.array(Need("raw_draft", "unconditional_loss")).astype(np.float64)
-        return np.divide(loss, alone, out=np.ones_like(loss), where=alone > 0)
+        loss, alone = (self.array(Need("raw_draft", name)) for name in ("loss", "unconditional_loss"))
+        return _ratio(loss, alone)
+
+    def of_others(self, examples: Iterable[Example], key: str, ratios: bool = False) -> dict[str, np.ndarray]:
+        """The raw draft's features of rows that are not the pool's, and with `ratios` their loss ratios.
+
+        Args:
+            key: what names these rows, as a fingerprint does.
+
+        Returns:
+            places (k,) of the rows that can be used; features (k, H); ratios (k,).
+        """
+        name = "raw_draft"
+        path = self.run.piece("others", {**self._scores_key(name), "others": key, "ratios": ratios})
+        arrays = files.read_arrays(path / "others.npz")
+        if arrays is None:
+            how = dataclasses.replace(self.config.reading, on_bad_row="skip", on_long="cut-prompt")
+            pool = tokenise(examples, self._tokenizer("draft"), how.max_length, None, how)
+            dropped = [place for place, _ in pool.dropped]
+            scorer, every, began = self.scorer(name), np.arange(len(pool)), time.monotonic()
+            most = self.config.scoring.batch_tokens
+            whole = scorer.scores(pool, every, most, features=True)
+            arrays = {"places": np.delete(np.arange(len(pool) + len(dropped)), dropped)}
+            arrays["features"] = whole["features"]
+            if ratios:
+                arrays["ratios"] = _ratio(
+                    whole["loss"], scorer.scores(pool.responses_alone(), every, most)["loss"]
+                )
+            self.inputs.check("draft")
+            stage = Stage("query", part="for the diagnosis")
+            self._spend_pass(stage, name, pool, every, time.monotonic() - began, path.name)
+            files.write_arrays(path / "others.npz", arrays)
+        return arrays
 
     def scores(
         self,
