@@ -403,3 +403,22 @@ def test_the_command_goes_from_the_yaml_to_the_tables(finished, file):
     assert "results.md" in result.stdout
     result = run_staff("compare", "--output", "x")
     assert (result.returncode, "--config FILE.yaml" in result.stderr) == (2, True)
+
+
+def test_seeds_of_an_untuned_draft_share_its_passes_and_choose_as_they_would_alone(file, tmp_path):
+    text = file.read_text().replace("draft_epochs: 1", "draft_epochs: 0").replace("ccs-draft", "# ccs-draft")
+    (tmp_path / "c.yaml").write_text(text)
+    comparison = read_comparison(tmp_path / "c.yaml", str(tmp_path / "x"))
+    grid = comparing._open(comparison)
+    of_seed = {}
+    for seed in (1, 2):
+        cell = comparing.Cell("sums", "staff", 0.5, seed)
+        of_seed[seed] = comparing._selection(grid, cell, {}, lambda *_: None)
+    cost = [run.cost["stages"]["score on the draft"] for run in of_seed.values()]
+    assert cost[0] == cost[1]
+    assert cost[0]["samples"] == 40
+    shutil.rmtree(tmp_path / "x" / "selections" / "sums" / "seed1")
+    shutil.rmtree(tmp_path / "x" / "selections" / "sums" / "seed2")
+    alone = comparing._selection(grid, comparing.Cell("sums", "staff", 0.5, 2), {}, lambda *_: None)
+    assert alone.indices.tolist() == of_seed[2].indices.tolist()
+    assert alone.indices.tolist() != of_seed[1].indices.tolist()

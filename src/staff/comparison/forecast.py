@@ -56,7 +56,9 @@ def forecast(comparison: Comparison, on_progress: Progress | None = None) -> dic
             an_answer = _time_answers(comparison, task, tell)
         selecting = 0.0
         for group in {tuple(comparison.group(variant)) for variant in comparison.variants}:
-            selecting += _selecting(comparison, task, group, known) * len(comparison.seeds)
+            shared = comparison.seeds_share(select_config(comparison, task, group[0], 0, "x"))
+            times = 1 if shared else len(comparison.seeds)
+            selecting += _selecting(comparison, task, group, known) * times
         training, cells = 0.0, [cell for cell in comparison.cells() if cell.task == name]
         for cell in cells:
             if cell.method != UNTOUCHED:

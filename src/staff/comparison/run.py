@@ -316,10 +316,8 @@ def _selection(grid: Grid, cell: Cell, runs: dict[str, list[Run]], tell: Progres
 
 def _take_over(grid: Grid, cell: Cell, config: SelectConfig, folder: Path) -> None:
     """Begin a selection with the pieces of one that differs by its seed alone, so that a pass that is the
-    same is made once; its cost comes along. Where models are tuned, seeds share no numbers."""
-    needs = [need for name in config.method for need in grid.comparison.variants[name].method.needs.values()]
-    tuned = config.draft_epochs or any(need.model == "tuned_target" for need in needs)
-    if tuned or config.scoring.scope in ("lora", "released") or (folder / "work" / "begun.json").exists():
+    same is made once; its cost comes along."""
+    if not grid.comparison.seeds_share(config) or (folder / "work" / "begun.json").exists():
         return
     own = [dataclasses.replace(cell, seed=seed) for seed in grid.comparison.seeds if seed != cell.seed]
     for other in own:
