@@ -16,6 +16,7 @@ from staff.methods import COSTS, METHODS, cost, entry, methods_table
 from staff.methods.features import neighbour_distances
 from staff.methods.groups import select_by_group, share_by_size, share_by_wish, wanted_shares
 from staff.methods.overlap import nestedness, overlap, overlaps
+from staff.methods.verification import default_regions, default_verified
 from staff.types import Need
 
 features_module = importlib.import_module("staff.methods.features")
@@ -728,6 +729,28 @@ def test_a_group_verifies_its_own_samples_by_their_place_in_the_pool():
     )
     assert [set((positions % 3).tolist()) for positions in asked] == [{0}, {1}, {2}]
     assert sorted(np.concatenate(asked).tolist()) == selection.verified.tolist()
+
+
+def test_what_adaptive_verification_may_ask_is_shared_over_the_groups():
+    n = 900
+    scores = rng().lognormal(size=n)
+    target = scores * rng(1).lognormal(sigma=0.5, size=n)
+    most = default_regions(n) * default_verified(n, default_regions(n))
+    for sizes in ([n], [n // 2] * 2, [20] * 45, [1] * 300 + [600], [3] * 300):
+        selection = select_by_group(
+            METHODS["staff"],
+            np.repeat(np.arange(len(sizes)), sizes),
+            n,
+            scores=scores,
+            budget=180,
+            rng=rng(),
+            verify=target.__getitem__,
+            verification="adaptive",
+            verification_error=1e-9,
+        )
+        assert len(selection.verified) == most
+        assert len(selection.indices) == 180
+        assert all(region.verified for region in selection.regions if region.size and len(sizes) < 300)
 
 
 def test_neighbours_in_another_group_are_none():

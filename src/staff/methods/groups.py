@@ -10,6 +10,7 @@ import numpy as np
 
 from staff.methods import Method, check_budget
 from staff.methods.strata import share_by_size
+from staff.methods.verification import default_regions, limits_of_groups
 from staff.types import Need, Selection
 
 
@@ -71,7 +72,8 @@ def select_by_group(
     """Run a method inside each group, with a budget in proportion to the group's size, or as asked for.
 
     Every group has a random stream of its own. Neighbours that lie in another group count as none. `verify`
-    is called once a group, always with positions in the pool. Where a method parts the pool itself, as `ltd`
+    is called for each group, always with positions in the pool; what adaptive verification may ask is shared
+    over the groups by size. Where a method parts the pool itself, as `ltd`
     does, the groups are its parts.
 
     Args:
@@ -99,10 +101,16 @@ def select_by_group(
     shares = _shares(list(map(str, labels)), sizes, budget, wanted, held or {})
     if method.groups:
         arguments[method.groups] = np.zeros(n, np.int64)
+    limits = None
+    if arguments.get("verify") and arguments.get("verification") == "adaptive":
+        limits = limits_of_groups(sizes, arguments.get("num_regions"), arguments.get("verification_budget"))
     parts = []
     for group, (share, own_rng) in enumerate(zip(shares, rng.spawn(len(labels)), strict=True)):
         members = np.flatnonzero(group_of == group)
         own = narrowed(method, members, arguments)
+        if limits is not None:  # a group that may ask little has no more regions than it asks for
+            own["verified_at_most"] = most = int(limits[group])
+            own["num_regions"] = min(own.get("num_regions") or default_regions(len(members)), max(most, 1))
         try:
             parts.append((members, method.select(len(members), budget=int(share), rng=own_rng, **own)))
         except ValueError as error:

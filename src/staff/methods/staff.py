@@ -36,6 +36,7 @@ def staff(
     verification_budget: int | None = None,
     verification: str = "fixed",
     verification_error: float = 0.03,
+    verified_at_most: int | None = None,
     allocation: str = "released",
     pick: str = "top",
     hard_cutoff: float = 0.1,
@@ -70,6 +71,8 @@ def staff(
             (`verification.adaptive`).
         verification_error: where adaptive verification stops: the summed standard errors of the V_i as a
             share of their sum.
+        verified_at_most: where adaptive verification stops at the latest, K samples or more, or none where K
+            is 1; None: K * b_v.
         allocation: "released" or "paper", the budget rule.
         pick: "top", highest score first as released, or "random", inside a region.
         hard_cutoff: fraction of the pool set aside as hardest, in [0, 1).
@@ -116,7 +119,7 @@ def staff(
     elif verification == "fixed":
         ratios = verifying.fixed(scores, members, verification_budget, verify, draws)
     else:
-        most = num_regions * verification_budget
+        most = num_regions * verification_budget if verified_at_most is None else verified_at_most
         ratios = verifying.adaptive(scores, members, verification_error, most, verify, draws)
     verified = ratios.verified
     budgets = allocate(ratios.values, sizes, budget, allocation)

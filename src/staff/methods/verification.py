@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from staff.methods.strata import share_by_size
+
 Verify = Callable[[np.ndarray], np.ndarray]
 
 MOST_REGIONS, MOST_VERIFIED = 50, 10  # K and b_v of the paper
@@ -55,6 +57,18 @@ def default_verified(n: int, num_regions: int) -> int:
     drawn."""
     tenth, least = round(0.1 * n / max(num_regions, 1)), -(-24 // max(num_regions, 1))
     return int(np.clip(max(tenth, least), 4, MOST_VERIFIED))
+
+
+def limits_of_groups(sizes: np.ndarray, num_regions: int | None, count: int | None) -> np.ndarray:
+    """(g,) samples that adaptive verification scores of each group at most: K * b_v of all together, by size.
+
+    Args:
+        sizes: (g,) samples a group.
+        num_regions, count: K and b_v of each group where they are given; else those of a pool of that size.
+    """
+    n = int(sizes.sum())
+    num_regions = num_regions or default_regions(n)
+    return share_by_size(sizes, min(n, num_regions * (count or default_verified(n, num_regions))))
 
 
 def unverified(num_regions: int) -> Ratios:
@@ -117,14 +131,14 @@ def adaptive(
         scores: (n,) of the draft.
         members: positions of each region.
         error: where to stop, as a share of the ratios' sum; one standard error.
-        most: samples at most, over all regions.
+        most: samples at most, over all regions; as many as there are regions, or 0.
         verify: positions, sorted -> scores of the target; called once a round.
     """
     orders = [
         own.permutation(positions) for own, positions in zip(draws.spawn(len(members)), members, strict=True)
     ]
     sizes = np.array([*map(len, members)])
-    counts = np.minimum(sizes, FIRST if FIRST * len(members) <= most else 1)
+    counts = np.minimum(sizes, min(FIRST if FIRST * len(members) <= most else 1, most))
     target = np.full(len(scores), np.nan)
     while True:
         taken = [order[:count] for order, count in zip(orders, counts, strict=True)]
