@@ -6,13 +6,14 @@ import datetime
 import json
 import logging
 import re
+from bisect import bisect_left
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from staff.config import Reading
 from staff.data.layouts import BadRow
-from staff.data.turns import Example, Turn
+from staff.data.turns import Example, Turn, text_of
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +54,9 @@ def template_of(tokenizer: Any, reading: Reading) -> Any:
     try:
         return Path(str(reading.chat_template)).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = f"can't be read ({getattr(error, 'strerror', None) or error})"
         cure = "name a file with a Jinja template, or none, or model"
-        raise ValueError(
-            f"--chat-template {reading.chat_template}: can't be read ({reason}); {cure}"
-        ) from None
+        raise ValueError(f"--chat-template {reading.chat_template}: {reason}; {cure}") from None
 
 
 def dated(template: str, date: str | None) -> str:
@@ -94,9 +93,10 @@ def plain(example: Example, tokenizer: Any) -> Rendering:
     begin, end = tokenizer.bos_token or "", tokenizer.eos_token or ""
     text, spans = "", []
     for turn in example.turns:
-        start, content = len(text), turn.text
-        text += content + (end if turn.train and not (end and content.endswith(end)) else "")
+        start = len(text)
+        text += turn.text
         if turn.train:
+            text += "" if end and text.endswith(end, start) else end
             spans.append((start, len(text)))
         text += "\n"
     return Rendering(text[:-1], spans, special=not (begin and text.startswith(begin)))
@@ -120,15 +120,6 @@ def plain_template(tokenizer: Any) -> str:
         "{{ eos_token }}{% endif %}"
         "{{ '\\n' if add_generation_prompt or not loop.last else '' }}{% endfor %}"
         f"{{{{ '' if add_generation_prompt else {end} }}}}"
-    )
-
-
-def text_of(content: Any) -> str:
-    """The text of a turn's content, which may be parts."""
-    if isinstance(content, str):
-        return content
-    return "".join(
-        part if isinstance(part, str) else part.get("text") or part.get("value") or "" for part in content
     )
 
 
@@ -181,24 +172,17 @@ class Chat:
     def _content(self, content: Any) -> Any:
         if not self.parts:
             return text_of(content)
-        return [
-            {"type": "text", "text": text_of([p])}
-            for p in ([content] if isinstance(content, str) else content)
-        ]
+        parts = [content] if isinstance(content, str) else content
+        return [{"type": "text", "text": text_of([part])} for part in parts]
 
     def _template(self, tools: Any) -> str:
         return self.named["tool_use"] if tools and "tool_use" in self.named else self.named["default"]
 
     def apply(self, messages: list[dict], tools: Any = None, prompt: bool = False) -> str:
         """The template's rendering; BadRow where it refuses."""
+        how = {"chat_template": self._template(tools), "tokenize": False, "add_generation_prompt": prompt}
         try:
-            return self.tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                chat_template=self._template(tools),
-                tokenize=False,
-                add_generation_prompt=prompt,
-            )
+            return self.tokenizer.apply_chat_template(messages, tools=tools, **how)
         except Exception as error:  # a template is a program: jinja2's, and any that Python raises inside it
             raise _refusal(error) from None
 
@@ -206,23 +190,18 @@ class Chat:
         """The rendering, and the characters between `{% generation %}` marks."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        how = {"chat_template": self._template(tools), "return_assistant_tokens_mask": True}
+        names = self.tokenizer.special_tokens_map
         try:
-            texts, marks = render_jinja_template(  # type: ignore[str-unpack]
-                conversations=[messages],
-                tools=tools,
-                chat_template=self._template(tools),
-                return_assistant_tokens_mask=True,
-                **self.tokenizer.special_tokens_map,
-            )
+            rendered: Any = render_jinja_template([messages], tools, **how, **names)
         except Exception as error:
             raise _refusal(error) from None
-        return texts[0], marks[0]  # type: ignore[return-value]
+        return rendered[0][0], rendered[1][0]
 
     def _try(self, messages: list[dict], prompt: bool = False) -> str | None:
+        asked = [{**m, "content": self._content(m["content"])} for m in messages]
         try:
-            return self.apply(
-                [{**m, "content": self._content(m["content"])} for m in messages], prompt=prompt
-            )
+            return self.apply(asked, prompt=prompt)
         except BadRow:
             return None
 
@@ -284,9 +263,10 @@ class Chat:
         for place, (start, end) in zip(trained, spans, strict=False):
             reasoning, answer = _said(turns[place])
             for call in (turns[place].fields or {}).get("tool_calls") or ():
-                if _name(call) not in text[start:end]:
+                name = str((call.get("function") or call).get("name"))
+                if name not in text[start:end]:
                     raise BadRow(
-                        f"has a call of the tool {_name(call)!r} that the model's chat template does not show"
+                        f"has a call of the tool {name!r} that the model's chat template does not show"
                     )
             stripped |= bool(reasoning) and reasoning not in text[start:end]
             if answer not in text[start:end]:  # written otherwise, or not where it should be
@@ -389,21 +369,10 @@ def _said(turn: Turn) -> tuple[str, str]:
     return reasoning.strip(), behind.strip()
 
 
-def _name(call: dict) -> str:
-    """The name of the function that a tool call calls."""
-    return str((call.get("function") or call).get("name"))
-
-
 def _shared(one: str, other: str) -> int:
     """Characters that two texts share at their beginning."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    shorter = range(min(len(one), len(other)))
+    return bisect_left(shorter, True, key=lambda at: one[: at + 1] != other[: at + 1])
 
 
 def _refusal(error: Exception) -> BadRow:

@@ -10,18 +10,10 @@ from functools import cached_property
 from typing import Any
 
 ROLES: Mapping[str, str] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "tool",
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function"), "tool"),
 }
 
 
@@ -95,27 +87,13 @@ LAYOUTS = (
 )
 REQUIRED = tuple(dict.fromkeys(column for layout in LAYOUTS for column in layout.required()))
 # columns that belong to the prompt in the files that have them: a layout without them would leave them out
-PROMPT_COLUMNS = frozenset[str](
-    (
-        *("input", "context", "passage", "instruction", "system", "system_prompt", "history", "tools"),
-        *("choices", "options", "image", "images", "video", "videos", "audio", "audios"),
-    )
-)
+_BEFORE = ("input", "context", "passage", "instruction", "system", "system_prompt", "history", "tools")
+_MEDIA = ("choices", "options", "image", "images", "video", "videos", "audio", "audios")
+PROMPT_COLUMNS = frozenset[str](_BEFORE + _MEDIA)
 
 # what --columns may name -> the Layout's field
-COLUMN_KEYS = {
-    "prompt": "prompt",
-    "response": "response",
-    "completion": "response",
-    "input": "query",
-    "query": "query",
-    "system": "system",
-    "history": "history",
-    "messages": "messages",
-    "tools": "tools",
-    "text": "text",
-    "id": "id",
-}
+COLUMN_KEYS = {"prompt": "prompt", "response": "response", "completion": "response", "input": "query"}
+COLUMN_KEYS |= {k: k for k in ("query", "system", "history", "messages", "tools", "text", "id")}
 _AS_KEY = {"system_prompt": "system", "context": "input", "passage": "input"}
 
 
@@ -123,10 +101,6 @@ def near(name: str, known: Iterable[object]) -> str:
     """' (did you mean 'x'?)' where some known name is near, else nothing."""
     match = difflib.get_close_matches(name, [k for k in known if isinstance(k, str)], n=1, cutoff=0.6)
     return f" (did you mean {match[0]!r}?)" if match else ""
-
-
-def _known(name: str, known: Iterable[str]) -> str:
-    return f"{near(name, known)}; there are {', '.join(known)}"
 
 
 def shown(value: object, limit: int = 60) -> str:
@@ -171,19 +145,17 @@ def find_layout(row: Mapping) -> Layout:
         raise BadRow("is an empty object; it needs for instance 'prompt' and 'response'")
     for key in columns:
         value = row[key]
-        if isinstance(value, list) and value and all(isinstance(v, dict) for v in value[:3]):
-            if {"role", "from"} & value[0].keys():
-                raise BadRow(f"has its turns in {key!r}; name that column: --columns messages={key}")
-            if value[0].keys() == {"input", "output"}:
-                raise BadRow(
-                    f"has pairs of input and output in {key!r}, the turns of one conversation; make them a "
-                    "list of {'role': 'user', 'content': ...} and {'role': 'assistant', 'content': ...}"
-                )
-            if len(columns) <= 5:
-                raise BadRow(
-                    f"looks like a wrapper: its key {key!r} holds a list of rows; take it out first, "
-                    f"as with jq '.{key}' FILE > rows.json"
-                )
+        if not (isinstance(value, list) and value and all(isinstance(v, dict) for v in value[:3])):
+            continue
+        if {"role", "from"} & value[0].keys():
+            raise BadRow(f"has its turns in {key!r}; name that column: --columns messages={key}")
+        if value[0].keys() == {"input", "output"}:
+            cure = "list of {'role': 'user', 'content': ...} and {'role': 'assistant', 'content': ...}"
+            what = "the turns of one conversation; make them a"
+            raise BadRow(f"has pairs of input and output in {key!r}, {what} {cure}")
+        if len(columns) <= 5:
+            cure = f"take it out first, as with jq '.{key}' FILE > rows.json"
+            raise BadRow(f"looks like a wrapper: its key {key!r} holds a list of rows; {cure}")
     hint = ""
     for column in columns:
         match = difflib.get_close_matches(column.strip().lower(), REQUIRED, 1, 0.8)
@@ -234,7 +206,8 @@ def from_columns(columns: str) -> Layout:
             cure = "write for instance prompt=question,response=answer"
             raise ValueError(f"{where}: {part.strip()!r} is not of the form KEY=COLUMN; {cure}")
         if key not in COLUMN_KEYS:
-            raise ValueError(f"{where}: no key {key!r}{_known(key, COLUMN_KEYS)}")
+            known = f"{near(key, COLUMN_KEYS)}; there are {', '.join(COLUMN_KEYS)}"
+            raise ValueError(f"{where}: no key {key!r}{known}")
         if COLUMN_KEYS[key] in fields:
             raise ValueError(f"{where}: {key!r} is named twice; name each column once")
         fields[COLUMN_KEYS[key]] = name
@@ -247,11 +220,8 @@ def from_columns(columns: str) -> Layout:
 
 
 # LLaMA-Factory's defaults (its data/parser.py): where an entry gives `columns`, what it leaves out is none
-_FACTORY_COLUMNS = {
-    "alpaca": _ALPACA,
-    "sharegpt": {"messages": "conversations"},
-    "openai": {"messages": "messages"},
-}
+_CHATS = {"sharegpt": {"messages": "conversations"}, "openai": {"messages": "messages"}}
+_FACTORY_COLUMNS = {"alpaca": _ALPACA, **_CHATS}
 _FACTORY_TAGS = {
     "user_tag": ("human", "user"),
     "assistant_tag": ("gpt", "assistant"),
@@ -291,7 +261,8 @@ def from_factory(entry: Mapping, where: str) -> Layout:
         raise ValueError(f"{where}: it has {listed(media)}; only text with a single response can be used")
     for key in columns:
         if key not in _FACTORY_KEYS:
-            raise ValueError(f"{where}: unknown column key {key!r}{_known(key, _FACTORY_KEYS)}")
+            known = f"{near(key, _FACTORY_KEYS)}; there are {', '.join(_FACTORY_KEYS)}"
+            raise ValueError(f"{where}: unknown column key {key!r}{known}")
     name = where.rpartition(", ")[2]
     if formatting == "alpaca":
         if list(columns) == ["prompt"]:  # of its pre-training stage

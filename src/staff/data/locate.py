@@ -81,9 +81,8 @@ def locate(
         return first
     for name, other in zip(names, inputs, strict=True):
         if not other.paths or other.keep or other.saved or other.samples is not None:
-            raise ValueError(
-                f"{name} can't be read together with other data; read it alone, or save it to a file"
-            )
+            cure = "read it alone, or save it to a file"
+            raise ValueError(f"{name} can't be read together with other data; {cure}")
         if first.layout and other.layout and replace(other.layout, name=first.layout.name) != first.layout:
             raise ValueError(f"{names[0]} and {name} are laid out differently; select from each alone")
     paths = tuple(p for i in inputs for p in i.paths)
@@ -179,9 +178,8 @@ def _folder(path: Path, split: str | None) -> Input:
         files = tuple(sorted(path.rglob("*.arrow")))
         return Input(files, tuple(map(str, files)), split=split, saved=path)
     files = tuple(p for p in sorted(path.iterdir()) if p.is_file() and not p.name.startswith((".", "_")))
-    files = tuple(
-        p for p in files if suffix_of(p) in SUFFIXES and p.name.removesuffix(".json") not in DESCRIPTIONS
-    )
+    rowless = [f"{name}.json" for name in DESCRIPTIONS]
+    files = tuple(p for p in files if suffix_of(p) in SUFFIXES and p.name not in rowless)
     if not files:
         inner = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
         hint = f"; it has the folders {', '.join(inner[:8])}: name one of them" if inner else ""
@@ -279,11 +277,10 @@ def _entry_of(name: str, info: Path) -> tuple[str, Any]:
     if name in entries:
         return name, entries[name]
     files = {key: entry.get("file_name") for key, entry in entries.items() if isinstance(entry, Mapping)}
-    fits = [
-        key
-        for key, file in files.items()
-        if isinstance(file, str) and os.path.realpath(info.parent / file) == os.path.realpath(name)
-    ]
+    paths = {
+        key: os.path.realpath(info.parent / file) for key, file in files.items() if isinstance(file, str)
+    }
+    fits = [key for key, path in paths.items() if path == os.path.realpath(name)]
     if not fits:
         names = ", ".join(list(entries)[:20])
         raise ValueError(f"{info} has no entry {name!r}{near(name, entries)}; its entries: {names}")

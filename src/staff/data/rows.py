@@ -34,13 +34,8 @@ from staff.files import write_whole
 __all__ = ["Example", "Rows", "Turn", "read"]
 
 MEMORY = "the data given"
-KINDS_OF = {
-    ".jsonl": ("JSONL",),
-    ".ndjson": ("JSONL",),
-    ".json": ("JSON", "JSONL"),
-    ".csv": ("CSV",),
-    ".tsv": ("CSV",),
-}
+KINDS_OF = {".json": ("JSON", "JSONL"), ".csv": ("CSV",), ".tsv": ("CSV",)}
+KINDS_OF |= dict.fromkeys((".jsonl", ".ndjson"), ("JSONL",))
 
 
 class MemoryRows:
@@ -278,11 +273,8 @@ def _in_memory(data: Any, split: str | None) -> Any:
     elif not data:
         raise ValueError(f"{MEMORY} is an empty list; it should hold at least one row")
     source = MemoryRows()
-    example = "a row looks like {'prompt': '...', 'response': '...'}"
-    rows = (
-        without_arrays(row) if isinstance(row, Mapping) else BadRow(f"is {shown(row)}, not a dict; {example}")
-        for row in data
-    )
+    cure = "not a dict; a row looks like {'prompt': '...', 'response': '...'}"
+    rows = (without_arrays(r) if isinstance(r, Mapping) else BadRow(f"is {shown(r)}, {cure}") for r in data)
     source.add(MEMORY, ((0, row) for row in rows))
     return source
 
@@ -376,10 +368,9 @@ def _checked(source: Any, layout: Layout | None, train_on: str, skip: bool) -> R
     assert layout is not None
     for column in layout.named:
         if column in unseen:
+            what = f"no row has the column {column!r} that --columns names"
             cure = f"{near(column, source.columns or row)}; correct the name"
-            raise ValueError(
-                f"{source.names[0]}: no row has the column {column!r} that --columns names{cure}"
-            )
+            raise ValueError(f"{source.names[0]}: {what}{cure}")
     return Rows(source, layout, train_on, np.array(numbers, np.int64), skipped)
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from staff.config import Reading
-from staff.data.chat import USUAL, Rendering, chat_of, control_tokens, plain, spells, text_of
+from staff.data.chat import USUAL, Rendering, chat_of, control_tokens, plain, spells
 from staff.data.layouts import BadRow
-from staff.data.turns import Example, Turn
+from staff.data.turns import Example, Turn, text_of
 
 SHORTENED, CUT, SPELLED, STRIPPED = 1, 2, 4, 8  # what was done to a sample
 # a part handed to the tokenizer in one call, which spreads it over all cores: that many rows or letters
@@ -80,12 +80,8 @@ class Sampler:
             some = [(i, t) for i, t in enumerate(texts) if isinstance(t, Rendering) and t.special == special]
             if not some:
                 continue
-            encoded = self.tokenizer(
-                [text.text for _, text in some],
-                add_special_tokens=special,
-                return_attention_mask=False,
-                verbose=False,
-            )
+            how = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
+            encoded = self.tokenizer([text.text for _, text in some], **how)
             for k, (place, text) in enumerate(some):
                 try:
                     encoding = encoded.encodings[k] if encoded.encodings else None
@@ -96,12 +92,8 @@ class Sampler:
 
     def _sample(self, text: Rendering, ids: list[int], encoding: Any) -> Sample:
         end = self.tokenizer.eos_token_id
-        if (
-            text.special
-            and end is not None
-            and ids[-2:] == [end, end]
-            and text.text.endswith(self.tokenizer.eos_token)
-        ):
+        ends_twice = text.special and end is not None and ids[-2:] == [end, end]
+        if ends_twice and text.text.endswith(self.tokenizer.eos_token):
             ids = ids[:-1]  # the text's own, and the tokenizer's
         places = [self._places(text, ids, span, encoding) for span in text.spans]
         trained = bytearray(places[-1][1])
@@ -119,20 +111,14 @@ class Sampler:
         if encoding is None:
             return self._token_at(text, ids, start), self._token_at(text, ids, stop)
         place = encoding.char_to_token
-        first = next((token for at in range(start, stop) if (token := place(at)) is not None), None)
-        last = next(
-            (token for at in range(stop - 1, start - 1, -1) if (token := place(at)) is not None), None
-        )
+        ends = range(start, stop), range(stop - 1, start - 1, -1)
+        first, last = (next((t for at in end if (t := place(at)) is not None), None) for end in ends)
         if first is None or last is None:
             raise BadRow("has nothing to learn: the tokenizer makes no token of its answer")
-        if ids[first] in self.added and encoding.token_to_chars(first)[0] < start:
+        chars = encoding.token_to_chars
+        if ids[first] in self.added and chars(first)[0] < start:
             first += 1  # a control token that swallows the blanks behind it
-        while (
-            last + 1 < len(ids)
-            and (chars := encoding.token_to_chars(last + 1))
-            and chars[0] < stop
-            and chars[1] > start
-        ):
+        while last + 1 < len(ids) and (at := chars(last + 1)) and at[0] < stop and at[1] > start:
             last += 1  # a character of several tokens
         return first, (len(ids) if text.special and stop == len(text.text) else last + 1)
 
@@ -147,8 +133,7 @@ class Sampler:
         if ids[: len(before)] != before:
             raise BadRow(
                 "has an answer that can't be told apart: its tokenizer has no character offsets, and other "
-                "tokens for "
-                "the text before the answer alone. Use the model's fast tokenizer (tokenizer.json)"
+                "tokens for the text before the answer alone. Use the model's fast tokenizer (tokenizer.json)"
             )
         return len(before)
 
@@ -220,9 +205,7 @@ def prompts_of(
     were cut."""
     sampler = Sampler(tokenizer, reading)
     made, cut, end = [], 0, 0
-    for place, (example, sample) in enumerate(
-        pair for part in sampler.parts(iter(examples)) for pair in part
-    ):
+    for place, (example, sample) in enumerate(chain.from_iterable(sampler.parts(iter(examples)))):
         try:
             if isinstance(sample, BadRow):
                 raise sample
@@ -230,10 +213,8 @@ def prompts_of(
             if _before(sample) > room:
                 cut += 1
                 _, sample = sampler.shortened(example, sample, lambda s: _before(s) - room)
-            if _before(sample) > room:
-                raise BadRow(
-                    f"has a prompt of {_before(sample)} tokens where {room} have room, even without its text"
-                )
+            if (left := _before(sample)) > room:
+                raise BadRow(f"has a prompt of {left} tokens where {room} have room, even without its text")
         except BadRow as error:
             raise ValueError(f"row {place if numbers is None else numbers[place]} {error}") from None
         made.append(np.array(sample.ids[: _before(sample)], np.int32))

@@ -59,10 +59,9 @@ class TableRows:
                 first = {f.name: f.type for f in schemas[0]}
                 other = [f"{f.name}: {f.type}" for f in schema if first.get(f.name) != f.type]
                 other += [f"no {n}" for n in first if n not in schema.names]
-                raise ValueError(
-                    f"{name} has other columns than {names[0]} ({', '.join(other) or 'in another order'}); "
-                    "make them alike, or select from each alone"
-                )
+                said = f"than {names[0]} ({', '.join(other) or 'in another order'})"
+                cure = "make them alike, or select from each alone"
+                raise ValueError(f"{name} has other columns {said}; {cure}")
             self.firsts.append(self.starts[-1])
             self.parts += [(number, part) for part in range(len(sizes))]
             self.starts += (self.starts[-1] + np.cumsum(sizes, dtype=np.int64)).tolist()
@@ -77,9 +76,8 @@ class TableRows:
             return schema, [min(ROWS_A_BATCH, n - i) for i in range(0, n, ROWS_A_BATCH)]
         if self.kind == "Parquet":
             with pq.ParquetFile(self.files[number]) as file:
-                return file.schema_arrow, [
-                    file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)
-                ]
+                groups = map(file.metadata.row_group, range(file.num_row_groups))
+                return file.schema_arrow, [group.num_rows for group in groups]
         with _arrow(self.files[number]) as (schema, batches):
             return schema, [sum(batch.num_rows for batch in batches)]
 
@@ -141,8 +139,8 @@ class TableRows:
         whole = layout is None or not set(layout.required()).issubset(self.columns)
         for at, batch in self.batches(None if whole else {*layout.columns(), *more}):  # type: ignore[union-attr]
             fine = np.zeros(batch.num_rows, bool) if whole else usable(batch, layout)  # type: ignore[arg-type]
-            others = (self._rows(at, some) for some in _take(batch, np.flatnonzero(~fine)))
-            rows = chain.from_iterable(others)
+            others = _take(batch, np.flatnonzero(~fine))
+            rows = chain.from_iterable(self._rows(at, some) for some in others)
             yield from ((0, None if good else next(rows)) for good in fine.tolist())
 
     def fetch(self, numbers: np.ndarray, columns: Collection[str] | None = None) -> Iterator[Mapping]:

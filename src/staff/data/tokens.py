@@ -102,7 +102,7 @@ class Pool:
     def response_tokens(self) -> np.ndarray:
         """(n,) int64 tokens of each sample that the loss is taken on."""
         counted = np.concatenate([[0], np.cumsum(self.is_response)])
-        return counted[self.offsets[1:]] - counted[self.offsets[:-1]] - self.is_response[self.offsets[:-1]]
+        return np.diff(counted[self.offsets]) - self.is_response[self.offsets[:-1]]
 
 
 @dataclass(frozen=True)
@@ -192,11 +192,8 @@ def in_common(rows: Rows, pools: Mapping[Any, Pool]) -> tuple[Rows, dict[Any, Po
     them."""
     reasons = {place: reason for pool in pools.values() for place, reason in pool.dropped}
     if len(reasons) == len(rows):
-        place = min(reasons)
-        raise ValueError(
-            f"none of {len(rows)} rows can be used; the first one, row {rows.numbers[place]}, "
-            f"{reasons[place]}"
-        )
+        first = f"row {rows.numbers[min(reasons)]}, {reasons[min(reasons)]}"
+        raise ValueError(f"none of {len(rows)} rows can be used; the first one, {first}")
     if not reasons:
         return rows, dict(pools)
     left = {}
@@ -226,12 +223,7 @@ def batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
     return cut
 
 
-def collate(
-    pool: Pool,
-    positions: Sequence[int] | np.ndarray,
-    device: Any = "cpu",
-    skip: int = 0,
-) -> Batch:
+def collate(pool: Pool, positions: Sequence[int] | np.ndarray, device: Any = "cpu", skip: int = 0) -> Batch:
     """Samples of a pool as one padded batch. Padded tokens are never attended to and never labels.
 
     Args:
@@ -250,13 +242,8 @@ def collate(
         before.append(places - 1)
         labels.append(sample[places])
 
-    def tensor(array: Any, dtype: Any = torch.int64) -> Any:
-        return torch.as_tensor(array, dtype=dtype).to(device, non_blocking=True)
+    def tensor(array: Any) -> Any:
+        return torch.as_tensor(array, dtype=torch.int64).to(device, non_blocking=True)
 
-    return Batch(
-        tensor(input_ids),
-        tensor(np.concatenate(sample_of)),
-        tensor(np.concatenate(before)),
-        tensor(np.concatenate(labels)),
-        tensor([len(part) for part in labels]),
-    )
+    of_tokens = map(np.concatenate, (sample_of, before, labels))
+    return Batch(*map(tensor, (input_ids, *of_tokens, [len(part) for part in labels])))

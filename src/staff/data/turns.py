@@ -13,9 +13,8 @@ from staff.data.layouts import BadRow, Layout, listed, near, shown
 _WEIGHTS = ("weight", "loss_weight")
 
 
-class Turn(
-    NamedTuple
-):  # a frozen dataclass takes three times as long to make: a million rows make three million
+# a frozen dataclass takes three times as long to make: a million rows make three million
+class Turn(NamedTuple):
     """One turn of a chat.
 
     Attributes:
@@ -36,9 +35,8 @@ class Turn(
     @property
     def text(self) -> str:
         """What is said as one text, tool calls behind it as JSON, one a line: for lengths and for people."""
-        said = self.content if isinstance(self.content, str) else "".join(map(_part_text, self.content))
         calls = (self.fields or {}).get("tool_calls") or ()
-        return "\n".join(filter(None, (said, *map(_call_text, calls))))
+        return "\n".join(filter(None, (text_of(self.content), *map(_call_text, calls))))
 
 
 class Example(NamedTuple):
@@ -78,31 +76,23 @@ def build(layout: Layout, row: Mapping, train_on: str = "last") -> Example:
         prompt, response = row.get(layout.prompt), row.get(layout.response)
         if isinstance(prompt, str) and isinstance(response, str):
             filled = prompt and response and not prompt.isspace() and not response.isspace()
-            whole = (prompt.isascii() or _is_whole(prompt)) and (response.isascii() or _is_whole(response))
-            if filled and whole and layout.extras.isdisjoint(row):
+            if filled and layout.extras.isdisjoint(row):
+                prompt = prompt if prompt.isascii() else _clean(prompt, repr(layout.prompt))
+                response = response if response.isascii() else _clean(response, repr(layout.response))
                 return Example((Turn("user", prompt, False), Turn("assistant", response, True)), label)
     if layout.text is not None:
         return Example((Turn("text", _said(_value(row, layout.text), repr(layout.text)), True),), label)
-    turns = (
-        _pair(layout, row)
-        if layout.messages is None
-        else _chat(layout, _value(row, layout.messages), layout.messages)
-    )
-    if (
-        layout.system is not None
-        and (system := _optional(row, layout.system))
-        and (not turns or turns[0].role != "system")
-    ):
+    chat = layout.messages
+    turns = _pair(layout, row) if chat is None else _chat(layout, _value(row, chat), chat)
+    if (system := _optional(row, layout.system)) and turns[0].role != "system":
         turns.insert(0, Turn("system", system, False))
     return Example(_trained(turns, train_on), label, _tools(row, layout.tools))
 
 
 def label_of(value: object) -> str | None:
     """An id as text, the same for 7 and 7.0; None where it is no text or number."""
-    if isinstance(value, str):
-        return value.encode(
-            errors="backslashreplace"
-        ).decode()  # half a surrogate pair can be written nowhere
+    if isinstance(value, str):  # half a surrogate pair can be written nowhere
+        return value.encode(errors="backslashreplace").decode()
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -115,28 +105,29 @@ def _pair(layout: Layout, row: Mapping) -> list[Turn]:
     turns: list[Turn] = []
     if layout.history is not None and (history := row.get(layout.history)):
         for i, pair in enumerate(history if isinstance(history, list | tuple) else [history]):
+            where = f"{layout.history!r}: entry {i}"
             if not (isinstance(pair, list | tuple) and len(pair) == 2):
-                raise BadRow(
-                    f"{layout.history!r}: entry {i} is {shown(pair)}; it must be a pair of texts, "
-                    "[user, assistant]"
-                )
-            turns.append(Turn("user", _said(pair[0], f"{layout.history!r}, entry {i}, user"), False))
-            turns.append(Turn("assistant", _said(pair[1], f"{layout.history!r}, entry {i}, assistant"), True))
+                raise BadRow(f"{where} is {shown(pair)}; it must be a pair of texts, [user, assistant]")
+            turns.append(Turn("user", _said(pair[0], f"{where}, user,"), False))
+            turns.append(Turn("assistant", _said(pair[1], f"{where}, assistant,"), True))
     prompt, response = _value(row, layout.prompt), _value(row, layout.response)
-    if (
-        isinstance(prompt, list) and prompt and isinstance(prompt[0], dict)
-    ):  # TRL's conversational prompt and completion
+    if _is_chat(prompt):
         turns += [t._replace(train=False) for t in _chat(layout, prompt, layout.prompt)]
     else:
-        query = _optional(row, layout.query) if layout.query is not None else ""
+        query = _optional(row, layout.query)
         if query and isinstance(prompt, str):  # Alpaca: either half may be empty
             prompt = f"{prompt}\n{query}" if prompt and not prompt.isspace() else query
         turns.append(Turn("user", _said(prompt, repr(layout.prompt)), False))
-    if isinstance(response, list) and response and isinstance(response[0], dict):
+    if _is_chat(response):
         turns += _chat(layout, response, layout.response)
     else:
         turns.append(Turn("assistant", _said(response, repr(layout.response)), True))
     return turns
+
+
+def _is_chat(value: object) -> bool:
+    """TRL's conversational prompt and completion."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def _trained(turns: list[Turn], train_on: str) -> tuple[Turn, ...]:
@@ -171,30 +162,23 @@ def _said(value: object, what: str) -> str:
     raise BadRow(f"{what} is {_kind(value)}; it must be text: {_text_cure(value)}")
 
 
-def _is_whole(value: str) -> bool:
+def _clean(value: str, what: str) -> str:
     try:
         value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _clean(value: str, what: str) -> str:
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            half = f"\\u{ord(value[error.start]):04x}"
-            raise BadRow(
-                f"{what} has half of a surrogate pair ({half}) at character {error.start}; replace it"
-            ) from None
+    except UnicodeEncodeError as error:
+        half = f"half of a surrogate pair (\\u{ord(value[error.start]):04x})"
+        raise BadRow(f"{what} has {half} at character {error.start}; replace it") from None
     return value
 
 
-def _optional(row: Mapping, column: str) -> str:
+def _is_missing(value: object) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _optional(row: Mapping, column: str | None) -> str:
     """A text that may be missing, null or empty."""
     value = row.get(column)
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if column is None or _is_missing(value):
         return ""
     if not isinstance(value, str):
         raise BadRow(f"{column!r} is {_kind(value)}; it must be text or left away")
@@ -206,7 +190,7 @@ def _kind(value: object) -> str:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, float) and math.isnan(value):
+    if _is_missing(value):
         return "NaN"
     names = {int: "the number", float: "the number", list: "a list,", dict: "an object,", bytes: "bytes,"}
     name = next((n for t, n in names.items() if isinstance(value, t)), f"a {type(value).__name__},")
@@ -214,11 +198,9 @@ def _kind(value: object) -> str:
 
 
 def _text_cure(value: object) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if _is_missing(value):
         return "fill it in"
-    if isinstance(value, int | float):
-        return "put it in quotation marks"
-    return "make it one"
+    return "put it in quotation marks" if isinstance(value, int | float) else "make it one"
 
 
 def _chat(layout: Layout, messages: object, column: str) -> list[Turn]:
@@ -265,13 +247,11 @@ def _turn(layout: Layout, message: Mapping) -> Turn:
     calls = role == "assistant" and fields is not None and bool(fields.get("tool_calls"))
     if content is None and (calls or role in ("system", "tool")):
         content = ""
-    if isinstance(content, str):
-        said = content
-    elif isinstance(content, list):
+    if isinstance(content, list):
         content = [_part(part) for part in content]
-        said = "".join(map(_part_text, content))
-    else:
+    elif not isinstance(content, str):
         raise BadRow(f" is {_kind(content)}; it must be text: {_text_cure(content)}")
+    said = text_of(content)
     if not said.isascii():
         _clean(said, "")
     if (not said or said.isspace()) and not calls and role in ("user", "assistant"):
@@ -292,10 +272,13 @@ def _part(part: object) -> object:
     return without_nulls(part)
 
 
-def _part_text(part: Any) -> str:
-    if isinstance(part, str):
-        return part
-    return part["text"] if part.get("text") is not None else part["value"]
+def text_of(content: str | list) -> str:
+    """The text of a turn's content, which may be parts."""
+    if isinstance(content, str):
+        return content
+    return "".join(
+        part if isinstance(part, str) else part.get("text") or part.get("value") or "" for part in content
+    )
 
 
 def without_nulls(value: Any) -> Any:
@@ -324,10 +307,8 @@ def _call_text(call: Mapping) -> str:
     """A call as ShareGPT's function_call turns write it."""
     function = call.get("function", call)
     arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        with contextlib.suppress(
-            ValueError, RecursionError
-        ):  # a model's malformed call is still what it said
+    if isinstance(arguments, str):  # a model's malformed call is still what it said
+        with contextlib.suppress(ValueError, RecursionError):
             arguments = json.loads(arguments)
     return json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False)
 
@@ -345,18 +326,15 @@ def _weight(message: Mapping) -> bool:
 
 def _tools(row: Mapping, column: str | None) -> list | None:
     value = row.get(column) if column is not None else None
-    if value is None or (isinstance(value, float) and math.isnan(value)) or value == "":
+    if _is_missing(value) or (isinstance(value, str) and not value.strip()):
         return None
     tools = value
     if isinstance(value, str):
-        if value.isspace():
-            return None
         try:
             tools = json.loads(value)
         except (ValueError, RecursionError):
-            raise BadRow(
-                f"{column!r} is not valid JSON: {shown(value)}; it must be a JSON list of tools or left away"
-            ) from None
+            cure = "it must be a JSON list of tools or left away"
+            raise BadRow(f"{column!r} is not valid JSON: {shown(value)}; {cure}") from None
     if not isinstance(tools, list):
         raise BadRow(f"{column!r} is {_kind(value)}; it must be a list of tools, or JSON text of one")
     _as_json(tools, repr(column))
