@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 
 # what the summed cross-entropy of a sample's response tokens is divided by: their number to this power
 LOSSES = {"mean": 1.0, "sum": 0.0, "sqrt": 0.5}
-CHUNK_BYTES = (
-    32 * 2**20
-)  # float32 working memory of one step of a chunked product: on a CPU it stays near the cache
+# float32 working memory of one step of a chunked product: on a CPU it stays near the cache
+CHUNK_BYTES = 32 * 2**20
 
 
 @cache
@@ -126,9 +125,8 @@ class record_sites:
             elif site.is_router:
                 self._handles += _keep_products(site.module, calls)
             else:
-                self._handles += [
-                    module.register_forward_hook(_keep_in(calls)) for module in (site.module, *site.twins)
-                ]
+                for module in (site.module, *site.twins):
+                    self._handles.append(module.register_forward_hook(partial(_keep, calls)))
         for module, calls_of in self._replaced.items():
             module.forward = _experts_forward(module, calls_of)
         return self
@@ -194,9 +192,8 @@ class record_sites:
             if not calls and site.expert:  # no token of this batch was sent to it
                 found[place] = of_site(place, [])
             elif not calls:
-                raise ValueError(
-                    f"{site.name or 'a site'} was not reached by the forward pass: no gradient to measure"
-                )
+                where = site.name or "a site"
+                raise ValueError(f"{where} was not reached by the forward pass: no gradient to measure")
             for call, output in enumerate(part.output for part in calls):
                 if output.is_leaf:
                     leaves.append((place, call, output))
@@ -207,10 +204,8 @@ class record_sites:
             arrived(place, call, torch.zeros_like(output) if grad is None else grad)
         for place, calls in enumerate(self._calls):
             if waiting[place]:  # some of its calls do not matter to the loss
-                known = [
-                    torch.zeros_like(out) if g is None else g
-                    for g, (_, out, *_) in zip(waiting[place], calls, strict=True)
-                ]
+                seen = zip(waiting[place], calls, strict=True)
+                known = [torch.zeros_like(call.output) if grad is None else grad for grad, call in seen]
                 found[place] = of_site(place, known)
         return found
 
@@ -221,19 +216,16 @@ def _kept(layer_input: Tensor, output: Tensor, rows: Tensor | None = None, token
     return _Call(layer_input.detach(), output, rows, tokens)
 
 
-def _keep_in(calls: list[_Call]) -> Callable[..., None]:
-    def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        calls.append(_kept(args[0], output))
-
-    return keep
-
-
 def _keep_products(module: Any, calls: list[_Call]) -> list[torch.utils.hooks.RemovableHandle]:
     mode = experts.Products(module.weight.shape, lambda *call: calls.append(_kept(*call)))
     return [
         module.register_forward_pre_hook(lambda *_: mode.__enter__() and None),
         module.register_forward_hook(lambda *_: mode.__exit__(None, None, None), always_call=True),
     ]
+
+
+def _keep(calls: list[_Call], module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    calls.append(_kept(args[0], output))
 
 
 def _experts_forward(module: nn.Module, calls: dict[tuple[str, int], list[_Call]]) -> Callable[..., Tensor]:
@@ -321,8 +313,7 @@ def squared_norm_of_products(layer_input: Tensor, grad_output: Tensor) -> Tensor
     """Squared Frobenius norm of sum_t g_t a_t^T for each sample, by the cheaper of two ways.
 
     Instantiated: form the (O, I) matrix, 2 T O I operations. Gram: <A A^T, G G^T> over the (T, T) products of
-        the
-    tokens, 2 T^2 (I + O). Same number; short samples and wide layers favour the second.
+    the tokens, 2 T^2 (I + O). Same number; short samples and wide layers favour the second.
 
     Args:
         layer_input: a, (B, T, I).
@@ -422,9 +413,8 @@ class _ResponseScores(torch.autograd.Function):
                 if cap is not None:
                     logits.div_(cap).tanh_().mul_(cap)
                 top = logits.amax(-1, keepdim=True)
-                slope = (
-                    None if cap is None or grad is None else 1 - (logits / cap).square()
-                )  # of the soft cap
+                # of the soft cap
+                slope = None if cap is None or grad is None else 1 - (logits / cap).square()
                 logits -= top
                 # e = exp(z - max z), the label's apart: p is e / total, and 1 - p(label) keeps its digits
                 # near 0
@@ -434,9 +424,8 @@ class _ResponseScores(torch.autograd.Function):
                 others = e.sum(-1, keepdim=True)
                 total = others + e_label
                 loss[part] = (total.log() - log_e_label)[:, 0]
-                entropy[part] = (
-                    total.log() - (torch.linalg.vecdot(e, logits)[:, None] + e_label * log_e_label) / total
-                )[:, 0]
+                of_logits = torch.linalg.vecdot(e, logits)[:, None] + e_label * log_e_label
+                entropy[part] = (total.log() - of_logits / total)[:, 0]
                 el2n[part] = torch.hypot(others[:, 0], torch.linalg.vector_norm(e, dim=-1)) / total[:, 0]
                 if grad is not None:
                     of_label = weight[label[:, 0]].to(wide) * (others / total)
@@ -459,15 +448,11 @@ class _ResponseScores(torch.autograd.Function):
 
 
 def mean_by_sample(values: Tensor, sample_of: Tensor, counts: Tensor) -> Tensor:
-    """Mean of token values over each sample.
+    """(B,) mean of token values over each sample.
 
     Args:
         values: (N,), or (N, H) where counts is (B, 1).
-        sample_of: (N,) int64, the sample in the batch that each token belongs to.
-        counts: (B,) response tokens of each sample, 1 or more.
-
-    Returns:
-        (B,).
+        sample_of, counts: of a `tokens.Batch`.
     """
     return values.new_zeros(len(counts), *values.shape[1:]).index_add(0, sample_of, values) / counts
 
@@ -477,8 +462,7 @@ def highest_entropies(entropy: Tensor, sample_of: Tensor, counts: Tensor) -> Ten
 
     Args:
         entropy: (N,), in nats.
-        sample_of: (N,) int64, the sample in the batch that each token belongs to, ascending.
-        counts: (B,) response tokens of each sample, 1 or more.
+        sample_of, counts: of a `tokens.Batch`.
     """
     place = torch.arange(len(entropy), device=entropy.device) - (counts.cumsum(0) - counts)[sample_of]
     by_sample = entropy.new_zeros(len(counts), int(counts.max())).index_put((sample_of, place), entropy)
@@ -502,7 +486,7 @@ def efforts(
         forward: runs the blocks over the batch and returns the final hidden states, (B, T, H).
         head: what makes logits of them.
         sites: where the gradient is measured.
-        batch: a `pool.Batch`: `sample_of`, `before` and `labels` (N,), `counts` (B,).
+        batch: a `tokens.Batch`.
         loss: a key of `LOSSES`, what L is of the cross-entropies of a sample's response tokens.
         grad_scale: for float16, a power of two that gradients are multiplied by on their way and divided by
             at the end; the division by the tokens of a sample waits until then too. None: neither is needed.
@@ -519,9 +503,7 @@ def efforts(
             recorded.also(*call)
         hidden = forward()[batch.sample_of, batch.before]
         if not hidden.requires_grad:
-            raise ValueError(
-                "the model's blocks keep no graph (reversible ones don't), so it can't be scored"
-            )
+            raise ValueError("the model's blocks keep no graph (reversible ones don't): it can't be scored")
         tokens = response_scores(hidden, head, batch.labels, grad_scale=grad_scale or 1.0)
         means = mean_by_sample(tokens.loss, batch.sample_of, batch.counts)
         counts = batch.counts.to(means.dtype)

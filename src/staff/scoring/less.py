@@ -64,9 +64,7 @@ def similarities(
 
     Args:
         directions: (q, O, I) for each site: of `directions`, or of `mean_direction`, where q is 1.
-        positions: (k,) pool positions.
-        batch_tokens: padded tokens of a batch at most.
-        on_samples: called after each batch with the number of its samples.
+        positions, batch_tokens, on_samples: as for `Scorer.scores`.
 
     Returns:
         "similarities" (k, q) float32 in [-1, 1], in the order asked for; 0 for a sample without a gradient.

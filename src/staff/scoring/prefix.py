@@ -27,13 +27,8 @@ from staff.models import anatomy
 from staff.scoring.gradnorm import Site
 
 LEAST_TOKENS = 8  # tokens from which it pays
-FIXED_ROPE = (
-    "default",
-    "linear",
-    "llama3",
-    "yarn",
-    None,
-)  # positions turn by the same angle however long a sample is
+# positions turn by the same angle however long a sample is
+FIXED_ROPE = ("default", "linear", "llama3", "yarn", None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,32 +60,20 @@ class Prefix:
             the cache, and for each site that the last block's keys and values hang on its place, (size, P, I)
             inputs, and (size, P, O) outputs: leaves that the cache is made of.
         """
-        leaves = [
-            output.detach().expand(size, -1, -1).clone().requires_grad_(True) for output in self.outputs
-        ]
-        own = _OfStart.apply(self, *leaves)
-        layers: list[Any] = []
-        for block, pair in enumerate(zip(self.keys, self.values, strict=True)):
-            layers.append(
-                _Start(*(own if block == self.block else (p.expand(size, -1, -1, -1) for p in pair)))
-            )
+        leaves = [out.detach().expand(size, -1, -1).clone().requires_grad_(True) for out in self.outputs]
+        whole = zip(self.keys, self.values, strict=True)
+        copies = [tuple(part.expand(size, -1, -1, -1) for part in pair) for pair in whole]
+        copies[self.block] = _OfStart.apply(self, *leaves)
         inputs = [part.expand(size, -1, -1) for part in self.inputs]
-        return Cache(layers=layers), list(zip(self.places, inputs, leaves, strict=True))
+        cache = Cache(layers=[_Start(*pair) for pair in copies])
+        return cache, list(zip(self.places, inputs, leaves, strict=True))
 
     def pull_back(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """Gradients at copies of the keys and values, (B, G, P, D), as those at the outputs, (B, P, O)."""
-        made, of_each = zip(
-            *(
-                (part, grad[:, None])
-                for part, grad in zip(self.made, grads, strict=True)
-                if part.requires_grad
-            ),
-            strict=True,
-        )
-        pulled = torch.autograd.grad(
-            made, self.outputs, of_each, retain_graph=True, is_grads_batched=True, materialize_grads=True
-        )
-        return [part[:, 0] for part in pulled]
+        made = [part for part in self.made if part.requires_grad]
+        of_each = [grad[:, None] for part, grad in zip(self.made, grads, strict=True) if part.requires_grad]
+        how = {"retain_graph": True, "is_grads_batched": True, "materialize_grads": True}
+        return [part[:, 0] for part in torch.autograd.grad(made, self.outputs, of_each, **how)]
 
 
 class _OfStart(torch.autograd.Function):
@@ -128,12 +111,10 @@ def length_of(pool: Pool) -> int:
     than two samples."""
     if len(pool) < 2:
         return 0
-    starts, lengths = pool.offsets[:-1], pool.lengths
-    common = int(lengths.min()) - 1
+    starts, common = pool.offsets[:-1], int(pool.lengths.min()) - 1
     for place in range(common):
-        if (pool.input_ids[starts + place] != pool.input_ids[starts[0] + place]).any() or pool.is_response[
-            starts + place + 1
-        ].any():
+        tokens = pool.input_ids[starts + place]
+        if (tokens != tokens[0]).any() or pool.is_response[starts + place + 1].any():
             return place
     return max(common, 0)
 
@@ -151,10 +132,10 @@ def find(model: torch.nn.Module, sites: Sequence[Site], pool: Pool) -> Prefix | 
     length = length_of(pool)
     if length < LEAST_TOKENS or (len(sites) > 1 and block != len(blocks) - 1):
         return None
-    calls: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    calls: list[tuple[int, Tensor, Any]] = []  # a site's place, what went in, what came out
     handles = [
         site.module.register_forward_hook(
-            lambda module, args, output, place=place: calls.setdefault(place, []).append((args[0], output))
+            lambda module, args, output, place=place: calls.append((place, args[0], output))
         )
         for place, site in enumerate(sites)
     ]
@@ -171,31 +152,24 @@ def find(model: torch.nn.Module, sites: Sequence[Site], pool: Pool) -> Prefix | 
         for handle in handles:
             handle.remove()
     layers = cache.layers
-    if len(layers) != len(blocks) or not all(
-        type(layer) is DynamicLayer and layer.get_seq_length() == length for layer in layers
-    ):
+    usual = all(type(layer) is DynamicLayer and layer.get_seq_length() == length for layer in layers)
+    if len(layers) != len(blocks) or not usual:
         return None
     keys, values = ([getattr(layer, name) for layer in layers] for name in ("keys", "values"))
     made = keys[block], values[block]
-    nodes = [(place, *call) for place, seen in calls.items() for call in seen if isinstance(call[1], Tensor)]
-    if not nodes or not any(part.requires_grad for part in made):
-        return None
+    nodes = [call for call in calls if isinstance(call[2], Tensor)]
     wanted = [part for part in made if part.requires_grad]
-    grads = torch.autograd.grad(
-        wanted,
-        [output for *_, output in nodes],
-        [torch.ones_like(part) for part in wanted],
-        retain_graph=True,
-        allow_unused=True,
-    )
+    if not nodes or not wanted:
+        return None
+    ones = [torch.ones_like(part) for part in wanted]
+    of_nodes = [output for *_, output in nodes]
+    grads = torch.autograd.grad(wanted, of_nodes, ones, retain_graph=True, allow_unused=True)
     hang = [node for node, grad in zip(nodes, grads, strict=True) if grad is not None]
-    places, inputs, outputs = (
-        [node[0] for node in hang],
-        [node[1] for node in hang],
-        [node[2] for node in hang],
-    )
+    if not hang:
+        return None
+    places, inputs, outputs = map(list, zip(*hang, strict=True))
     whole = all(part.dim() == 3 and part.shape[1] == length for part in (*inputs, *outputs))
-    if not hang or len(set(places)) < len(places) or not whole:
+    if len(set(places)) < len(places) or not whole:
         return None
     keys, values = ([part.detach() for part in parts] for parts in (keys, values))
     start = Prefix(length, keys, values, block, made, places, [part.detach() for part in inputs], outputs)

@@ -23,9 +23,7 @@ def embed(
     position (1, 2, 3, ...), at unit length: later tokens have seen more.
 
     Args:
-        positions: (k,) pool positions.
-        batch_tokens: padded tokens of a batch at most.
-        on_samples: called after each batch with the number of its samples.
+        positions, batch_tokens, on_samples: as for `Scorer.scores`.
 
     Returns:
         (k, H) float32; zeros for states that are all zero.
@@ -64,9 +62,7 @@ def cosines(
 
     Args:
         rows: (q, H) of the validation rows, by `embed`.
-        positions: (k,) pool positions.
-        batch_tokens: padded tokens of a batch at most.
-        on_samples: called after each batch with the number of its samples.
+        positions, batch_tokens, on_samples: as for `Scorer.scores`.
 
     Returns:
         "rds" (k, q) float32 in [-1, 1], in the order asked for.
@@ -77,8 +73,7 @@ def cosines(
     embedded = embed(scorer, pool, positions, batch_tokens, on_samples)
     bad = np.flatnonzero(~np.isfinite(embedded).all(axis=1))
     if len(bad):
-        raise ValueError(
-            f"{len(bad)} samples have hidden states that are nan or infinite (positions "
-            f"{positions[bad[:5]].tolist()}): the model overflows on them; try --dtype float32"
-        )
+        where = f"(positions {positions[bad[:5]].tolist()})"
+        cure = "the model overflows on them; try --dtype float32"
+        raise ValueError(f"{len(bad)} samples have hidden states that are nan or infinite {where}: {cure}")
     return {"rds": embedded @ rows.T}

@@ -38,10 +38,10 @@ CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 PROBE = (2, 16)  # samples and tokens of the batch that shows how layers see their input
 
 
-def _linears(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
+def _linears(module: nn.Module, prefix: str) -> list[Site]:
     """All linear layers below a module, adapters left out."""
     return [
-        (prefix + name, m)
+        Site(m, None, prefix + name)
         for name, m in module.named_modules()
         if anatomy.is_linear(m) and not anatomy.is_router(m) and "lora_" not in name
     ]
@@ -49,14 +49,11 @@ def _linears(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]
 
 def _weights(block: nn.Module, prefix: str) -> list[Site]:
     """Linear weights of a block where they usually are: linear layers, routers, each expert's matrices."""
-    weights = [Site(module, None, name) for name, module in _linears(block, prefix)]
+    weights = _linears(block, prefix)
     for name, module in block.named_modules():
         if experts.is_known(module):
-            weights += [
-                Site(module, None, f"{prefix}{name}.{matrix}.{expert}", expert=(matrix, expert))
-                for matrix in experts.matrices(module)
-                for expert in range(module.num_experts)
-            ]
+            for which in product(experts.matrices(module), range(module.num_experts)):
+                weights.append(Site(module, None, f"{prefix}{name}.{which[0]}.{which[1]}", expert=which))
         elif anatomy.is_router(module):
             weights.append(Site(module, None, prefix + name))
     return weights
@@ -83,8 +80,8 @@ def value_projection(model: nn.Module) -> Site:
     for index in reversed(range(len(all_blocks))):
         if not heads or (kinds and not _is_softmax(kinds[index])):
             continue  # no softmax to tell values by: a state space or a linear attention
-        named = _linears(all_blocks[index], f"blocks.{index}.")
-        one, two = (_probe(model, all_blocks[index], [module for _, module in named], n) for n in (1, 2))
+        linears = _linears(all_blocks[index], f"blocks.{index}.")
+        one, two = (_probe(model, all_blocks[index], [site.module for site in linears], n) for n in (1, 2))
         alone, carried = one(None), two(None)
         in_both = [place for place in alone if place in carried]
         is_value = {place: alone[place] & carried[place] for place in in_both}
@@ -92,11 +89,9 @@ def value_projection(model: nn.Module) -> Site:
         for place in reversed(in_both):  # of a chain of projections the one run last, next to the attention
             if is_value[place].any() and not any((keys[p] & hangs).any() for p, hangs in two(place).items()):
                 rows = None if is_value[place].all() else torch.nonzero(is_value[place])[:, 0]
-                return _with_twins(model, [Site(named[place][1], rows, named[place][0])])[0]
-    raise ValueError(
-        f"found no value projection in {type(anatomy.inner(model)).__name__}, which has no block with "
-        "softmax attention: use --scope last-block"
-    )
+                return _with_twins(model, [replace(linears[place], rows=rows)])[0]
+    what = f"{type(anatomy.inner(model)).__name__}, which has no block with softmax attention"
+    raise ValueError(f"found no value projection in {what}: use --scope last-block")
 
 
 def _with_twins(model: nn.Module, sites: list[Site]) -> list[Site]:
@@ -178,16 +173,14 @@ def _probe(
         if not last.requires_grad:
             return {}
         direction = torch.linspace(-1, 1.3, last.numel(), device=device).cos()
+        how: Any = {"allow_unused": True, "retain_graph": True}
         with torch.enable_grad():
-            grads = torch.autograd.grad(
-                (last * direction).sum(), list(outputs.values()), allow_unused=True, retain_graph=True
-            )
-        in_order = {
-            place: grad.reshape(num_tokens, -1)[0]
+            grads = torch.autograd.grad((last * direction).sum(), list(outputs.values()), **how)
+        return {
+            place: grad.reshape(num_tokens, -1)[0] != 0
             for place, grad in zip(outputs, grads, strict=True)
             if grad is not None and grad.ndim >= 3 and len(grad) == 1 and grad[..., 0].numel() == num_tokens
         }
-        return {place: grad != 0 for place, grad in in_order.items()}
 
     return moved
 
@@ -245,10 +238,7 @@ def counted(sites: list[Site]) -> list[tuple[str, Tensor, Callable[[Tensor], Ten
         grad = grad if site.rows is None else grad[site.rows]
         return grad if site.sketch is None else grad @ site.sketch.to(grad.dtype).mT
 
-    weights: list[tuple[str, Tensor, Callable[[Tensor], Tensor]]] = []
-    for site in sites:
-        weights.append((site.name, weight_of(site), partial(part, site=site)))
-    return weights
+    return [(site.name, weight_of(site), partial(part, site=site)) for site in sites]
 
 
 def weight_of(site: Site) -> Any:
@@ -258,11 +248,7 @@ def weight_of(site: Site) -> Any:
 
 
 def check_scope(scope: str) -> None:
-    """Is there such a scope?
-
-    Raises:
-        ValueError: there is not.
-    """
+    """Raise ValueError where there is no such scope."""
     if scope not in SCOPES:
         raise ValueError(f"scope must be one of {', '.join(SCOPES)}; found {scope!r}")
 
@@ -298,10 +284,8 @@ def _that_run(
                 found.append(site)
             covered.add(id(weight))
         elif seen and shapes is None:
-            raise ValueError(
-                f"scope {scope!r} is not available: {site.name}, of packed weights, sees {tuple(seen[0])} of "
-                f"a batch of {samples} x {tokens} tokens"
-            )
+            what = f"sees {tuple(seen[0])} of a batch of {samples} x {tokens} tokens"
+            raise ValueError(f"scope {scope!r} is not available: {site.name}, of packed weights, {what}")
     met = {_any_of_a_list(name) for name, shapes in multiplied.shapes.items() if shapes}
     alone = [
         Site(module, None, name, parameter=own)
@@ -314,11 +298,9 @@ def _that_run(
         more = f" (and {len(idle) - 1} more)" if len(idle) > 1 else ""
         logger.warning("%s%s takes no part in a pass: it does not count in scope '%s'", idle[0], more, scope)
     if alone:
-        logger.warning(
-            "%s: %s%s sees its tokens in a way of its own: scope '%s' takes one sample at a time, slower",
-            type(anatomy.inner(model)).__name__, alone[0].name,
-            f" (and {len(alone) - 1} more)" if len(alone) > 1 else "", scope,
-        )  # fmt: skip
+        more = f" (and {len(alone) - 1} more)" if len(alone) > 1 else ""
+        said = "sees its tokens in a way of its own: scope '%s' takes one sample at a time, slower"
+        logger.warning(f"%s: %s%s {said}", type(anatomy.inner(model)).__name__, alone[0].name, more, scope)
     return found + alone
 
 
@@ -356,11 +338,8 @@ def drop_tuned_queries_and_values(model: nn.Module) -> list[str]:
     Returns:
         the names of the layers; none where the model has no adapter.
     """
-    tuned = {
-        name: module
-        for name, module in model.named_modules()
-        if hasattr(module, "lora_B") and hasattr(module, "base_layer")
-    }
+    layers = model.named_modules()
+    tuned = {name: m for name, m in layers if hasattr(m, "lora_B") and hasattr(m, "base_layer")}
     if not tuned:
         return []
     wanted = {"q_proj", "v_proj", value_projection(model).name.removesuffix(".base_layer").rsplit(".", 1)[-1]}
@@ -385,13 +364,13 @@ def head_of(model: nn.Module) -> Head:
         try:
             logits = model(input_ids=ids, use_cache=False).logits[0].float()
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise ValueError(
-                f"{name} does not run on a few tokens of text alone, so it can't be scored: {error}"
-            ) from error
+            what = "does not run on a few tokens of text alone, so it can't be scored"
+            raise ValueError(f"{name} {what}: {error}") from error
         with anatomy.head_inputs(model) as kept:
             causal(input_ids=ids, use_cache=False)
+        unknown = ValueError(f"{name} makes its logits in a way that is not known here: it can't be scored")
         if len(kept) != 1 or kept[0].shape[:-1] != ids.shape:
-            raise ValueError(f"{name} makes its logits in a way that is not known here: it can't be scored")
+            raise unknown
         hidden = kept[0][0]
         ids[0, -1] = 2  # what comes later changes nothing
         before = anatomy.final_states(model, input_ids=ids, use_cache=False)[0]
@@ -399,9 +378,8 @@ def head_of(model: nn.Module) -> Head:
     if not logits.isfinite().all():
         raise ValueError(f"{name} overflows in {hidden.dtype}: try --dtype float32 (or bfloat16)")
     if head is None:
-        raise ValueError(f"{name} makes its logits in a way that is not known here: it can't be scored")
-    rounding = max(torch.finfo(dtype).eps for dtype in (hidden.dtype, torch.float32)) ** (2 / 3)
-    if not torch.allclose(before[:-1], hidden[:-1], atol=rounding * hidden.abs().max().item(), rtol=0):
+        raise unknown
+    if not torch.allclose(before[:-1], hidden[:-1], atol=_rounding(hidden), rtol=0):
         raise ValueError(
             f"{name} lets a token see those after it: no causal language model, so it can't be scored "
             "(a BERT-like decoder needs is_decoder in its configuration)"
@@ -416,10 +394,15 @@ def _like(logits: Tensor, hidden: Tensor, module: nn.Module, config: Any) -> Hea
     caps = [cap for name in CAPS if (cap := getattr(config, name, None))] + [None]
     weight: Any = module.weight  # as the losses will take it
     raw = nn.functional.linear(hidden.to(weight.dtype), weight, getattr(module, "bias", None)).float()
-    rounding = max(torch.finfo(dtype).eps for dtype in (hidden.dtype, torch.float32)) ** (2 / 3)
-    tolerance = rounding * logits.abs().max().item()
+    tolerance = _rounding(logits, hidden.dtype)
     for scale, cap in product(scales, caps):
         ours = raw * scale if cap is None else cap * torch.tanh(raw * scale / cap)
         if ours.shape == logits.shape and (ours - logits).abs().max() <= tolerance:
             return Head(module, scale, cap)
     return None
+
+
+def _rounding(values: Tensor, dtype: torch.dtype | None = None) -> float:
+    """How far apart values of a type may be that are the same but for rounding."""
+    eps = max(torch.finfo(kind).eps for kind in (dtype or values.dtype, torch.float32))
+    return eps ** (2 / 3) * values.abs().max().item()

@@ -22,10 +22,8 @@ if TYPE_CHECKING:  # it needs transformers' cache
     from staff.scoring.prefix import Prefix
 
 logger = logging.getLogger(__name__)
-FLOAT16_SCALES = (
-    2.0**8,
-    2.0**-4,
-)  # what gradients are multiplied by on their way; the second for samples that overflow
+# what gradients are multiplied by on their way; the second for samples that overflow
+FLOAT16_SCALES = (2.0**8, 2.0**-4)
 CPU_TOKENS, MOST_TOKENS = 2048, 65536
 CALIBRATION = 128  # samples that layer means are taken over where a model never sees the whole pool
 
@@ -124,12 +122,7 @@ class Scorer:
             cut = [left[places] for places in batches(pool.lengths[positions[left]], budget)]
             parts = []
             for places in cut:
-                batch = collate(pool, positions[places], self.device, skip=start.tokens if start else 0)
-                cache, also = start.for_batch(len(places)) if start else (None, [])
-                states: dict[str, torch.Tensor] = {}
-                forward = partial(self._hidden, batch, cache, states if features else None)
-                part = efforts(forward, self.head, self.sites, batch, self.loss, scale, also)
-                parts.append({**part, **states})
+                parts.append(self._of_batch(pool, positions[places], scale, start, features))
                 if on_samples and scale in (None, FLOAT16_SCALES[0]):
                     on_samples(len(places))
             for name in parts[0] if parts else ():
@@ -138,11 +131,9 @@ class Scorer:
                 scores[name][np.concatenate(cut)] = values
             left = np.flatnonzero(~np.isfinite(scores["effort"])) if parts else left[:0]
         if len(left):
-            raise ValueError(
-                f"{len(left)} samples have an effort that is nan or infinite (positions "
-                f"{positions[left[:5]].tolist()}): "
-                "the model overflows on them; try --dtype float32"
-            )
+            where = f"(positions {positions[left[:5]].tolist()})"
+            cure = "the model overflows on them; try --dtype float32"
+            raise ValueError(f"{len(left)} samples have an effort that is nan or infinite {where}: {cure}")
         if not self.balance:
             scores.pop("site_norms", None)
         return scores or {name: np.empty(0, np.float32) for name in OF_ONE_PASS}
@@ -156,31 +147,32 @@ class Scorer:
 
         if self._prefix is None or self._prefix[0]() is not pool:
             start = prefix.find(self.model, self.sites, pool)
-            for probe in (int(np.argmin(pool.lengths)), int(np.argmax(pool.lengths))) if start else ():
-                plain, reused = (self._effort(pool, probe, grad_scale, given) for given in (None, start))
-                if not torch.allclose(
-                    plain, reused, rtol=torch.finfo(next(self.model.parameters()).dtype).eps ** 0.5, atol=0
-                ):
-                    logger.warning(
-                        "%s scores differently with a cache: the samples' common start is computed anew "
-                        "each time",
-                        self._name(),
-                    )
+            rounding = torch.finfo(next(self.model.parameters()).dtype).eps ** 0.5
+            for probe in (pool.lengths.argmin(), pool.lengths.argmax()) if start else ():
+                plain, reused = (
+                    self._of_batch(pool, [int(probe)], grad_scale, given)["effort"] for given in (None, start)
+                )
+                if not torch.allclose(plain, reused, rtol=rounding, atol=0):
+                    said = "%s scores differently with a cache: the samples' common start is computed anew"
+                    logger.warning(f"{said} each time", type(anatomy.inner(self.model)).__name__)
                     start = None
                     break
             self._prefix = (weakref.ref(pool), start)
         return self._prefix[1]
 
-    def _effort(
-        self, pool: Pool, position: int, grad_scale: float | None, start: Prefix | None
-    ) -> torch.Tensor:
-        batch = collate(pool, [position], self.device, skip=start.tokens if start else 0)
-        cache, also = start.for_batch(1) if start else (None, [])
-        forward = partial(self._hidden, batch, cache)
-        return efforts(forward, self.head, self.sites, batch, self.loss, grad_scale, also)["effort"]
-
-    def _name(self) -> str:
-        return type(anatomy.inner(self.model)).__name__
+    def _of_batch(
+        self,
+        pool: Pool,
+        positions: Sequence[int] | np.ndarray,
+        grad_scale: float | None,
+        start: Prefix | None,
+        features: bool = False,
+    ) -> dict[str, torch.Tensor]:
+        batch = collate(pool, positions, self.device, skip=start.tokens if start else 0)
+        cache, also = start.for_batch(len(positions)) if start else (None, [])
+        states: dict[str, torch.Tensor] = {}
+        forward = partial(self._hidden, batch, cache, states if features else None)
+        return {**efforts(forward, self.head, self.sites, batch, self.loss, grad_scale, also), **states}
 
     def _hidden(
         self, batch: Batch, cache: Any = None, states: dict[str, torch.Tensor] | None = None
