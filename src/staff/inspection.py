@@ -16,11 +16,15 @@ import numpy as np
 from rich.markup import escape
 
 from staff.config import Reading
-from staff.data.chat import USUAL
+from staff.data.chat import USUAL, control_tokens, spells
 from staff.data.duplicates import NearIndex
 from staff.data.layouts import shown, visible
+from staff.data.locate import read_json
 from staff.data.rows import Rows
+from staff.data.tokens import CUT, SHORTENED, STRIPPED, in_common, tokenise
 from staff.data.turns import Example
+from staff.models import files as model_files
+from staff.models import load as models
 
 ROWS_FOR_COLUMNS = 1_000  # their kinds are of the first rows
 ROWS_FOR_TOKENS = 50_000  # past that, rows evenly spread stand for all
@@ -50,8 +54,6 @@ def inspect(rows: Rows, tokenizer: Any = None, max_length: int = 1024, reading: 
     """
     tokens, control = None, None
     if tokenizer is not None:
-        from staff.data.chat import control_tokens, spells
-
         rows, tokens = _tokens(rows, tokenizer, max_length, reading)
         control = control_tokens(tokenizer)
     words = np.zeros((2, len(rows)), np.int64)  # of prompts, of responses
@@ -66,7 +68,7 @@ def inspect(rows: Rows, tokenizer: Any = None, max_length: int = 1024, reading: 
             ids[example.id] += 1
         if CONTROL.search(prompt) or CONTROL.search(response):
             odd["control characters"] += 1
-        if control is not None and spells(control, example):
+        if spells(control, example):
             odd[SPELLS_CONTROL] += 1
     text_only = rows.layout.text is not None
     names = ("", "words") if text_only else ("prompt words", "response words")
@@ -104,10 +106,6 @@ def tokenizer_of(model: str, trust_remote_code: bool = False) -> Any:
     Raises:
         ValueError: there is none.
     """
-    from staff.data.locate import read_json
-    from staff.models import files as model_files
-    from staff.models import load as models
-
     if Path(model).suffix == ".gguf":
         return models.load_tokenizer(models.resolve(model, "--model"), trust_remote_code)
     wanted = (*model_files.DESCRIBES, "adapter_config.json", "*.py")
@@ -133,13 +131,9 @@ def _lengths(values: np.ndarray) -> dict:
         return {"quantiles": {}, "histogram": [], "edges": []}
     top = max(float(np.quantile(values, 0.99)), 1.0)
     counts, edges = np.histogram(np.minimum(values, top), bins=20, range=(0, top))
-    quantiles = np.quantile(values, QUANTILES, method="lower").tolist()
-    return {
-        "quantiles": {f"{q:.0%}": int(value) for q, value in zip(QUANTILES, quantiles, strict=True)},
-        "mean": float(values.mean()),
-        "histogram": counts.tolist(),
-        "edges": edges.round(1).tolist(),
-    }
+    quantiles = zip(QUANTILES, np.quantile(values, QUANTILES, method="lower").tolist(), strict=True)
+    named = {"quantiles": {f"{q:.0%}": int(value) for q, value in quantiles}, "mean": float(values.mean())}
+    return {**named, "histogram": counts.tolist(), "edges": edges.round(1).tolist()}
 
 
 def _repeats(rows: Rows, digests: np.ndarray) -> dict:
@@ -162,16 +156,11 @@ def _columns(rows: Rows) -> list[dict]:
             kinds.setdefault(str(column), Counter())["empty" if empty else type(value).__name__] += 1
     names = ("prompt", "response", "text", "messages", "query", "system", "history", "tools", "id")
     used = {getattr(rows.layout, name): name for name in names}
-    return [
-        {
-            "name": column,
-            "kinds": dict(count),
-            "missing": looked - count.total(),
-            "used_as": used.get(column),
-            "rows_looked_at": looked,
-        }
-        for column, count in kinds.items()
-    ]
+    columns = []
+    for column, count in kinds.items():
+        about = {"name": column, "kinds": dict(count), "missing": looked - count.total()}
+        columns.append({**about, "used_as": used.get(column), "rows_looked_at": looked})
+    return columns
 
 
 def _spread(rows: Rows, most: int) -> Rows:
@@ -183,8 +172,6 @@ def _spread(rows: Rows, most: int) -> Rows:
 def _tokens(rows: Rows, tokenizer: Any, max_length: int, reading: Reading) -> tuple[Rows, dict]:
     """The rows that the chat template can render, and the lengths of some, what max_length takes away of
     them, and what is lost."""
-    from staff.data.tokens import CUT, SHORTENED, STRIPPED, in_common, tokenise
-
     some, how = _spread(rows, ROWS_FOR_TOKENS), replace(reading, on_bad_row="skip", on_long="cut-prompt")
     whole = tokenise(some.examples(), tokenizer, 1 << 40, None, how)  # to see what is taken away
     usable, _ = in_common(some, {"whole": whole})
@@ -229,8 +216,6 @@ def _first(rows: Rows, tokenizer: Any, max_length: int, reading: Reading) -> lis
     if tokenizer is None:
         pieces = [[(f"{turn.role}: {turn.text}\n", turn.train) for turn in e.turns] for e in examples]
     else:
-        from staff.data.tokens import tokenise
-
         pool = tokenise(examples, tokenizer, max_length, None, replace(reading, on_bad_row="skip"))
         numbers, pieces = np.delete(numbers, [place for place, _ in pool.dropped]), []
         for i in range(len(pool)):
@@ -284,9 +269,8 @@ def render(report: dict) -> str:
         most = ", ".join(f"{shown(label, 30)} {count} times" for label, count in ids["most"])
         what = f"{ids['rows'] - ids['different']:,} rows repeat one ({_safe(most)})"
         lines.append(f"  ids: {what}; rows are known by number all the same")
-    lines += [
-        f"  [yellow]{count:,} rows have {what}[/yellow]" for what, count in report["characters"].items()
-    ]
+    for what, count in report["characters"].items():
+        lines.append(f"  [yellow]{count:,} rows have {what}[/yellow]")
     lines.append("\n[bold]First rows as the model will see them[/bold] (grey: no loss)")
     for row in report["first"]:
         styles = (("bold" if trained else "bright_black", text) for text, trained in row["pieces"])

@@ -38,9 +38,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ROWS_A_SHARD = (
-    128  # examples whose answers are written together: a resumed one begins at the first missing shard
-)
+# examples whose answers are written together: a resumed one begins at the first missing shard
+ROWS_A_SHARD = 128
 ANSWERING = 3  # raised when the same inputs would give other answers than before
 JUDGED_WITH = ("torch", "transformers", "rouge-score", "sacrebleu")
 # known by content, or of no consequence
@@ -66,10 +65,8 @@ def evaluate(config: EvaluateConfig, *, on_progress: Progress | None = None) -> 
     check_named(config)
     output = Path(str(config.output))
     if output.suffix not in (".jsonl", ".parquet"):
-        raise ValueError(
-            f"--output {output}: the scores are written a row an example; "
-            "name a file that ends in .jsonl or .parquet"
-        )
+        cure = "name a file that ends in .jsonl or .parquet"
+        raise ValueError(f"--output {output}: the scores are written a row an example; {cure}")
     from staff.data.chat import template_of
     from staff.data.tokens import in_common, tokenise
     from staff.models import load as models
@@ -106,37 +103,30 @@ def evaluate(config: EvaluateConfig, *, on_progress: Progress | None = None) -> 
                 unpacked = run.piece("model", {"gguf": inputs["model"], "dtype": str(dtype)})
                 source = models.unpack_gguf(source, unpacked, dtype)
 
+            trusts = config.engine.trust_remote_code
+
             def load() -> Any:
                 run.tell(Stage("load"), 0, 1)
-                return models.load_model(
-                    source, dtype, device, config.engine.trust_remote_code, config.engine.load_in
-                )
+                return models.load_model(source, dtype, device, trusts, config.engine.load_in)
 
-            tokenizer = models.load_tokenizer(source, config.engine.trust_remote_code)
+            tokenizer = models.load_tokenizer(source, trusts)
             tokenizer.chat_template = template_of(tokenizer, reading)
             pool = tokenise(examples, tokenizer, reading.max_length, None, reading, rows.where)
             left_out = {place for place, _ in pool.dropped}
             rows, pools = in_common(rows, {"": pool})
             examples = [example for place, example in enumerate(examples) if place not in left_out]
-            room = (config.engine.trust_remote_code, config.max_new_tokens)
-            models.check_room(source, pools[""], rows.numbers, *room)
+            models.check_room(source, pools[""], rows.numbers, trusts, config.max_new_tokens)
             folder = run.piece("answers", {"made_of": made_of})
             of = (examples, pools[""], tokenizer, load, run, folder, rows.numbers)
             answers, shortened = _answers(config, *of)
             run.tell(Stage("judge"), 0, 1)
             references = _references(examples, pools[""], tokenizer)
             each, overall, how = metrics.judge_answers(answers["prediction"], references)
-            table: dict[str, Sequence[Any]] = {
-                "row": rows.numbers.tolist(),
-                "id": [example.id for example in examples],
-                **{name: values.tolist() for name, values in each.items()},
-                **{
-                    name: answers[name]
-                    for name in ("loss", "prompt_tokens", "answer_tokens", "cut", "prediction")
-                },
-                "reference": references,
-            }
-            _write_table(output, table)
+            ids = {"row": rows.numbers.tolist(), "id": [example.id for example in examples]}
+            values = {name: values.tolist() for name, values in each.items()}
+            names = ("loss", "prompt_tokens", "answer_tokens", "cut", "prediction")
+            of_answers = {name: answers[name] for name in names}
+            _write_table(output, {**ids, **values, **of_answers, "reference": references})
             summary = {
                 "model": config.model,
                 "data": list(config.data),
@@ -180,11 +170,8 @@ def _answers(
     room = config.reading.max_length - config.max_new_tokens
     prompts, end, shortened = prompts_of(examples, tokenizer, room, config.reading, numbers)
     if shortened:
-        logger.warning(
-            "%d prompts lost the start of their text: no room for an answer in --max-length %d",
-            shortened,
-            config.reading.max_length,
-        )
+        said = "%d prompts lost the start of their text: no room for an answer in --max-length %d"
+        logger.warning(said, shortened, config.reading.max_length)
     # like lengths together: little padding
     order = np.argsort([-len(prompt) for prompt in prompts], kind="stable")
     columns: dict[str, list[Any]] = {"prediction": [], "answer_tokens": [], "cut": [], "loss": []}
@@ -195,9 +182,8 @@ def _answers(
         path = folder / f"shard-{start // ROWS_A_SHARD:05d}.json"
         part = read_checked(path)
         if part is None:
-            answerer = answerer or Answerer(
-                load(), tokenizer, end, config.max_new_tokens, config.batch_tokens
-            )
+            limits = config.max_new_tokens, config.batch_tokens
+            answerer = answerer or Answerer(load(), tokenizer, end, *limits)
             part = dict(answerer.answer([prompts[i] for i in places]))
             part["loss"] = answerer.losses(pool, places).tolist()
             # before the shard: a kill between the two counts the work twice, as it is then done twice
@@ -252,8 +238,7 @@ def _write_table(path: Path, table: dict[str, Sequence[Any]]) -> None:
     import pyarrow.parquet as pq
 
     columns = {
-        name: pa.array(values, pa.string()) if name == "id" else pa.array(values)
-        for name, values in table.items()
+        name: pa.array(values, pa.string() if name == "id" else None) for name, values in table.items()
     }
     write_whole(path, lambda aside: pq.write_table(pa.table(columns), aside))
 

@@ -127,11 +127,8 @@ def compare_cells(judged: Mapping[MethodAt, Judged], task: str, metric: str) -> 
     for ((first, rate), one), ((second, other_rate), other) in permutations(judged.items(), 2):
         if rate is not None and rate == other_rate:
             resampled = sign * (one.resampled - other.resampled)
-            low, high = interval(resampled, LEVEL)
-            mean = sign * (one.mean - other.mean)
-            differences.append(
-                Difference(task, metric, rate, first, second, mean, low, high, p_value(resampled))
-            )
+            figures = sign * (one.mean - other.mean), *interval(resampled, LEVEL), p_value(resampled)
+            differences.append(Difference(task, metric, rate, first, second, *figures))
     return differences
 
 
@@ -172,8 +169,7 @@ def quality_table(
         return f"{f'**{mean}**' if best else mean} {own.between}{mark}"
 
     lines = [[name, *(cell(name, rate) for rate in rates)] for name in names]
-    beside = [name for name in (FULL, UNTOUCHED) if (name, None) in judged]
-    lines += [[name, str(judged[name, None]), *[""] * (len(rates) - 1)] for name in beside]
+    lines += [[name, str(judged[name, None])] for name in (FULL, UNTOUCHED) if (name, None) in judged]
     return _markdown([metric, *(f"{rate:.0%} pruned" for rate in rates)], lines)
 
 
@@ -214,15 +210,12 @@ def diversity_table(rows: Cells, task: str) -> str:
 
     def cell(name: str, rate: str) -> str:
         cells = [row for row in own if (row["method"], row["pruning_rate"]) == (name, rate)]
-        means = {column: _mean(cells, column) for column in formats}
-        texts = (
-            "?" if math.isnan(means[column]) else f"{means[column]:{formats[column]}}" for column in means
-        )
-        return " / ".join(texts) if cells else ""
+        texts = (f"{_mean(cells, column):{kind}}" for column, kind in formats.items())
+        return " / ".join("?" if text.startswith("nan") else text for text in texts) if cells else ""
 
     methods = dict.fromkeys(row["method"] for row in own)
     lines = [[name, *(cell(name, str(rate)) for rate in rates)] for name in methods if name != FULL]
-    lines += [[FULL, cell(FULL, ""), *[""] * (len(rates) - 1)]] if FULL in methods else []
+    lines += [[FULL, cell(FULL, "")]] if FULL in methods else []
     return _markdown(["distinct-2 / nearest / clusters", *(f"{rate:.0%} pruned" for rate in rates)], lines)
 
 
@@ -368,7 +361,7 @@ def _plot(folder: Path, rows: Cells, judged: Mapping[MethodAt, Judged], task: st
 
 
 def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [header, ["---"] * len(header), *lines]
+    rows = [header, ["---"] * len(header), *([*line, *[""] * (len(header) - len(line))] for line in lines)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -52,21 +52,14 @@ class Answerer:
         causal: Any = anatomy.inner(model)
         known = causal.generation_config.eos_token_id
         stop = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
-        stop |= {end} & {
-            *tokenizer.all_special_ids,
-            *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special),
-        }
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        stop |= {end} & {*tokenizer.all_special_ids, *special}
         self.stop = sorted(stop - {None})
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else [*self.stop, 0][0]
         # a generation_config.json may ask for sampling or penalties: all of its wishes go
-        plain = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=self.stop or None,
-            pad_token_id=self.pad,
-        )
-        causal.generation_config = plain
+        greedy = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
+        ends = {"eos_token_id": self.stop or None, "pad_token_id": self.pad}
+        causal.generation_config = GenerationConfig(**greedy, **ends)
         beside = {"any": PADS, "of one length": 0}  # prompts that may be answered in one batch
         self.together = next((kind for kind, more in beside.items() if self._is_the_same(more)), "one by one")
         if self.together != "any":
@@ -93,10 +86,11 @@ class Answerer:
 
         alike = {"any": 0 * lengths, "of one length": lengths, "one by one": np.arange(n)}[self.together]
         together = [np.flatnonzero(alike == kind) for kind in np.unique(alike)]
-        self._within_memory(
-            lambda budget: [places[part] for places in together for part in batches(lengths[places], budget)],
-            run,
-        )
+
+        def cut(budget: int) -> list[np.ndarray]:
+            return [places[part] for places in together for part in batches(lengths[places], budget)]
+
+        self._within_memory(cut, run)
         return answers
 
     def _is_the_same(self, more: int) -> bool:
@@ -108,9 +102,7 @@ class Answerer:
         asked = {"max_new_tokens": 2, "return_dict_in_generate": True, "output_logits": True}
         alone, padded = (self._generate(prompts, **asked).logits for prompts in ([short], [short, long]))
         for one, other in zip(alone, padded, strict=False):  # the first may end an answer
-            off = torch.linalg.vector_norm((other[0] - one[0]).float()) / torch.linalg.vector_norm(
-                one[0].float()
-            )
+            off = (other[0] - one[0]).float().norm() / one[0].float().norm()
             if not off < torch.finfo(known.dtype).eps ** 0.5:
                 return False
         return True
@@ -125,12 +117,10 @@ class Answerer:
         for row, prompt in enumerate(prompts):
             ids[row, length - len(prompt) :] = prompt
             attends[row, length - len(prompt) :] = 1
+        arrays = {"input_ids": ids, "attention_mask": attends}
+        tensors = {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
         with torch.inference_mode():
-            return self.model.generate(
-                input_ids=torch.from_numpy(ids).to(self.device),
-                attention_mask=torch.from_numpy(attends).to(self.device),
-                **asked,
-            )
+            return self.model.generate(**tensors, **asked)
 
     def losses(self, pool: Pool, positions: np.ndarray) -> np.ndarray:
         """(k,) mean cross-entropy of each reference's tokens, float64 of what the model computes in."""
@@ -170,8 +160,7 @@ class Answerer:
                 if not is_out_of_memory(error):
                     raise
             if all(len(places) == 1 for places in parts):
-                raise ValueError(
-                    "an example does not fit into memory alone: lower --max-length or --max-new-tokens"
-                )
+                cure = "lower --max-length or --max-new-tokens"
+                raise ValueError(f"an example does not fit into memory alone: {cure}")
             self.batch_tokens //= 2
             logger.warning("out of memory: a batch holds %d tokens at most from here on", self.batch_tokens)
