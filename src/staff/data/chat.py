@@ -190,7 +190,7 @@ class Chat:
         """The rendering, and the characters between `{% generation %}` marks."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        how = {"chat_template": self._template(tools), "return_assistant_tokens_mask": True}
+        how: Any = {"chat_template": self._template(tools), "return_assistant_tokens_mask": True}
         names = self.tokenizer.special_tokens_map
         try:
             rendered: Any = render_jinja_template([messages], tools, **how, **names)
