@@ -18,8 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from staff.data.kinds import peek
 from staff.data.rows import Turn, read
-from staff.data.text import peek, read_json_list
+from staff.data.text import read_json_list
 
 DATA = Path(__file__).parent / "data" / "formats"
 ROWS = [

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from staff.data.kinds import find_delimiter, kind_of, peek
 from staff.data.layouts import (
     PROMPT_COLUMNS,
     REQUIRED,
@@ -26,7 +27,7 @@ from staff.data.layouts import (
     shown,
 )
 from staff.data.locate import Input, load, locate, split_of, suffix_of
-from staff.data.text import LineRows, find_delimiter, kind_of, peek, read_csv, read_json_list
+from staff.data.text import LineRows, read_csv, read_json_list
 from staff.data.turns import Example, Turn, build
 from staff.data.writers import csv_lines, dumps, json_lines, without_arrays, write_lines
 from staff.files import write_whole

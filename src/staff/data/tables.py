@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from staff.data.kinds import check_unchanged, stamp
 from staff.data.layouts import Layout, shown
-from staff.data.text import check_unchanged, stamp
 
 ROWS_A_BATCH = 4096
 ARROW_ERRORS = (
