@@ -25,8 +25,8 @@ def find_duplicates(
     """The rows that repeat an earlier one which is itself none of them, so the first of each cluster stays.
 
     Equal: the same turns and tools, whatever the id. Nearly equal: the word triples of all turns, upper case
-    or lower, have this Jaccard similarity or more to those of the earlier row. MinHash
-    brings rows together, their triples decide; a pair right at the limit may be missed, none is made up.
+    or lower, have this Jaccard similarity or more to those of the earlier row. MinHash brings rows together,
+    their triples decide; a pair right at the limit may be missed, none is made up.
 
     Args:
         similarity: in (0, 1]; None: equal rows alone.
@@ -40,14 +40,12 @@ def find_duplicates(
     near = NearIndex(similarity) if similarity is not None else None
     for place, example in enumerate(examples):
         digest = digest_of(example)
-        if digest in first_of:
-            same[place] = first_of[digest]
-        else:
+        if digest not in first_of:
             text = "\n".join(turn.text for turn in example.turns)
             like = near.find_or_add(place, text) if near is not None else None
             first_of[digest] = place if like is None else like
-            if like is not None:
-                same[place] = like
+        if first_of[digest] != place:
+            same[place] = first_of[digest]
         if place % 1_000 == 999:
             on_row(place + 1)
     return same

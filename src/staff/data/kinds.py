@@ -68,11 +68,7 @@ class TextFile:
         """The file's (unpacked) bytes. Errors of the system and of gzip come out as ValueError."""
         check_unchanged(self.path, self.name, self.stamp)
         with _readable(self.name), open(self.path, "rb", buffering=BLOCK) as packed:
-            if not self.gzipped:
-                yield packed
-            else:
-                with gzip.open(packed, "rb") as unpacked:
-                    yield unpacked  # type: ignore[misc]
+            yield gzip.GzipFile(fileobj=packed) if self.gzipped else packed  # type: ignore[misc]
 
     @property
     def limit(self) -> int:
@@ -82,10 +78,9 @@ class TextFile:
     def check(self, size: int) -> None:
         """Raise ValueError where a gzipped file unpacks to what no text does; it could take all memory."""
         if size > self.limit:
-            raise ValueError(
-                f"{self.name} unpacks to more than {self.max_unpacked} times its size, "
-                f"{self.limit >> 20} MiB; if it is meant so, raise --max-unpacked, or unpack it with gunzip"
-            )
+            much = f"{self.max_unpacked} times its size, {self.limit >> 20} MiB"
+            cure = "if it is meant so, raise --max-unpacked, or unpack it with gunzip"
+            raise ValueError(f"{self.name} unpacks to more than {much}; {cure}")
 
     def read(self) -> bytes:
         with self.open() as stream:
@@ -169,10 +164,9 @@ def kind_of(file: TextFile, known: Sequence[str]) -> str:
     if text.startswith(b"{") and (whole or not is_csv):
         if whole or is_jsonl or not (first.strip() == b"{" or suffix == ".json"):
             return "JSONL"
-        raise ValueError(
-            f"{name} holds a JSON object over several lines, not a list of rows ({_keys_of(text)}); "
-            "give a list, [{...}, {...}], or one object a line (jq -c . FILE > rows.jsonl)"
-        )
+        what = f"a JSON object over several lines, not a list of rows ({_keys_of(text)})"
+        cure = "give a list, [{...}, {...}], or one object a line (jq -c . FILE > rows.jsonl)"
+        raise ValueError(f"{name} holds {what}; {cure}")
     if text.startswith(b"[") and (not is_csv or text[1:].lstrip().startswith(b"{")):
         return "JSONL" if whole and rest.strip() else "JSON"
     if is_jsonl or suffix == ".json" or (whole and not is_csv):

@@ -181,8 +181,9 @@ def read_json_list(file: TextFile) -> Iterator[tuple[int, Mapping | BadRow]]:
             cure = "the list is not closed, the file seems cut off; fetch or write it again"
             raise ValueError(f"{name}: {here} is missing: {cure}")
         if text[at] == "]" and row:
-            cure = "a comma before the closing bracket is no JSON; take it away"
-            raise ValueError(f"{name}: line {line}: {cure}")
+            raise ValueError(
+                f"{name}: line {line}: a comma before the closing bracket is no JSON; take it away"
+            )
         if text[at] != "]":
             value, at = _item(text, at, f"{name}: {here}")
             yield line, value
