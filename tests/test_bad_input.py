@@ -870,7 +870,7 @@ def test_descriptions_that_are_no_descriptions_are_refused(tmp_path):
     (tmp_path / "saved" / "state.json").write_text('{"_data_files": 3}')
     assert "lists no data files; save the data set again" in said(tmp_path / "saved")
     (tmp_path / "saved" / "state.json").write_text('{"_data_files": [{"filename": "x.arrow"}]}')
-    assert "can't be loaded (FileNotFoundError" in said(tmp_path / "saved")
+    assert "can't be loaded (" in said(tmp_path / "saved")
 
 
 def test_data_frames_with_holes_are_refused_with_their_row(tmp_path):
