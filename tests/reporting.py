@@ -6,7 +6,7 @@ import numpy as np
 
 from staff.config import SelectConfig, to_yaml
 from staff.data import rows as reading
-from staff.files import write_text
+from staff.files import write_csv, write_text
 from staff.methods import METHODS
 from staff.methods.fidelity import fidelity
 from staff.runs import outputs
@@ -117,3 +117,54 @@ def finish_run(folder, data, noise=0.3, rate=0.8, **options):
         (coreset,) = outputs.coresets_of(config, run)
         about |= {"inputs": {"data": contents}, "settings": {"pick": "top"}, "seed": 42}
         return outputs.write(run, coreset, "key", config, Aside(pool), selection, values, cost, about)
+
+
+def make_comparison(folder, tasks=("qa", "chat"), seeds=(1, 2)):
+    """The results.csv of a comparison and its per-example files, numbers made up."""
+    rng, lines = np.random.default_rng(3), []
+    for task in tasks:
+        ease = rng.normal(0, 5, 40)  # of a test row, for all methods
+        cells = [("full data", "", seed) for seed in seeds] + [("untouched model", "", "")]
+        cells += [
+            (m, rate, seed) for seed in seeds for m in ("random", "staff", "ccs") for rate in (0.5, 0.8)
+        ]
+        for method, rate, seed in cells:
+            place = folder / "cells" / task / f"{method}-{rate}-{seed}".replace(" ", "-")
+            place.mkdir(parents=True)
+            lift = {"staff": 3.0, "ccs": -3.0, "untouched model": -9.0}.get(method, 0.0)
+            scores = 30 + lift + ease + rng.normal(0, 1, 40)
+            rows = [{"rougeL": s, "loss": 3 - s / 30} for s in scores.tolist()]
+            (place / "scores.jsonl").write_text(
+                "".join(json.dumps({"row": i} | row) + "\n" for i, row in enumerate(rows))
+            )
+            passes = 2.0 if rate == "" else (1 - rate) * 6 + {"staff": 0.4, "ccs": 3.0}.get(method, 0.0)
+            lines.append(
+                [
+                    task,
+                    method,
+                    rate,
+                    seed,
+                    100,
+                    50,
+                    0,
+                    scores.mean(),
+                    3 - scores.mean() / 30,
+                    passes,
+                    place.relative_to(folder),
+                ]
+            )
+    header = [
+        "task",
+        "method",
+        "pruning_rate",
+        "seed",
+        "n",
+        "m",
+        "verified",
+        "rougeL",
+        "loss",
+        "total_passes",
+        "folder",
+    ]
+    write_csv(folder / "results.csv", header, lines)
+    return folder

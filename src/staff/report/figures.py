@@ -109,7 +109,9 @@ def region_budgets(records: Data, title: str) -> alt.LayerChart | alt.FacetChart
     base = alt.Chart(_data(records)).encode(x=_across_regions(title), tooltip=_of_regions(True))
     before = base.transform_calculate(series="'before verification'").mark_tick(thickness=3, opacity=1)
     before = before.encode(y="even:Q", color=alt.Color("series:N", legend=_legend(), **_colors(colors)))
-    every = base.mark_point(opacity=0).encode(y=alt.datum(0))  # what was set aside keeps its place
+    every = base.mark_point(opacity=0, aria=False).encode(
+        y=alt.datum(0)
+    )  # what was set aside keeps its place
     after = _bars(base, pick, "budget", "budget", colors, 0.8).add_params(pick)
     about = "Bars: the budget of each region; lines: what it would have been before verification"
     return alt.layer(after, before, every).properties(width=WIDTH, height=130, description=about)
@@ -121,7 +123,7 @@ def region_ratios(records: Data, title: str) -> alt.LayerChart | alt.FacetChart:
     y: Any = {"axis": _count_axis("V", tickCount=4), "scale": alt.Scale(zero=True, nice=True)}
     rule = base.mark_rule(color=RED, strokeWidth=2, opacity=0.6).encode(y=alt.Y("low:Q", **y), y2="high:Q")
     dot = base.mark_point(color=RED, filled=True, size=42, opacity=1).encode(y=alt.Y("ratio:Q", **y))
-    every = base.mark_point(opacity=0).encode(y=alt.datum(0))  # those without V keep their place
+    every = base.mark_point(opacity=0, aria=False).encode(y=alt.datum(0))  # those without V keep their place
     about = "Points: the verification ratio V of each region, with its interval of 95 %"
     return alt.layer(every, rule, dot).properties(width=WIDTH, height=130, description=about)
 
@@ -247,7 +249,11 @@ def paired_differences(records: Data) -> alt.LayerChart | alt.FacetChart:
         scale=alt.Scale(range=list(SHAPES)),
     )
     dot = base.mark_point(filled=True, size=60, opacity=1).encode(x=alt.X("difference:Q", **x), shape=shape)
-    zero = alt.Chart(alt.InlineData([{}])).mark_rule(strokeWidth=1.5, color=GREY).encode(x=alt.datum(0))
+    zero = (
+        alt.Chart(alt.InlineData([{}]))
+        .mark_rule(strokeWidth=1.5, color=GREY, aria=False)
+        .encode(x=alt.datum(0))
+    )
     about = "Points: how much better than random each method is, with intervals of 95 %"
     height = alt.Step(16, **{"for": "offset"})
     return alt.layer(zero, rule, dot).properties(width=WIDTH, height=height, description=about)

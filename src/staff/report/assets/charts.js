@@ -77,16 +77,10 @@ function redraw() {
 }
 isDark.addEventListener("change", redraw);
 
-// what a click in a chart has chosen, where it can choose
-function onPick(view, field, then) {
-  try {
-    view.addSignalListener("pick", (_, value) => then(value && value[field] ? value[field][0] : null));
-  } catch { /* a chart in which nothing is chosen */ }
-}
-
+// marks in a chart what is chosen, where something can be: later, for it may be running just now
 function showPick(view, field, value) {
-  try {
-    const store = value === null ? [] : [{ unit: "", fields: [{ type: "E", field }], values: [value] }];
-    view.data("pick_store", store).run();
-  } catch { /* the same */ }
+  const store = value === null ? [] : [{ unit: "", fields: [{ type: "E", field }], values: [value] }];
+  setTimeout(() => {
+    try { view.data("pick_store", store).run(); } catch { /* a chart in which nothing is chosen */ }
+  });
 }

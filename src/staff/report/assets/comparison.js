@@ -14,6 +14,7 @@ async function begin() {
   chosen = { task: tasks[0], metric: metricsOf(tasks[0])[0], methods: new Set(first) };
   form(tasks);
   await show();
+  performance.mark("ready");
   document.documentElement.dataset.ready = "yes";
 }
 

@@ -21,6 +21,7 @@ async function begin() {
     texts.set(place, turns);
   }
   table();
+  performance.mark("ready");
   document.documentElement.dataset.ready = "yes";
 }
 
@@ -38,8 +39,11 @@ async function show(number) {
     const rows = name.startsWith("every_sample") ? samples() : records;
     const view = await draw(place.querySelector(".plot"), data.specs[spec], { table: rows });
     views.set(name, view);
-    if (picks === "row") view.addEventListener("click", (_, item) => item?.datum && "row" in item.datum && open(item.datum.row));
-    else if (picks) onPick(view, picks === "region" ? "region" : "name", (value) => pick(name, picks, value, records));
+    view.addEventListener("click", (_, item) => {
+      if (!item?.datum) return;
+      if (picks === "row") open(item.datum.row);
+      else pick(name, picks, item.datum);
+    });
   }
 }
 
@@ -55,9 +59,9 @@ function samples() {
 }
 
 // what a click in a chart has chosen becomes a filter
-function pick(chart, picks, value, records) {
-  const record = records.find((each) => each.name === value);
-  if (picks === "region" && value !== null) filters.region = String(value);
+function pick(chart, picks, { region, name }) {
+  const record = data.charts[chart].records.find((each) => each.name === name);
+  if (picks === "region" && region !== undefined) filters.region = String(region);
   else if (picks === "source" && record?.label) filters.source = record.label;
   else if (record && picks !== "source") filters.range = { ...record, picks, chart };
   else return;
