@@ -82,7 +82,7 @@ def _not_to_be_wrapped(model: nn.Module, linears: dict[str, nn.Module], config: 
         )
         for name, module in linears.items()
     ]
-    ids = torch.arange(3, 7, device=next(model.parameters()).device)[None]
+    ids = torch.arange(3, 7, device=anatomy.device_of(model))[None]
     try:
         if not ids.is_meta:
             with torch.no_grad():

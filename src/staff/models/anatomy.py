@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, device, nn
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -33,6 +33,11 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
 def inner(model: nn.Module) -> nn.Module:
     """The causal language model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def device_of(model: nn.Module) -> device:
+    """Where a model takes its tokens and leaves its logits, though some of its blocks may lie elsewhere."""
+    return inner(model).get_output_embeddings().weight.device
 
 
 @contextlib.contextmanager

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import os
+import shutil
 import struct
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -154,7 +157,7 @@ def check_model(
     from staff.scoring import scopes
 
     check_quantised(source, load_in)
-    model = _empty(source, trust_remote_code)
+    model = without_weights(source, trust_remote_code)
     scopes.check_scope(scope)
     if scope == "lora":
         from staff.models.adapters import add_lora
@@ -162,7 +165,7 @@ def check_model(
         _quietly(partial(add_lora, model, 1, 1, 0), source)
 
 
-def _empty(source: Source, trust_remote_code: bool) -> torch.nn.Module:
+def without_weights(source: Source, trust_remote_code: bool) -> torch.nn.Module:
     """The model as its configuration has it, without weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -190,7 +193,7 @@ def check_room(
     """
     from staff.models import anatomy
 
-    model = _empty(source, trust_remote_code)
+    model = without_weights(source, trust_remote_code)
     if len(numbers) > len(pool):
         numbers = np.delete(numbers, [place for place, _ in pool.dropped])
     rows, labels = (
@@ -223,6 +226,7 @@ def load_model(
     trust_remote_code: bool = False,
     load_in: str | None = None,
     merge: bool = True,
+    limits: Mapping[int | str, int] | None = None,
 ) -> torch.nn.Module:
     """The model, in eval mode, its parameters frozen.
 
@@ -233,11 +237,15 @@ def load_model(
         merge: fold a LoRA adapter into the base, in `dtype`: a plain model, cut, tuned and scored like any
             other. A quantised base keeps it apart, since folding would quantise its matrices too. False: keep
             it apart, as a PEFT model, to be scored in scope "lora".
+        limits: place what the device does not hold on others, in CPU memory and on disk
+            (`placement.place_blocks`); None: all of it is on the device.
 
     Raises:
         ValueError: it can't be loaded; the reason in one line.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig
+
+    from staff.models import placement
 
     # a CPU kernel is kept for each shape of batch, 1024 of them by default: over a large pool that is a
     # gigabyte
@@ -258,6 +266,16 @@ def load_model(
         )
     if is_quantised:
         extra["device_map"] = {"": device}
+    if limits is not None:
+        if source.adapter or source.gguf or is_quantised:
+            what = (
+                "an adapter: fold it in first" if source.adapter else "no .gguf file and no quantised weights"
+            )
+            raise ValueError(f"--device-map auto loads {what} ({source.name})")
+        empty = without_weights(source, trust_remote_code)
+        extra["device_map"] = placement.place_blocks(empty, dtype, device, limits)
+        extra["offload_folder"] = tempfile.mkdtemp(prefix="staff-")  # of weights that no file has as they are
+        atexit.register(shutil.rmtree, extra["offload_folder"], ignore_errors=True)
 
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(
@@ -277,7 +295,7 @@ def load_model(
         ):  # else bitsandbytes repacks 4-bit weights on a CPU so that no gradient gets through
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
-    else:
+    elif limits is None:
         model = model.to(device)
     adapter = source.adapter
     if adapter:
@@ -308,7 +326,12 @@ def _check_weights(model: torch.nn.Module, told: dict[str, Any], source: Source)
             "are not of one model"
         )
     for name, weight in model.named_parameters():
-        if weight.numel() and weight.dtype.is_floating_point and weight.dtype.itemsize > 1:
+        if (
+            weight.numel()
+            and not weight.is_meta
+            and weight.dtype.is_floating_point
+            and weight.dtype.itemsize > 1
+        ):
             low, high = (end.item() for end in weight.aminmax())
             if not math.isfinite(low + high):
                 raise ValueError(

@@ -141,7 +141,7 @@ def find(model: torch.nn.Module, sites: Sequence[Site], pool: Pool) -> Prefix | 
     ]
     handles.append(blocks[block].register_forward_pre_hook(_begin_graph, with_kwargs=True))
     cache = DynamicCache(config=config)
-    device = next(model.parameters()).device
+    device = anatomy.device_of(model)
     ids = torch.as_tensor(np.array(pool.ids(0)[:length]), dtype=torch.int64, device=device)[None]
     try:
         with torch.enable_grad():

@@ -139,7 +139,7 @@ def _probe(
         return hook
 
     causal = anatomy.inner(model)
-    device = next(model.parameters()).device
+    device = anatomy.device_of(model)
     handles = [module.register_forward_hook(keep(place)) for place, module in enumerate(modules)]
     handles.append(block.register_forward_hook(keep_block))
     sinks = [parameter for name, parameter in block.named_parameters() if "sink" in name]
@@ -264,7 +264,7 @@ def _that_run(
         ValueError: a layer of packed weights sees its tokens otherwise.
     """
     samples, tokens = PROBE
-    ids = torch.arange(3, 3 + samples * tokens, device=next(model.parameters()).device)
+    ids = torch.arange(3, 3 + samples * tokens, device=anatomy.device_of(model))
     ids = (ids % anatomy.text_config(model).vocab_size).reshape(PROBE)
     parameters = {name: getattr(module, own) for name, (module, own) in matrices.items()}
     with torch.no_grad(), experts.Multiplied(parameters) as multiplied, record_sites(usual) as recorded:
@@ -324,7 +324,7 @@ def _released(model: nn.Module, seed: int) -> Site:
     inputs = anatomy.weight_shape(site.module)[1]
     drawn = torch.rand(RELEASED_RANK, inputs, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     drawn *= RELEASED_ALPHA / RELEASED_RANK / math.sqrt(inputs)
-    return replace(site, sketch=drawn.to(next(model.parameters()).device))
+    return replace(site, sketch=drawn.to(anatomy.device_of(model)))
 
 
 def drop_tuned_queries_and_values(model: nn.Module) -> list[str]:
@@ -360,7 +360,7 @@ def head_of(model: nn.Module) -> Head:
     causal = anatomy.inner(model)
     name = type(causal).__name__
     with torch.no_grad():
-        ids = torch.arange(3, 7, device=next(model.parameters()).device)[None]
+        ids = torch.arange(3, 7, device=anatomy.device_of(model))[None]
         try:
             logits = model(input_ids=ids, use_cache=False).logits[0].float()
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:

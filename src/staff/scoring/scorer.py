@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from staff.data.tokens import Batch, Pool, batches, collate
-from staff.models import anatomy, attention
+from staff.models import anatomy, attention, placement
 from staff.scoring import scopes
 from staff.scoring.gradnorm import efforts, mean_by_sample, record_sites, response_scores
 from staff.types import OF_ONE_PASS
@@ -35,16 +35,17 @@ def settled_tokens(model: torch.nn.Module, scope: str) -> int:
     by a generous count of what a token takes in the widest block, or in all blocks that keep a graph; of the
     whole memory and not of what is free at the moment, so that machines alike cut alike.
     """
-    parameter = next(model.parameters())
-    if parameter.device.type != "cuda":
+    device = anatomy.device_of(model)
+    if device.type != "cuda":
         return CPU_TOKENS
+    parameters = [p for p in model.parameters() if p.device == device]
     config = anatomy.text_config(model)
     width = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * width
     kept = len(anatomy.blocks(model)) if scope in ("linear", "lora") else 1
-    a_token = (12 * width + 6 * inner) * kept * parameter.element_size()
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    room = (torch.cuda.get_device_properties(parameter.device).total_memory - weights) // 2
+    a_token = (12 * width + 6 * inner) * kept * parameters[0].element_size()
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    room = (torch.cuda.get_device_properties(device).total_memory - weights) // 2
     return 2 ** int(np.log2(np.clip(room / a_token, 1024, MOST_TOKENS)))
 
 
@@ -77,14 +78,19 @@ class Scorer:
     ):
         self.model = model.eval().requires_grad_(False)
         self.loss, self.balance = loss, balance
-        self.device = next(model.parameters()).device
+        self.device = anatomy.device_of(model)
         self.head = scopes.head_of(model)
         if scope == "released":
             scopes.drop_tuned_queries_and_values(model)
+        if placement.is_offloaded(model) and scope in ("linear", "lora"):
+            raise ValueError(
+                f"--scope {scope} goes back through every block, and --device-map keeps some in memory or on "
+                "disk, to run forward alone: take last-block or last-value"
+            )
         self.sites = scopes.sites(model, scope, seed)
         self.one_by_one = any(site.parameter for site in self.sites)
         self.tokens_borne = 1 if self.one_by_one else settled_tokens(model, scope)
-        usual = not any(site.parameter or site.twins for site in self.sites)
+        usual = not placement.is_split(model) and not any(site.parameter or site.twins for site in self.sites)
         self._reuses = reuse_prefix and usual and scope in ("last-value", "last-block")
         self._prefix: tuple[weakref.ref[Pool], Prefix | None] | None = None
 
