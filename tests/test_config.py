@@ -95,7 +95,14 @@ def test_every_field_has_a_line_of_help():
         config.Engine,
     ):
         body = ast.parse(inspect.getsource(kind)).body[0].body
-        groups = ("reading", "scoring", "training", "engine", "spread")  # their classes explain them
+        groups = (
+            "reading",
+            "scoring",
+            "training",
+            "engine",
+            "spread",
+            "launch",
+        )  # their classes explain them
         fields = [
             i
             for i, node in enumerate(body)

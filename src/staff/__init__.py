@@ -98,6 +98,10 @@ class Settings(TypedDict, total=False):
     engine: str
     ray_address: str | None
     worker_timeout: float
+    device_map: str | None
+    max_memory: str | None
+    processes: int
+    accelerate_config: str | None
 
 
 def select(

@@ -173,11 +173,19 @@ class Spread(_Checked):
     """A Ray cluster's address, or auto; left out, Ray is started on this machine."""
     worker_timeout: Annotated[float, Range(0, open_low=True)] = 600.0
     """Seconds without a batch after which a worker's shard is done again."""
+    device_map: Literal["auto"] | None = None
+    """auto: a target larger than its device lies on other GPUs, in CPU memory and on disk, to be scored."""
+    max_memory: str | None = None
+    """What device_map may take, as 0=20GB,cpu=60GB; of what is not named, what is free."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.engine == "ray" and not self.workers:
             raise ValueError("--engine ray: say how many actors with --workers")
+        if self.max_memory:
+            memory_limits(self.max_memory)
+            if not self.device_map:
+                raise ValueError("--max-memory goes with --device-map auto")
 
 
 @dataclass(frozen=True)
@@ -222,6 +230,16 @@ class Training(_Checked):
     """Samples of a training step."""
     checkpoint_seconds: Annotated[float, Range(0)] = 60.0
     """How often fine-tuning is saved for a resume."""
+
+
+@dataclass(frozen=True)
+class Launch(_Checked):
+    """Who fine-tunes."""
+
+    processes: Count = 1
+    """Processes that share each training step, one a GPU: started with accelerate launch."""
+    accelerate_config: str | None = None
+    """accelerate's configuration file, for FSDP say (examples/fsdp.yaml)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,6 +329,7 @@ class SelectConfig(_Checked):
     training: Training = Training()
     engine: Engine = Engine()
     spread: Spread = Spread()
+    launch: Launch = Launch()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -383,6 +402,7 @@ class FinetuneConfig(_Checked):
     reading: Reading = Reading()
     training: Training = Training()
     engine: Engine = Engine()
+    launch: Launch = Launch()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -557,6 +577,22 @@ def near_similarity(dedup: str) -> float | None:
     similarity = float(share or 0.8)
     Range(0.1, 1, about="the share of word triples in common").check(similarity, "--dedup near")
     return similarity
+
+
+def memory_limits(text: str) -> dict[int | str, int]:
+    """What --max-memory says: "0=20GB,cpu=60GB" -> bytes by GPU, and of CPU memory.
+
+    Raises:
+        ValueError: it is not of that form.
+    """
+    limits: dict[int | str, int] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+|cpu)=(\d+\.?\d*)([KMG])I?B\s*", part, re.IGNORECASE)
+        if not match:
+            raise ValueError(f"--max-memory {text}: write 0=20GB,cpu=60GB, for each GPU and for CPU memory")
+        device = match[1].lower() if match[1].lower() == "cpu" else int(match[1])
+        limits[device] = int(float(match[2]) * 1000 ** (1 + "KMG".index(match[3].upper())))
+    return limits
 
 
 # several settings under one name; what else is given overrides them

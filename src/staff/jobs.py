@@ -103,8 +103,8 @@ def _tune(
 
     from staff.data.chat import template_of
     from staff.data.tokens import in_common, tokenise  # torch comes in here
+    from staff.models import apart, load
     from staff.models import finetune as training
-    from staff.models import load
 
     engine, given, weights = config.engine, source, None
     device = load.pick_device(engine.device)
@@ -140,11 +140,14 @@ def _tune(
         report = {"report_to": config.report_to, "run_name": run.path.name} if config.report_to else None
         if config.report_to == "tensorboard":
             os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
-        model = load.load_model(source, dtype, device, engine.trust_remote_code, engine.load_in)
+        how = source, dtype, device, engine.trust_remote_code, engine.load_in
+        model = load.load_model(*how) if config.launch.processes == 1 else None
         # before the adapter, whose seal ends this stage
-        files.write_json(folder / "size.json", dataclasses.asdict(load.measure(model)))
-        training.train_lora(
-            model,
+        measured = load.measure(model or load.without_weights(source, engine.trust_remote_code))
+        files.write_json(folder / "size.json", dataclasses.asdict(measured))
+        tune: Any = training.train_lora if model else partial(apart.train_apart, launch=config.launch)
+        tune(
+            model or apart.loaded_as(*how),
             tokens,
             np.arange(len(tokens)),
             folder,

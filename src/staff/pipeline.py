@@ -37,7 +37,8 @@ if TYPE_CHECKING:  # torch comes in with them
 NO_INGREDIENTS = {"data", "output", "scores", "validation", "push_to_hub", "checkpoint_seconds", "device"}
 NO_INGREDIENTS |= {"keep", "weights", "max_unpacked", "trust_remote_code", "public", "license"}
 NO_INGREDIENTS |= {"eval_data", "merge", "report_to"}  # of a fine-tuning
-NO_INGREDIENTS |= {"workers", "engine", "ray_address", "worker_timeout"}
+NO_INGREDIENTS |= {"workers", "engine", "ray_address", "worker_timeout", "device_map", "max_memory"}
+NO_INGREDIENTS |= {"accelerate_config"}
 
 FILES = ("scores", "validation", "keep")  # settings that name one
 

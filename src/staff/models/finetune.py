@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from accelerate.utils import broadcast_object_list
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from staff.data.tokens import Pool, collate
@@ -78,6 +79,13 @@ class _Positions(Dataset):
         return int(self.positions[place])
 
 
+class _WholeSteps(DataLoader):
+    """Steps of samples, the same in every process; its order follows the epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+
+
 class _ResponseTrainer(Trainer):
     """The Trainer with our order of samples, and a head that sees response tokens alone."""
 
@@ -85,6 +93,18 @@ class _ResponseTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._head, self._order, self._held_out = head, order, held_out
         self.loss_is_scaled_for_ga = False
+
+    def get_train_dataloader(self) -> Any:
+        """Where several processes share a step, each gets the whole step, and takes its part of it."""
+        if self.args.world_size == 1:
+            return super().get_train_dataloader()
+        assert self.train_dataset is not None
+        return _WholeSteps(
+            self.train_dataset,
+            self.args.per_device_train_batch_size,
+            sampler=self._order,
+            collate_fn=self.data_collator,
+        )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self._order
@@ -94,7 +114,10 @@ class _ResponseTrainer(Trainer):
     ) -> Any:
         """The mean over the step's response tokens, each times its sample's weight where there are any."""
         each, outputs = self._losses(model, inputs)
-        loss = (each * inputs["weight"]).mean() if "weight" in inputs else each.mean()
+        each = each * inputs["weight"] if "weight" in inputs else each
+        # gradients are meaned over processes, so each counts its part of the whole step's tokens
+        world = self.args.world_size
+        loss = each.mean() if world == 1 else each.sum() * (world / inputs["counted"])
         if not loss.isfinite():
             raise _diverged(self.args.learning_rate, f"the loss is nan at step {self.state.global_step + 1}")
         return (loss, outputs) if return_outputs else loss
@@ -178,14 +201,18 @@ class _Watch(TrainerCallback):
             self._on_progress(state.global_step, state.max_steps, figures)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        for number in range(1, self._snapshots + 1):
+        for number in range(1, self._snapshots + 1 if state.is_world_process_zero else 0):
             if state.global_step == max(1, round(number * state.max_steps / self._snapshots)):
                 model.save_pretrained(self._output / "snapshots" / str(number))
-        if time.monotonic() - self._saved >= self._seconds and state.global_step < state.max_steps:
-            control.should_save = True
+        is_due = time.monotonic() - self._saved >= self._seconds and state.global_step < state.max_steps
+        if args.world_size > 1:  # the first one's clock counts for all
+            (is_due,) = broadcast_object_list([is_due])
+        control.should_save = control.should_save or is_due
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._saved = time.monotonic()
+        if not state.is_world_process_zero:
+            return
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         seal(checkpoint, sorted(path.name for path in checkpoint.iterdir()))
         # by step: the Trainer's own rotation goes by time of change, and drops the newest where the clock
@@ -271,6 +298,7 @@ def train_lora(
     checkpoints = output / "checkpoints"
     begun = _last_finished(checkpoints)
     halves = next(model.parameters()).dtype
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # processes, of apart.py
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=batch_size,
@@ -287,6 +315,8 @@ def train_lora(
         disable_tqdm=True,
         remove_unused_columns=False,
         use_cpu=device.type == "cpu",
+        ddp_backend="gloo" if several and device.type == "cpu" else None,
+        ddp_find_unused_parameters=False if several else None,
         bf16=halves == torch.bfloat16,
         fp16=halves == torch.float16,
         dataloader_pin_memory=device.type == "cuda",
@@ -302,7 +332,7 @@ def train_lora(
         args=arguments,
         train_dataset=_Positions(positions),
         eval_dataset=_Positions(np.arange(len(held_out))) if held_out else None,
-        data_collator=lambda places: step_of(pool, places, packs, weights),
+        data_collator=lambda places: _part_of_step(pool, places, packs, weights, arguments),
         head=head,
         order=_Shuffled(len(positions), seed),
         held_out=held_out,
@@ -321,10 +351,15 @@ def train_lora(
         ) from error
     if not all(p.isfinite().all() for name, p in model.named_parameters() if "lora_" in name):
         raise _diverged(learning_rate, "the adapter is nan")
+    kept = {}
+    if arguments.world_size > 1:  # of several, the first writes
+        kept = {"state_dict": trainer.accelerator.get_state_dict(trainer.model_wrapped)}
+        if arguments.process_index:
+            return model
     if log:
         write_log(log, trainer.state.log_history)
     aside = output / ".adapter"
-    model.save_pretrained(aside)
+    model.save_pretrained(aside, **kept)
     for name in ADAPTER:
         os.replace(aside / name, output / name)
     shutil.rmtree(aside)
@@ -350,6 +385,23 @@ def _silence(model: torch.nn.Module) -> None:
         for name, value in list(vars(module).items()):
             if isinstance(value, float) and ("dropout" in name or "pdrop" in name or "jitter" in name):
                 setattr(module, name, 0.0)
+
+
+def _part_of_step(
+    pool: Pool, places: Sequence[int], packs: bool, weights: np.ndarray | None, arguments: TrainingArguments
+) -> dict:
+    """What this process does of a step: all of it, or every so manyth sample."""
+    rank, world = arguments.process_index, arguments.world_size
+    if world == 1:
+        return step_of(pool, places, packs, weights)
+    own = places[rank::world]
+    step = step_of(pool, own or places[:1], packs, weights)
+    if not own:  # a last step of fewer samples than processes: one that counts nothing
+        step["weight"] = torch.zeros(len(step["response_ids"]))
+    return step | {
+        "counted": int(pool.response_tokens()[list(places)].sum()),
+        "tokens": int(pool.lengths[list(places)].sum()),
+    }
 
 
 def step_of(pool: Pool, places: Sequence[int], packs: bool, weights: np.ndarray | None = None) -> dict:

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from staff import files, graph
-from staff.config import SelectConfig, flat, from_mapping
+from staff.config import SelectConfig, flat, from_mapping, memory_limits
 from staff.data import rows as reading
 from staff.data.tokens import Pool, in_common, tokenise
 from staff.data.turns import Example
-from staff.models import adapters, drafts, families, load
+from staff.models import adapters, apart, drafts, families, load
 from staff.models.files import Source, resolve, tokenizer_fingerprint
 from staff.models.finetune import train_lora
 from staff.plan import SNAPSHOTS
@@ -182,7 +182,9 @@ class Pieces:
     def _model_key(self, name: str) -> keys.Key:
         spec, config = self.specs[name], self.config
         pool = self._pool_key(name)
-        return keys.model_key(self._base_key(name), pool, spec, config.training, config.seed, self._engine)
+        processes = config.launch.processes if spec.epochs else 1
+        key = keys.model_key(self._base_key(name), pool, spec, config.training, config.seed, self._engine)
+        return key | ({"processes": processes} if processes > 1 else {})
 
     def _scores_key(self, name: str) -> keys.Key:
         config = self.config
@@ -250,14 +252,13 @@ class Pieces:
         """The target's tokenizer, and the pool in it."""
         return self._tokenizer("target"), self.pool("target")
 
-    def _load(self, base: str, merge: bool = True) -> Any:
+    def _load(self, base: str, merge: bool = True, limits: dict[int | str, int] | None = None) -> Any:
         """A base model, cut to its blocks where the draft is the target's own; its own adapter is folded
         in."""
         engine = self.config.engine
         source = self._files(base)
-        model = load.load_model(
-            source, self.dtype, self.device, engine.trust_remote_code, engine.load_in, merge
-        )
+        how = self.dtype, self.device, engine.trust_remote_code, engine.load_in, merge
+        model = load.load_model(source, *how, limits)
         self.inputs.check(base)
         num_blocks = families.self_blocks(self.config.draft) if base == "draft" else None
         return drafts.cut(model, num_blocks, self.config.draft_blocks) if num_blocks else model
@@ -270,7 +271,13 @@ class Pieces:
             stage, draws = Stage("tune", spec.base), np.random.default_rng([config.seed, 1])
             num_samples = max(1, round(spec.share * len(pool)))
             positions = np.sort(draws.choice(len(pool), num_samples, replace=False))
-            model = self._load(spec.base)
+            engine, source, blocks = config.engine, self._files(spec.base), families.self_blocks(config.draft)
+            cut = (blocks, config.draft_blocks) if blocks and spec.base == "draft" else None
+            is_apart = config.launch.processes > 1
+            model = (
+                load.without_weights(source, engine.trust_remote_code) if is_apart else self._load(spec.base)
+            )
+            model = drafts.cut(model, *cut) if is_apart and cut else model
             tokens, response = pool.lengths[positions].sum(), pool.response_tokens()[positions].sum()
             flops = load.measure(model).training_flops(int(tokens), int(response)) * spec.epochs
             numbers = {
@@ -279,8 +286,10 @@ class Pieces:
                 "flops": flops,
             }
             account.spend(self.run.work, stage, once=folder.name, **numbers)
-            train_lora(
-                model,
+            how = source, self.dtype, self.device, engine.trust_remote_code, engine.load_in, cut
+            tune: Any = partial(apart.train_apart, launch=config.launch) if is_apart else train_lora
+            tune(
+                apart.loaded_as(*how) if is_apart else model,
                 pool,
                 positions,
                 folder,
@@ -304,7 +313,10 @@ class Pieces:
         scope, training = config.scoring.scope, config.training
         adapter = self.adapter(name) if spec.epochs else None
         began = time.monotonic()
-        model = self._load(spec.base, merge=bool(adapter) or scope != "lora")
+        spread, limits = config.spread, None
+        if spread.device_map and spec == keys.ModelSpec("target"):  # one that is tuned is loaded as ever
+            limits = memory_limits(spread.max_memory) if spread.max_memory else {}
+        model = self._load(spec.base, bool(adapter) or scope != "lora", limits)
         weights = load.measure(model)
         if adapter:
             model = adapters.load_adapter(model, snapshot or adapter)
