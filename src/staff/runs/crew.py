@@ -109,7 +109,7 @@ class Crew:
         self._processes: dict[str, tuple[Process, int]] = {}  # by name; and its rank
         self._ended: Counter[Any] = Counter()  # times that workers ended at a shard, or before any
         self._said: set[str] = set()
-        self._offer, self._start = run.work / OFFER, launch
+        self._offer = run.work / OFFER
         workers_folder(run.work).mkdir(exist_ok=True)
         self._offer.unlink(missing_ok=True)  # of a run that was over
         run.at_close.callback(self.close)
@@ -244,6 +244,13 @@ class Crew:
                 name = f"{file_name(platform.node())}-{os.getpid()}-{rank}-{sum(self._ended.values())}"
                 made = self._start(self._run.path, name, rank, self._spread.workers or 1, threads)
                 self._processes[name] = made, rank
+
+    def _start(self, *of: Any) -> Process:
+        if self._spread.engine == "ray":
+            from staff.runs.on_ray import start_actor
+
+            return start_actor(self._spread.ray_address, *of)
+        return launch(*of)
 
     def _say(self, text: str) -> None:
         """Once, however many workers say so."""
