@@ -1,6 +1,7 @@
 # make demo: from a file of examples to a coreset, with a real language model, in a few minutes on 2 CPU cores
 # make test: everything that is checked
 # make chromium: Debian's browser, which the tests of the pages drive; without one they are skipped
+# make gpu: tests and benchmarks that need a GPU; skipped, with the reason, where there is none
 # make soak: kills, full disks, damaged input, every layout and every class of transformers, many times over; one part alone:
 # PART=ends, input, layouts or models
 PYTHON ?= python3
@@ -14,7 +15,7 @@ SOAK_input := tests/test_bad_input.py tests/test_right_text.py
 SOAK_models := tests/test_architectures.py
 SOAK_layouts := tests/test_gradnorm.py tests/test_finetune.py tests/test_prefix.py tests/test_draft.py
 
-.PHONY: demo test soak chromium clean
+.PHONY: demo test soak chromium gpu clean
 
 demo: .venv/ready $(DEMO_MODEL) $(DEMO_POOL)
 	$(BIN)/staff select --config examples/demo.yaml
@@ -30,6 +31,10 @@ chromium:
 
 soak: .venv/ready
 	STAFF_SOAK=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(foreach part,$(PART),$(SOAK_$(part)))
+
+gpu: .venv/ready
+	$(BIN)/python -m pytest -rs tests/test_gpu.py
+	$(BIN)/python benchmarks/scale.py gpu
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

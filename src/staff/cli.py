@@ -171,14 +171,18 @@ def compare(arguments: Sequence[str]) -> None:
         raise ValueError(
             "name what to compare with --config FILE.yaml; staff init comparison.yaml writes one"
         )
+    if given.workers > 1:  # before torch comes in: the cores are shared out
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // given.workers)))
     from staff.comparison import grid
     from staff.comparison import run as comparing
     from staff.comparison import tables as results
 
     comparison = grid.read_comparison(given.config, given.output)
     if not given.tables:
+        command = [sys.executable, "-m", "staff.cli", "compare", "--config", str(given.config), "--quiet"]
+        beside = [[*command, "--output", str(comparison.output)]] * (given.workers - 1)
         with Bars(quiet=given.quiet) as progress:
-            comparing.compare(comparison, update=given.update, on_progress=progress)
+            comparing.compare(comparison, update=given.update, on_progress=progress, beside=beside)
     text = results.report(comparison.output, {name: task.metrics for name, task in comparison.tasks.items()})
     files = {name: str(comparison.output / name) for name in ("results.csv", "results.md", "differences.csv")}
     _say(
@@ -189,14 +193,13 @@ def compare(arguments: Sequence[str]) -> None:
 
 
 def worker(arguments: Sequence[str]) -> None:
-    """Score shards of a run that a driver laid out: started by torchrun, Slurm, or by hand on each
-    machine."""
-    parser = argparse.ArgumentParser("staff worker", description=worker.__doc__)
-    parser.add_argument("--run", required=True, help="the run's folder: the driver's --output")
-    parser.add_argument("--wait", type=float, default=600.0, help="seconds without work until it ends (600)")
-    parser.add_argument("--name", help=argparse.SUPPRESS)
-    parser.add_argument("--quiet", action="store_true", help=SWITCHES["quiet"])
-    given = parser.parse_args(list(arguments))
+    """Score shards of a run that a driver laid out: started by torchrun, Slurm or by hand.
+
+    staff worker --run runs/x
+    """
+    given = _given("worker", arguments)
+    if not given.run:
+        raise ValueError("name the run's folder with --run: the driver's --output")
     from staff.runs import pieces
     from staff.runs import worker as working
 
@@ -336,12 +339,22 @@ def _parser(name: str) -> flags.Parser:
         own.add_argument(
             "shell", nargs="?", default="bash", help=f"{', '.join(flags.SHELLS)} (default: bash)"
         )
+    if name == "worker":
+        own.add_argument(
+            "--run", default=None, metavar="PATH", help="the run's folder: the driver's --output"
+        )
+        about = "seconds without work after which it ends (default: 600)"
+        own.add_argument("--wait", type=float, default=600.0, metavar="FLOAT", help=about)
+        own.add_argument("--name", default=None, help=argparse.SUPPRESS)
+        own.add_argument("--quiet", action="store_true", default=False, help=SWITCHES["quiet"])
     if name == "compare":
         from staff.comparison.grid import TEMPLATE
 
         own.add_argument("--config", default=None, metavar="FILE.yaml", help="what to compare (required)")
         about = "the folder, in place of the file's own; the same command goes on where it stopped"
         own.add_argument("--output", default=None, metavar="PATH", help=about)
+        about = "processes that work through the cells side by side (default: 1)"
+        own.add_argument("--workers", type=int, default=1, metavar="INT", help=about)
         about = "make the tables of what is finished, and work on nothing"
         own.add_argument("--tables", action="store_true", default=False, help=about)
         parser.epilog = f"What the YAML file may say:\n\n{TEMPLATE}"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
 import logging
 import os
 import shutil
+import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +93,13 @@ class Grid:
         return self.comparison.output.joinpath(*names)
 
 
-def compare(comparison: Comparison, *, update: bool = False, on_progress: Progress | None = None) -> Path:
+def compare(
+    comparison: Comparison,
+    *,
+    update: bool = False,
+    on_progress: Progress | None = None,
+    beside: Sequence[Sequence[str]] = (),
+) -> Path:
     """Work through the grid, or through what is left of it; several processes may do so at once.
 
     Leaves, in comparison.output, selections/ (a run folder for each task and seed), cells/ (adapter,
@@ -102,6 +110,7 @@ def compare(comparison: Comparison, *, update: bool = False, on_progress: Progre
         update: go on where settings of selection, fine-tuning or evaluation have changed, doing again what no
             longer fits.
         on_progress: called with (stage, done, in all).
+        beside: commands that work through the same folder at the same time; ended with this one.
 
     Returns:
         results.csv.
@@ -112,12 +121,13 @@ def compare(comparison: Comparison, *, update: bool = False, on_progress: Progre
     tell = on_progress or (lambda stage, done, total: None)
     cells = comparison.cells()
     check_mark(comparison.output, KIND)
-    with failures_are_said(comparison.output):
+    with failures_are_said(comparison.output), contextlib.ExitStack() as stack:
         mark(comparison.output, KIND)
         clear_asides(comparison.output.rglob(".*"), alone=False)
         _begin(comparison, update)
         with hold(comparison.output / "locks" / "target", wait=True):
             grid = _open(comparison)
+        stack.enter_context(_at_work(beside))
         finished: dict[Cell, Figures] = {}
         runs: dict[str, list[Run]] = {}  # selections that this process has looked at, by folder
 
@@ -140,6 +150,18 @@ def compare(comparison: Comparison, *, update: bool = False, on_progress: Progre
             if not has_worked:
                 time.sleep(POLL_SECONDS)  # the rest is in other processes' hands
         return _write_results(grid, finished)
+
+
+@contextlib.contextmanager
+def _at_work(commands: Sequence[Sequence[str]]) -> Iterator[None]:
+    """Processes of the same comparison; what they fail at is said, and left to the others."""
+    processes = [subprocess.Popen(command, stdin=subprocess.DEVNULL) for command in commands]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def _begin(comparison: Comparison, update: bool) -> None:
