@@ -7,6 +7,8 @@ import math
 import multiprocessing
 import os
 import shutil
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from staff.comparison.grid import FULL, UNTOUCHED, read_comparison
 from staff.comparison.run import compare
 from staff.comparison.statistics import resample, resampled_means
 from staff.comparison.tables import Difference, Judged, compare_cells, corrected, quality_table, report, tally
-from staff.files import read_checked, write_checked
+from staff.files import is_alive, read_checked, write_checked
 from staff.methods import METHODS
 from staff.models import load as models
 from staff.plan import staff_passes
@@ -422,3 +424,12 @@ def test_seeds_of_an_untuned_draft_share_its_passes_and_choose_as_they_would_alo
     alone = comparing._selection(grid, comparing.Cell("sums", "staff", 0.5, 2), {}, lambda *_: None)
     assert alone.indices.tolist() == of_seed[2].indices.tolist()
     assert alone.indices.tolist() != of_seed[1].indices.tolist()
+
+
+def test_processes_beside_a_comparison_start_with_it_and_end_with_it(tmp_path):
+    begun = tmp_path / "begun"
+    code = f"import os, time; open({str(begun)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    with comparing._at_work([[sys.executable, "-S", "-c", code]]):
+        while not begun.exists() or not begun.read_text():
+            time.sleep(0.01)
+    assert not is_alive(int(begun.read_text()))
