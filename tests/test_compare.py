@@ -290,7 +290,11 @@ def test_the_report_has_both_tables_and_the_plots(finished):
     assert f"| {FULL} |" in text
     assert "against random | wins | ties | losses" in text
     assert "| fine-tuning on all |" in text
-    assert (comparison.output / "sums-loss-by-cost.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("differences", "by-rate", "by-cost"):
+        assert (comparison.output / f"sums-loss-{picture}.png").read_bytes().startswith(b"\x89PNG")
+    assert (
+        "Which choice of data trains the better model?" in (comparison.output / "comparison.html").read_text()
+    )
     assert (comparison.output / "results.md").read_text() == text
     with open(comparison.output / "differences.csv") as table:
         pairs = list(csv.DictReader(table))

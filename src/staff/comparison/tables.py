@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
-from functools import partial
 from itertools import permutations
 from pathlib import Path
 
@@ -14,8 +13,9 @@ import numpy as np
 
 from staff.comparison.evaluate import read_examples
 from staff.comparison.grid import FULL, UNTOUCHED
+from staff.comparison.plots import draw_comparison
 from staff.comparison.statistics import holm, interval, p_value, resample, resampled_means
-from staff.files import failures_are_said, read_table, write_csv, write_text, write_whole
+from staff.files import failures_are_said, read_table, write_csv, write_text
 from staff.report.comparison_page import LOWER, comparison_page
 from staff.report.page import made_or_said
 
@@ -286,7 +286,9 @@ def report(folder: Path, metrics_of: Mapping[str, tuple[str, ...]], plots: bool 
         text += [f"## {task}", diversity_table(rows, task)]
     with failures_are_said(folder):
         for (task, metric), cells in judged.items() if plots else ():
-            names = _plot(folder, rows, cells, task, metric)
+            own = [d for d in differences if (d.task, d.metric, d.second) == (task, metric, BASELINE)]
+            values = {key: cell.mean for key, cell in cells.items()}
+            names = draw_comparison(folder, values, _passes_of(rows, task, cells), own, task, metric)
             text += [f"![{metric} of {task}]({name})" for name in names]
         markdown = "\n\n".join(text) + "\n"
         write_text(folder / "results.md", markdown)
@@ -321,43 +323,14 @@ def write_page(folder: Path) -> Path:
     return folder / COMPARISON_PAGE
 
 
-def _plot(folder: Path, rows: Cells, judged: Mapping[MethodAt, Judged], task: str, metric: str) -> list[str]:
-    """Metric against pruning rate and against total cost, as PNG; nothing where matplotlib is not
-    installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return []
-    methods = list(dict.fromkeys(name for name, rate in judged if rate is not None))
-    passes: dict[MethodAt, float] = {}
-    for name, rate in judged:
-        wanted = (task, name, "" if rate is None else str(rate))
-        own = [row for row in rows if (row["task"], row["method"], row["pruning_rate"]) == wanted]
+def _passes_of(rows: Cells, task: str, wanted: Iterable[MethodAt]) -> dict[MethodAt, float]:
+    """What choosing and training took together, in passes of the target, mean over seeds."""
+    passes = {}
+    for name, rate in wanted:
+        key = (task, name, "" if rate is None else str(rate))
+        own = [row for row in rows if (row["task"], row["method"], row["pruning_rate"]) == key]
         passes[name, rate] = _mean(own, "total_passes")
-    names = []
-    labels = {"rate": "pruning rate", "cost": "selection and fine-tuning, passes of the target over the pool"}
-    for kind, label in labels.items():
-        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-        axes = figure.subplots()
-        for place, name in enumerate(methods):
-            rates = sorted(rate for other, rate in judged if other == name and rate is not None)
-            x = np.array([rate if kind == "rate" else passes[name, rate] for rate in rates])
-            order, color = np.argsort(x, kind="stable"), f"C{place % 10}"
-            means = np.array([judged[name, rate].mean for rate in rates])[order]
-            low, high = np.array([interval(judged[name, rate].resampled, LEVEL) for rate in rates])[order].T
-            axes.plot(x[order], means, "o-", color=color, label=name)
-            axes.vlines(x[order], low, high, color=color, alpha=0.5)  # of one rate alone there is no band
-            axes.fill_between(x[order], low, high, color=color, alpha=0.15, linewidth=0)
-        for name, style in ((FULL, "--"), (UNTOUCHED, ":")):
-            if (name, None) in judged:
-                axes.axhline(judged[name, None].mean, color="0.4", linestyle=style, label=name)
-        if kind == "cost" and not math.isnan(passes.get((FULL, None), math.nan)):
-            axes.plot([passes[FULL, None]], [judged[FULL, None].mean], "s", color="0.4")
-        axes.set(xlabel=label, ylabel=metric, title=task)
-        axes.legend(fontsize="small")
-        names.append(f"{task}-{metric}-by-{kind}.png")
-        write_whole(folder / names[-1], partial(figure.savefig, dpi=150, format="png"))
-    return names
+    return passes
 
 
 def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

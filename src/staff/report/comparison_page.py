@@ -40,7 +40,7 @@ def comparison_page(name: str, cells: Lines, means: Lines, differences: Lines, b
     from staff.report import figures  # Altair comes in here
 
     against = [line for line in differences if line["second"] == baseline]
-    metrics = {metric: _metric(metric) for metric in dict.fromkeys(line["metric"] for line in means)}
+    metrics = {metric: metric_title(metric) for metric in dict.fromkeys(line["metric"] for line in means)}
     specs: dict[str, Any] = {"differences": figures.paired_differences("table").to_dict(validate=False)}
     for (metric, title), (by, axis) in product(metrics.items(), AXES.items()):
         chart = figures.qualities("table", "beside", title, by, axis)
@@ -60,7 +60,8 @@ def comparison_page(name: str, cells: Lines, means: Lines, differences: Lines, b
     return whole_page(f"{name}: a comparison", body, {"numbers": gzipped(compact(data))}, "comparison.js")
 
 
-def _metric(name: str) -> str:
+def metric_title(name: str) -> str:
+    """A metric as people call it, and its direction where less is better."""
     return METRIC_TITLES.get(name, name) + " (lower is better)" * (name in LOWER)
 
 
@@ -116,7 +117,9 @@ def _verdict(against: Lines, baseline: str, seeds: int) -> str:
     for title, lines in {"Better": better, "Worse": worse}.items():
         places: dict[str, list[str]] = {}
         for line in lines:
-            where = f"{line['task']}, {float(line['pruning_rate']):.0%} pruned, {_metric(line['metric'])}"
+            where = (
+                f"{line['task']}, {float(line['pruning_rate']):.0%} pruned, {metric_title(line['metric'])}"
+            )
             places.setdefault(line["first"], []).append(where)
         items = (
             f"<li><strong>{escaped(k)}</strong>: {escaped('; '.join(v))}</li>" for k, v in places.items()
@@ -157,7 +160,13 @@ def _raw(cells: Lines, against: Lines) -> str:
     keys = ("difference", "low", "high", "p", "corrected")
     numbers = [[figure(float(line[key])) for key in keys] for line in against]
     tests = [
-        [line["first"], line["task"], _metric(line["metric"]), f"{float(line['pruning_rate']):.0%}", *own]
+        [
+            line["first"],
+            line["task"],
+            metric_title(line["metric"]),
+            f"{float(line['pruning_rate']):.0%}",
+            *own,
+        ]
         for line, own in zip(against, numbers, strict=True)
     ]
     titles = ("method", "task", "metric", "pruned", "difference", "from", "to", "p", "p (Holm)")

@@ -255,7 +255,7 @@ def _cost_bars(cell: Facts) -> str:
     lines.append((f"fine-tuning on the coreset, {EPOCHS} epochs", part, f"{part:.2f}"))
     lines.append((f"fine-tuning on the whole pool, {EPOCHS} epochs", whole, f"{whole:.2f}"))
     about = "In passes of the target over the pool; one is about one forward pass of every sample"
-    verdict = f"<p>{escaped(_first_upper(cell.cost['verdict']))}.</p>" if "verdict" in cell.cost else ""
+    verdict = f"<p>{_with_code(_first_upper(cell.cost['verdict']))}.</p>" if "verdict" in cell.cost else ""
     return bars_of(lines, about) + verdict
 
 
@@ -527,8 +527,8 @@ def _duration(seconds: float) -> str:
 
 
 def _with_code(text: str) -> str:
-    """Escaped text, what stands between backticks as code."""
-    return re.sub("`([^`]+)`", r"<code>\1</code>", escaped(text))
+    """Escaped text, what stands between backticks as code, and flags."""
+    return re.sub(r"(?<!\w)(--[a-z][a-z-]+)|`([^`]+)`", r"<code>\1\2</code>", escaped(text))
 
 
 def _first_upper(text: str) -> str:

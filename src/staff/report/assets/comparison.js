@@ -54,7 +54,9 @@ async function show() {
   await picture("differences", data.specs.differences, { table: sorted(data.differences.filter(here)) },
     ["method", "rate", "difference", "low", "high", "corrected", "outcome"]);
   for (const by of ["pruning_rate", "passes"]) {
-    const rows = by === "passes" ? means.filter((line) => line.passes) : means;
+    // a name stands at the right end of its line: there the lowest rate is the dearest
+    const rows = by === "pruning_rate" ? means : means.filter((line) => line.passes).map((line, i, all) =>
+      ({ ...line, label: line.mean, is_last: !all.some((other) => other.method === line.method && other.passes > line.passes) }));
     await picture(by, data.specs[`${by}-${chosen.metric}`], { table: rows, beside }, ["method", "rate", "mean", "low", "high", "passes"]);
   }
 }
