@@ -56,6 +56,12 @@ class Settings(TypedDict, total=False):
     suspect_ratio: float
     group_by: str | None
     shares: str | None
+    ways: Sequence[str]
+    try_cost: float
+    full_epochs: float
+    metric: str
+    metric_command: str | None
+    answer_tokens: int
     preset: str
     draft_epochs: float
     draft_share: float
@@ -178,6 +184,12 @@ def select_grid(
     if output is not None:
         values["output"] = str(output)
     made = config.from_mapping(config.SelectConfig, values, "staff.select")
+    if "auto" in made.method:
+        if rows is not None:
+            raise ValueError("method auto reads the data again and again: write it to a file first")
+        from staff import tryout
+
+        made = tryout.settled(made, tryout.try_ways(made, update=update, on_progress=on_progress))
     return pipeline.select(made, rows, update=update, on_progress=on_progress)
 
 

@@ -38,6 +38,8 @@ def select(arguments: Sequence[str]) -> None:
     from staff.runs import reports
 
     config, given = _parse("select", arguments)
+    if "auto" in config.method:
+        config = _tried(config, given)
     configs.check_whole(configs.unnamed(config, "data", "output") + pipeline.missing(config))
     with Bars(quiet=given.quiet) as progress:
         runs = pipeline.select(config, update=given.update, on_progress=progress)
@@ -52,6 +54,30 @@ def select(arguments: Sequence[str]) -> None:
         text + (f"\nwhat was kept, and why: {page}" if page else ""),
         told | {"report": page and str(page)},
     )
+
+
+def _tried(config: configs.SelectConfig, given: argparse.Namespace) -> configs.SelectConfig:
+    """The settings that a try-out ends with; what came out is said."""
+    from staff import tryout
+
+    with Bars(quiet=given.quiet) as progress:
+        about = tryout.try_ways(config, update=given.update, on_progress=progress)
+    if not given.json:
+        _say(given, tryout.describe_tries(about, str(config.output)), about)
+    return tryout.settled(config, about)
+
+
+def try_ways(arguments: Sequence[str]) -> None:
+    """Find out by small fine-tunings which way of choosing helps on this data; writes no coreset.
+
+    staff try --data train.jsonl --target T --draft D --validation V.jsonl --pruning-rate 0.8 --output runs/x
+    """
+    from staff import tryout
+
+    config, given = _parse("try", arguments)
+    with Bars(quiet=given.quiet) as progress:
+        about = tryout.try_ways(config, update=given.update, on_progress=progress)
+    _say(given, tryout.describe_tries(about, str(config.output)), about)
 
 
 def finetune(arguments: Sequence[str]) -> None:
@@ -299,6 +325,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "plan": plan,
     "drafts": drafts,
     "diagnose": diagnose,
+    "try": try_ways,
     "select": select,
     "score": score,
     "worker": worker,
@@ -316,6 +343,7 @@ SETTINGS: dict[str, tuple[type | None, str]] = {
     "plan": (configs.PlanConfig, "json"),
     "drafts": (configs.DraftsConfig, "quiet json"),
     "diagnose": (configs.DiagnoseConfig, "quiet json"),
+    "try": (configs.SelectConfig, "update quiet json"),
     "select": (configs.SelectConfig, "update quiet json"),
     "score": (configs.ScoreConfig, "quiet json"),
     "finetune": (configs.FinetuneConfig, "update quiet json"),

@@ -242,6 +242,25 @@ class Launch(_Checked):
     """accelerate's configuration file, for FSDP say (examples/fsdp.yaml)."""
 
 
+@dataclass(frozen=True)
+class Trying(_Checked):
+    """How --method auto and `staff try` find out which way of choosing helps."""
+
+    ways: tuple[str, ...] = ()
+    """Methods to try beside random, and dedup and drop-suspects; left out, what fits what is in the pool."""
+    try_cost: Annotated[float, Range(0, open_low=True)] = 0.1
+    """What the try-outs may cost, as a share of one fine-tuning on all data."""
+    full_epochs: SomeEpochs = 3.0
+    """Epochs of that fine-tuning, and of the coreset's own."""
+    metric: Literal["rougeL", "rouge1", "rouge2", "bleu", "chrf", "exact", "loss"] = "rougeL"
+    """What try-outs are judged by; loss hardly goes with a task's own metric across methods."""
+    metric_command: str | None = None
+    """A judge of your own: reads answers and references as JSON Lines, prints a number a row, higher is
+    better."""
+    answer_tokens: Count = 64
+    """Tokens of an answer that is judged, at most."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SelectConfig(_Checked):
     """Choose the coreset of a pool: the main job."""
@@ -280,7 +299,7 @@ class SelectConfig(_Checked):
     license: str = "unknown"
     """What the card says of the rows' licence, as the hub names it: apache-2.0, cc-by-4.0 and so on."""
     method: tuple[str, ...] = (DEFAULT_METHOD,)
-    """How samples are chosen; `staff methods` lists them. Several make a coreset each."""
+    """How samples are chosen; `staff methods` lists them, auto tries some. Several make a coreset each."""
     option: tuple[str, ...] = ()
     """Options of methods that have no flag of their own, as in num_strata=20 or part=bottom."""
     dedup: str | None = None
@@ -324,6 +343,7 @@ class SelectConfig(_Checked):
     """Which samples of a region are kept: the highest scores, or random ones."""
     seed: Seed = 42
     """One seed for the draft's sample and adapter, the draws, the picks and the fill."""
+    trying: Trying = Trying()
     reading: Reading = Reading()
     scoring: Scoring = Scoring()
     training: Training = Training()

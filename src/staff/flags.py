@@ -22,6 +22,7 @@ PLACES = {
     "data": "data validation test keep dedup drop_suspects suspect_ratio reading rows",
     "models": "model target draft draft_blocks scores candidates",
     "selection": "",
+    "trying": "trying",
     "scoring": "scoring",
     "training": "eval_data epochs max_steps draft_epochs draft_share target_epochs training "
     "lora_rank lora_alpha lora_targets",
@@ -30,6 +31,7 @@ PLACES = {
 }
 PLACE_OF = {name: place for place, names in PLACES.items() for name in names.split()}
 KINDS = {
+    "ways": "NAME", "metric_command": "COMMAND",
     "data": "FILE", "validation": "FILE", "test": "FILE", "keep": "FILE", "scores": "FILE", "picture": "FILE",
     "target": "MODEL", "draft": "MODEL", "model": "MODEL", "candidates": "MODEL", "output": "PATH",
     "method": "NAME", "option": "NAME=VALUE", "columns": "PART=COLUMN,...", "group_by": "COLUMN",

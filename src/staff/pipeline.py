@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from staff import files
-from staff.config import SelectConfig, check_whole, flat, meant, parse_shares, to_yaml, unnamed, yaml_value
+from staff.config import (
+    SelectConfig,
+    Trying,
+    check_whole,
+    flat,
+    meant,
+    parse_shares,
+    to_yaml,
+    unnamed,
+    yaml_value,
+)
 from staff.data import duplicates, hub, rows
 from staff.data.locate import locate
 from staff.methods import METHODS, Method
@@ -39,6 +49,7 @@ NO_INGREDIENTS |= {"keep", "weights", "max_unpacked", "trust_remote_code", "publ
 NO_INGREDIENTS |= {"eval_data", "merge", "report_to"}  # of a fine-tuning
 NO_INGREDIENTS |= {"workers", "engine", "ray_address", "worker_timeout", "device_map", "max_memory"}
 NO_INGREDIENTS |= {"accelerate_config"}
+NO_INGREDIENTS |= {field.name for field in dataclasses.fields(Trying)}  # of what chose the method
 
 FILES = ("scores", "validation", "keep")  # settings that name one
 

@@ -2,10 +2,57 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import logging
+import math
+import subprocess
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 
-from staff.data.duplicates import digest_of
+from staff import files
+from staff.comparison.evaluate import read_examples
+from staff.comparison.grid import UNTOUCHED, Cell, Comparison, Task, Variant
+from staff.comparison.run import WHERE, Figures, compare, finished_cells
+from staff.comparison.statistics import paired_margin
+from staff.comparison.tables import LOWER
+from staff.config import (
+    DEFAULT_METHOD,
+    DiagnoseConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    SelectConfig,
+    Trying,
+    check_whole,
+    flat,
+    meant,
+    names_of,
+    unnamed,
+)
+from staff.data import rows as reading
+from staff.data.duplicates import WORDS, digest_of
 from staff.data.rows import Rows
+from staff.diagnosis import diagnose
+from staff.methods import METHODS
+from staff.plan import finetuning_passes
+from staff.types import AGAINST_VALIDATION, Progress
+
+logger = logging.getLogger(__name__)
+
+AUTO, RANDOM, NAME = "auto", "random", "tryout"
+# ways of choosing that are a method with a setting; every other is a method's own name
+WAYS: dict[str, dict[str, Any]] = {
+    "dedup": {"method": RANDOM, "dedup": "near"},
+    "drop-suspects": {"method": RANDOM, "drop_suspects": True},
+}
+PAIR = 2  # seeds that a round adds
+FEWEST_STEPS = 10  # of a fine-tuning that says anything
+ERRORS = 2.0  # standard errors that the margin must lie beyond
+JUDGED_FOR = 600  # seconds that a user's judge may take for one model's answers
 
 
 def halves(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
@@ -13,3 +60,498 @@ def halves(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
     text, so that a row stays on its side whatever else the file holds."""
     judges = np.array([digest_of(example)[0] % 2 for example in rows.examples()], bool)
     return np.flatnonzero(~judges), np.flatnonzero(judges)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tries:
+    """What a try-out does, and what that costs.
+
+    Attributes:
+        ways: candidates, random first, in the order in which they are given up where they are too many.
+        rounds: how many ways each round has; every round adds PAIR seeds to those before it.
+        steps: of each fine-tuning.
+        passes: predicted, in scoring passes of the target over the pool (U).
+        share: the same of one full fine-tuning.
+    """
+
+    ways: tuple[str, ...]
+    rounds: tuple[int, ...]
+    steps: int
+    passes: float
+    share: float
+
+
+def try_ways(
+    config: SelectConfig, *, update: bool = False, on_progress: Progress | None = None
+) -> dict[str, Any]:
+    """Find out which way of choosing to take, or go on where that was cut off.
+
+    Leaves, in config.output, diagnosis.json, query.jsonl and judge.jsonl (halves of the validation rows),
+    tryouts/ (a comparison's folder: results.csv, a row a fine-tuning), tryout.csv and tryout.json.
+
+    Returns:
+        what tryout.json holds: chosen, reasons (sentences), ways (a row each: way, seeds, mean, margin to
+        random, error, loss_margin, passes), untouched, metric, steps, share and passes predicted and counted.
+
+    Raises:
+        ValueError: something that the user can mend.
+    """
+    output = Path(config.output or "")
+    pool, rate = _checked_pool(config)
+    files.check_mark(output, "run")
+    files.mark(output, "run")
+    queries, judges = _split(config, pool, output)
+    found = None
+    if config.draft and not config.draft.startswith("self"):
+        told: dict[str, Any] = {name: getattr(config, name) for name in ("data", "reading", "engine", "seed")}
+        told |= {"validation": str(queries), "output": str(output / "diagnosis.json"), "model": config.draft}
+        found = diagnose(DiagnoseConfig(**told), on_progress)
+        if not {"copies", "suspects", "mixed"} & set(found["signs"]):
+            logger.warning("a clean pool of one task: a tie with random is to be expected")
+    ways = _candidates(config, found)
+    num_judges = len(reading.read(judges, **_plain_reading(config)))
+    plan = plan_tries(config, ways, len(pool), rate, num_judges, found)
+    about: dict[str, Any] = {"metric": config.trying.metric_command or config.trying.metric, "ways": []}
+    if plan is None:
+        least = _least(config, ways, len(pool), rate, num_judges, found)
+        reason = (
+            f"--try-cost {config.trying.try_cost:g} of a full fine-tuning is less than two seeds of two ways "
+            f"take, which would be {least:.2g}: random, without a try"
+        )
+        logger.warning("%s", reason)
+        return _written(output, {**about, "chosen": RANDOM, "reasons": [reason]})
+    logger.warning(
+        "trying %s in %d fine-tunings of %d steps: %.2f passes of the target, %.0f %% of a full fine-tuning",
+        ", ".join(plan.ways),
+        sum(plan.rounds) * PAIR,
+        plan.steps,
+        plan.passes,
+        100 * plan.share,
+    )
+    comparison = _comparison(config, plan, rate, judges, queries, output / "tryouts")
+    left = list(plan.ways)
+    seeds: tuple[int, ...] = ()
+    judge = partial(_values, config, rate, comparison.output)
+    for number in range(len(plan.rounds)):
+        seeds = tuple((config.seed * 100 + i) % 2**32 for i in range(PAIR * (number + 1)))
+        some = {way: comparison.variants[way] for way in left}
+        compare(
+            dataclasses.replace(comparison, variants=some, seeds=seeds),
+            update=update,
+            on_progress=on_progress,
+        )
+        margins = {way: judge(way, seeds) - judge(RANDOM, seeds) for way in left if way != RANDOM}
+        if number + 1 < len(plan.rounds):
+            best = sorted(margins, key=lambda way: -float(margins[way].mean()))
+            left = [RANDOM, *best[: plan.rounds[number + 1] - 1]]
+    done, tokens = finished_cells(dataclasses.replace(comparison, seeds=seeds))
+    about |= {"steps": plan.steps, "predicted": {"passes": plan.passes, "share": plan.share}}
+    about["counted"] = _counted(config, comparison.output, done, tokens)
+    about |= _decided(config, judge, comparison.output, plan, done, left)
+    if about["chosen"] == RANDOM:
+        about["reasons"] += _larger(config, about, left)
+    return _written(output, about)
+
+
+def settled(config: SelectConfig, about: Mapping[str, Any]) -> SelectConfig:
+    """The settings of the selection that a try-out (`try_ways`) ends with, all pruning rates by one way."""
+    way = about["chosen"]
+    query = str(Path(config.output or "") / "query.jsonl")
+    return dataclasses.replace(config, **{"method": (way,), "validation": query, **WAYS.get(way, {})})
+
+
+# ---- what goes in ----
+
+
+def _checked_pool(config: SelectConfig) -> tuple[Rows, float]:
+    """The pool, and the pruning rate to try: the highest, where what is chosen matters most."""
+    missing = unnamed(config, "data", "output", "target")
+    if not config.validation:
+        missing.append(
+            "give rows of the task as it will be judged with --validation FILE: half of them judge"
+        )
+    if not config.pruning_rate and config.budget is None:
+        missing.append("say how much to keep with --pruning-rate or --budget")
+    check_whole(missing)
+    if config.method not in ((AUTO,), (DEFAULT_METHOD,)):
+        raise ValueError(f"--method {AUTO} stands alone; what it tries is named with --ways")
+    pool = reading.read(list(config.data), **config.reading.keywords())
+    rate = max(config.pruning_rate) if config.pruning_rate else 1 - (config.budget or 0) / len(pool)
+    if not 0 <= rate < 1:
+        raise ValueError(f"--budget {config.budget}: of {len(pool)} rows at least one is to be kept")
+    return pool, rate
+
+
+def _plain_reading(config: SelectConfig) -> dict[str, Any]:
+    """How rows are read that were written out again: as the pool, but for where it was found."""
+    return {**config.reading.keywords(), **dict.fromkeys(("split", "config", "revision", "dataset_info"))}
+
+
+def _split(config: SelectConfig, pool: Rows, output: Path) -> tuple[Path, Path]:
+    """The two halves of the validation rows, as files.
+
+    Raises:
+        ValueError: rows of it stand in the pool, or a half is empty.
+    """
+    rows = reading.read(config.validation, **_plain_reading(config))
+
+    def plain(example: Any) -> str:
+        return " ".join(WORDS.findall("\n".join(turn.text for turn in example.turns).casefold()))
+
+    places = {plain(example): place for place, example in enumerate(rows.examples())}
+    both = [(places[text], i) for i, e in enumerate(pool.examples()) if (text := plain(e)) in places]
+    if both:
+        pairs = ", ".join(
+            f"{rows.numbers[mine]} (row {pool.numbers[other]} of it)" for mine, other in both[:5]
+        )
+        more = f" and {len(both) - 5} more" if len(both) > 5 else ""
+        raise ValueError(
+            f"--validation {config.validation} has rows that stand in the pool too: {pairs}{more}; take them "
+            f"out of one of the two, for a model that was trained on them can't be judged by them"
+        )
+    parts = halves(rows)
+    if not all(map(len, parts)):
+        raise ValueError(
+            f"--validation {config.validation}: {len(rows)} rows are too few to steer and to judge"
+        )
+    paths = output / "query.jsonl", output / "judge.jsonl"
+    for path, positions in zip(paths, parts, strict=True):
+        rows.write_jsonl(path, positions.tolist())
+    return paths
+
+
+def _candidates(config: SelectConfig, found: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Ways to try, random first: those named, else what fits what was found in the pool."""
+    for way in config.trying.ways:
+        if way not in METHODS and way not in WAYS:
+            raise ValueError(f"--ways: there is no {way!r}; {meant(way, [*WAYS, *METHODS])}")
+    if config.trying.ways:
+        return tuple(dict.fromkeys((RANDOM, *config.trying.ways)))
+    signs = () if found is None else found["signs"]
+    likely = ["less", "rds"] if "mixed" in signs else []
+    likely += ["drop-suspects"] if "suspects" in signs else []
+    likely += ["dedup"] if "copies" in signs else []
+    others = ["dedup", *(["coverage", DEFAULT_METHOD, "staff"] if config.draft else [])]
+    return tuple(dict.fromkeys((RANDOM, *likely, *others)))[:6]
+
+
+def _comparison(
+    config: SelectConfig, plan: Tries, rate: float, judges: Path, queries: Path, output: Path
+) -> Comparison:
+    """The try-outs as a comparison of one task, whose test rows are the judging ones."""
+    usual = flat(SelectConfig())
+    own = {
+        "data",
+        "target",
+        "method",
+        "pruning_rate",
+        "budget",
+        "output",
+        "seed",
+        "validation",
+        "push_to_hub",
+    }
+    own |= {"budget_tokens", "option", "public", "license", "format", *names_of(Trying)}
+    given = {name: value for name, value in flat(config).items() if name not in own and value != usual[name]}
+
+    def of(kind: type, **more: Any) -> dict[str, Any]:
+        return {name: value for name, value in given.items() if name in names_of(kind)} | more
+
+    variants = {}
+    for way in plan.ways:
+        settings = dict(WAYS.get(way, {}))
+        variants[way] = Variant(way, METHODS[settings.pop("method", way)], settings)
+    answer = min(config.trying.answer_tokens, config.reading.max_length - 1)
+    judging = {name: value for name, value in of(EvaluateConfig).items() if name not in WHERE}
+    task = Task(
+        NAME,
+        tuple(config.data),
+        (str(judges),),
+        select={**given, "validation": str(queries)},
+        finetune=of(FinetuneConfig, max_steps=plan.steps),
+        evaluate={**judging, "max_new_tokens": answer},
+        metrics=tuple(dict.fromkeys((config.trying.metric, "loss"))),
+    )
+    return Comparison(output, config.target, {NAME: task}, variants, (rate,), (), full=False)
+
+
+# ---- what it costs ----
+
+
+def rounds_of(num_ways: int) -> tuple[int, ...]:
+    """How many ways each round has, random among them: the worse half goes, till one is left beside it."""
+    rounds = [num_ways]
+    while rounds[-1] > 2:
+        rounds.append(max(2, math.ceil(rounds[-1] / 2)))
+    return (*rounds, 2) if len(rounds) == 1 else tuple(rounds)
+
+
+def _selecting(config: SelectConfig, ways: Iterable[str]) -> float:
+    """What choosing costs at most, in U: a pass of the draft for what its needs share, one for each other."""
+    from staff.models.load import resolve
+
+    if not config.draft:
+        return 0.0
+    sizes = [
+        sum(path.stat().st_size for path in resolve(name, "").files())
+        for name in (config.draft, config.target)
+        if not name.startswith("self")
+    ]
+    r = min(1.0, sizes[0] / sizes[-1]) if len(sizes) > 1 else 0.5
+    names = [WAYS.get(way, {"method": way})["method"] for way in ways]
+    needs = {need for name in names for need in METHODS[name].needs.values()}
+    passes = {(need.model, need.quantity if need.quantity in AGAINST_VALIDATION else "") for need in needs}
+    passes |= {("raw_draft", ""), ("raw_draft", "alone")} if "drop-suspects" in ways else set()
+    total = 0.0
+    for model, quantity in passes:
+        # a gradient kept for comparing takes a pass there and two back
+        total += (0.0 if model == "pool" else 1.0 if "target" in model else r) * (
+            3 if quantity.startswith("simil") else 1
+        )
+    return total + 0.1 * any(METHODS[name].verify for name in names)
+
+
+def _judging(config: SelectConfig, n: int, judges: int, found: Mapping[str, Any] | None) -> float:
+    """What judging one model costs, in U: the references' loss, the prompts, a step for each token said."""
+    lengths = (found or {}).get("lengths", {})
+    row = sum(lengths[part]["50%"] for part in ("prompt", "response")) if lengths else 200
+    return judges / n * (2 + config.trying.answer_tokens / max(row, 1))
+
+
+def plan_tries(
+    config: SelectConfig,
+    ways: Sequence[str],
+    n: int,
+    rate: float,
+    judges: int,
+    found: Mapping[str, Any] | None = None,
+) -> Tries | None:
+    """What --try-cost buys: as many of the ways as it bears, at as many steps as the coreset's own training
+    has at most; None where it is less than two seeds of two ways."""
+    full = finetuning_passes(config.trying.full_epochs)
+    batch = config.training.batch_size
+    most = max(1, round(config.trying.full_epochs * -(-round((1 - rate) * n) // batch)))
+    fewest = min(FEWEST_STEPS, most)
+    judging = _judging(config, n, judges, found)
+    for count in range(len(ways), 1, -1):
+        some, step = tuple(ways[:count]), 2 * batch / n
+        for rounds in dict.fromkeys((rounds_of(count), (count,))):
+            cells = sum(rounds) * PAIR
+            fixed = _selecting(config, some) + judging * (cells + 1)
+            steps = min(most, int((config.trying.try_cost * full - fixed) / (cells * step)))
+            # with money left over, the last two meet over more seeds
+            while steps == most and len(rounds) < 8:
+                wider = fixed + (judging + most * step) * cells + 2 * PAIR * (judging + most * step)
+                if rounds[-1] != 2 or wider > config.trying.try_cost * full:
+                    break
+                rounds, cells = (*rounds, 2), cells + 2 * PAIR
+                fixed += 2 * PAIR * judging
+            if steps >= fewest:
+                passes = fixed + cells * steps * step
+                return Tries(some, rounds, steps, passes, passes / full)
+    return None
+
+
+def _least(
+    config: SelectConfig,
+    ways: Sequence[str],
+    n: int,
+    rate: float,
+    judges: int,
+    found: Mapping[str, Any] | None,
+) -> float:
+    """The share of a full fine-tuning that two seeds of two ways take."""
+    full, batch = finetuning_passes(config.trying.full_epochs), config.training.batch_size
+    cells = 2 * PAIR
+    passes = _selecting(config, ways[:2]) + _judging(config, n, judges, found) * (cells + 1)
+    return (passes + cells * FEWEST_STEPS * 2 * batch / n) / full
+
+
+def _counted(
+    config: SelectConfig, folder: Path, done: Mapping[Cell, Figures], tokens: int
+) -> dict[str, float]:
+    """What the try-outs took, in U: every way's choosing once, each fine-tuning, each judging by its tokens.
+
+    Args:
+        tokens: of the pool.
+    """
+    choosing: dict[str, float] = {}
+    training = judging = 0.0
+    for cell, figures in done.items():
+        choosing[cell.method] = max(choosing.get(cell.method, 0.0), figures.get("select_passes") or 0.0)
+        training += figures.get("finetune_passes") or 0.0
+        examples = read_examples(folder / figures["folder"] / "scores.jsonl")
+        said = 2 * sum(examples["prompt_tokens"]) + 2 * sum(examples["answer_tokens"])
+        judging += said / tokens
+    passes = sum(choosing.values()) + training + judging
+    parts = {"choosing": sum(choosing.values()), "training": training, "judging": judging}
+    return {**parts, "passes": passes, "share": passes / finetuning_passes(config.trying.full_epochs)}
+
+
+# ---- what came out ----
+
+
+def _values(
+    config: SelectConfig, rate: float, folder: Path, way: str, seeds: Sequence[int], metric: str = ""
+) -> np.ndarray:
+    """(S, N) of a way, higher is better: a row a seed, a column a judging row."""
+    cells = [folder / Cell(NAME, way, rate, seed).folder for seed in seeds]
+    return np.stack([_judged(config, cell, metric) for cell in cells])
+
+
+def _judged(config: SelectConfig, cell: Path, metric: str = "") -> np.ndarray:
+    metric = metric or config.trying.metric
+    examples = read_examples(cell / "scores.jsonl")
+    if config.trying.metric_command and metric != "loss":
+        return _by_command(config.trying.metric_command, cell, examples)
+    return (-1 if metric in LOWER else 1) * np.array(examples[metric], np.float64)
+
+
+def _by_command(command: str, cell: Path, examples: Mapping[str, list[Any]]) -> np.ndarray:
+    """What a user's own judge says: answers and references as JSON Lines on its standard input, a number a
+    row on its standard output; higher is better. Asked once for each model.
+
+    Raises:
+        ValueError: it fails, or says something else.
+    """
+    key = files.fingerprint([command, files.hash_file(cell / "scores.jsonl")])
+    before = files.read_checked(cell / "judged.json")
+    if before and before["key"] == key:
+        return np.array(before["values"], np.float64)
+    columns = ("row", "id", "prediction", "reference")
+    lines = zip(*(examples[name] for name in columns), strict=True)
+    names = ("row", "id", "answer", "reference")
+    given = "".join(
+        json.dumps(dict(zip(names, line, strict=True)), ensure_ascii=False) + "\n" for line in lines
+    )
+    try:
+        told = subprocess.run(
+            command,
+            shell=True,
+            input=given,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=JUDGED_FOR,
+        )
+    except (subprocess.TimeoutExpired, UnicodeDecodeError) as error:
+        raise ValueError(f"--metric-command {command}: {error}") from None
+    if told.returncode:
+        last = (told.stderr.strip().splitlines() or ["nothing on its standard error"])[-1]
+        raise ValueError(f"--metric-command {command} ended with {told.returncode}: {last}")
+    said, n = told.stdout.split("\n"), len(examples["row"])
+    said = said[:-1] if said[-1] == "" else said
+    if len(said) != n:
+        raise ValueError(
+            f"--metric-command {command} printed {len(said)} lines for {n} rows; a number a row is asked"
+        )
+    try:
+        values = [float(line) for line in said]
+    except ValueError:
+        wrong = next(i for i, line in enumerate(said) if not _is_number(line))
+        what = f"line {wrong + 1} is {said[wrong][:60]!r}"
+        raise ValueError(f"--metric-command {command}: {what}; a number a row is asked") from None
+    if not np.isfinite(values).all():
+        wrong = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise ValueError(f"--metric-command {command}: line {wrong + 1} is {said[wrong]}, which is no figure")
+    files.write_checked(cell / "judged.json", {"key": key, "values": values})
+    return np.array(values, np.float64)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _decided(
+    config: SelectConfig,
+    judge: Callable[..., np.ndarray],
+    folder: Path,
+    plan: Tries,
+    done: Mapping[Cell, Figures],
+    left: Sequence[str],
+) -> dict[str, Any]:
+    """The table, the choice and its reasons."""
+    seeds_of = {way: [int(c.seed or 0) for c in done if c.method == way] for way in plan.ways}
+    table: list[dict[str, Any]] = []
+    for way in plan.ways:
+        seeds = seeds_of[way]
+        own = judge(way, seeds)
+        margin, error = paired_margin(own - judge(RANDOM, seeds))
+        loss, _ = paired_margin(judge(way, seeds, "loss") - judge(RANDOM, seeds, "loss"))
+        passes = [figures.get("select_passes") or 0.0 for cell, figures in done.items() if cell.method == way]
+        row: dict[str, Any] = {
+            "way": way,
+            "seeds": len(seeds),
+            "mean": float(own.mean()),
+            "margin": margin,
+            "error": error,
+        }
+        low, high = margin - ERRORS * error, margin + ERRORS * error
+        table.append({**row, "low": low, "high": high, "loss_margin": loss, "passes": max(passes)})
+    untouched = next(folder / f["folder"] for cell, f in done.items() if cell.method == UNTOUCHED)
+    best = max(
+        (row for row in table if row["way"] in left and row["way"] != RANDOM), key=lambda row: row["margin"]
+    )
+    shown = f"{best['way']} lies {best['margin']:+.3g} from random, {ERRORS:g} standard errors are "
+    shown += f"{ERRORS * best['error']:.3g} ({best['seeds']} seeds)"
+    is_above = best["margin"] > ERRORS * best["error"]
+    chosen = best["way"] if is_above else RANDOM
+    reasons = [f"{shown}: {'take it' if is_above else 'random'}"]
+    if config.trying.metric == "loss" and not config.trying.metric_command:
+        reasons.append("judged by loss: across methods it hardly goes with a task's own metric (--metric)")
+    return {
+        "chosen": chosen,
+        "reasons": reasons,
+        "ways": table,
+        "untouched": float(_judged(config, untouched).mean()),
+    }
+
+
+def _larger(config: SelectConfig, about: Mapping[str, Any], left: Sequence[str]) -> list[str]:
+    """What a try-out would cost that could tell the best way from random, were its margin as it looks."""
+    best = max(
+        (row for row in about["ways"] if row["way"] in left and row["way"] != RANDOM),
+        key=lambda r: r["margin"],
+    )
+    if best["margin"] <= 0 or not best["error"]:
+        return []
+    times = (ERRORS * best["error"] / best["margin"]) ** 2
+    if times > 1000:
+        return ["no try-out of a sensible size would tell it from random"]
+    share = times * about["predicted"]["share"]
+    return [f"if that is its real margin, a try-out would tell it at --try-cost {share:.2g}"]
+
+
+def _written(output: Path, about: dict[str, Any]) -> dict[str, Any]:
+    columns = ("way", "seeds", "mean", "margin", "error", "low", "high", "loss_margin", "passes")
+    files.write_csv(
+        output / "tryout.csv", columns, ([row[name] for name in columns] for row in about["ways"])
+    )
+    files.write_json(output / "tryout.json", about)
+    return about
+
+
+def describe_tries(about: Mapping[str, Any], output: str) -> str:
+    """What came out as a person reads it."""
+    lines = ["", f"take       {about['chosen']}", *(f"{'':11}{reason}" for reason in about["reasons"])]
+    if about["ways"]:
+        lines += ["", f"{'way':18}{'seeds':>6}{about['metric'][:12]:>14}{'to random':>11}  between (2 s.e.)"]
+        lines[-1] += f"{'by loss':>16}{'choosing':>10}"
+        for row in about["ways"]:
+            lines.append(
+                f"{row['way']:18}{row['seeds']:6}{row['mean']:14.3f}{row['margin']:+11.3f}  "
+                f"{row['low']:+.3f} to {row['high']:+.3f}{row['loss_margin']:+12.3f}{row['passes']:10.2f}"
+            )
+        lines.append(f"{UNTOUCHED:24}{about['untouched']:14.3f}")
+        took, thought = about["counted"], about["predicted"]
+        lines += [
+            "",
+            f"cost       {took['passes']:.2f} passes of the target ({thought['passes']:.2f} predicted), "
+            f"{took['share']:.0%} of one full fine-tuning: choosing {took['choosing']:.2f}, training "
+            f"{took['training']:.2f}, judging {took['judging']:.2f}",
+        ]
+    return "\n".join([*lines, "", f"the try-out is in {output}: tryout.json, tryout.csv, tryouts/"])

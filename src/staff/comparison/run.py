@@ -484,6 +484,16 @@ def selection_cost(method: Method, config: SelectConfig, run: Run) -> dict[str, 
     }
 
 
+def finished_cells(comparison: Comparison) -> tuple[dict[Cell, Figures], int]:
+    """What is finished of a comparison of one task, whatever it was made for, in results.csv too; and the
+    tokens of its pool."""
+    grid = _open(comparison)
+    finished = {cell: figures for cell in comparison.cells() if (figures := _figures(grid, cell))}
+    _write_results(grid, finished)
+    (task,) = grid.comparison.tasks.values()
+    return finished, int(_lengths(grid, task)["tokens"].sum())
+
+
 def _write_results(grid: Grid, finished: Mapping[Cell, Figures]) -> Path:
     """results.csv anew: a row a finished cell, every figure with its cost."""
     rows = [{**finished[c], **_diversity(grid, c)} for c in grid.comparison.cells() if c in finished]

@@ -46,6 +46,21 @@ def resampled_means(values: np.ndarray, resamples: Resamples) -> np.ndarray:
     return np.einsum("rs,rs->r", resamples.seeds, resamples.rows @ values.T)
 
 
+def paired_margin(differences: np.ndarray) -> tuple[float, float]:
+    """The mean of paired differences, and its standard error over seeds and rows both.
+
+    The two variances are added, which counts what seeds and rows have together twice: rather too wide than
+    too narrow. Of one seed rows alone are known.
+
+    Args:
+        differences: (S, N), a row a seed and a column a test row.
+    """
+    seeds, rows = differences.shape
+    of_seeds = differences.mean(1).var(ddof=1) / seeds if seeds > 1 else 0.0
+    of_rows = differences.mean(0).var(ddof=1) / rows if rows > 1 else 0.0
+    return float(differences.mean()), float(np.sqrt(of_seeds + of_rows))
+
+
 def interval(resampled: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     """The percentile interval of resampled numbers."""
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])

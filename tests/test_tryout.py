@@ -1,0 +1,211 @@
+"""A try-out says which way of choosing helps: by hand where it decides, and once through on tiny models."""
+
+import csv
+import json
+import sys
+
+import numpy as np
+import pytest
+
+import staff
+from family import config_of, make_rows, run_staff, write_pool
+from staff import tryout
+from staff.comparison.statistics import paired_margin
+from staff.config import SelectConfig
+from staff.data.rows import read
+from staff.tryout import halves, plan_tries, rounds_of, settled, try_ways
+
+
+def config(folder, family=None, **settings):
+    models = {name: str(family / name) for name in ("target", "draft")} if family else {}
+    values = {
+        "data": str(folder / "pool.jsonl"),
+        "validation": str(folder / "few.jsonl"),
+        "pruning_rate": 0.5,
+    }
+    values |= {
+        "output": str(folder / "x"),
+        "max_length": 96,
+        "answer_tokens": 2,
+        "learning_rate": 1e-2,
+        **models,
+    }
+    return config_of(SelectConfig, **{**values, **settings})
+
+
+@pytest.fixture
+def files(tmp_path):
+    write_pool(tmp_path / "pool.jsonl", 48)
+    lines = [json.dumps(row) + "\n" for row in make_rows(90)[70:]]
+    (tmp_path / "few.jsonl").write_text("".join(lines))
+    return tmp_path
+
+
+def test_a_validation_row_stays_on_its_side_whatever_else_the_file_holds():
+    rows = make_rows(80)
+    steer, judge = halves(read(rows))
+    assert sorted([*steer, *judge]) == list(range(80))
+    assert 25 < len(steer) < 55
+    fewer = [row for i, row in enumerate(rows) if i % 3]
+    also, _ = halves(read(fewer))
+    assert {fewer[i]["id"] for i in also} == {rows[i]["id"] for i in steer if i % 3}
+
+
+def test_the_margin_counts_the_spread_of_seeds_and_of_rows():
+    differences = np.array([[1.0, 3.0, 2.0], [3.0, 5.0, 4.0]])  # seeds differ by 2, rows by 1
+    margin, error = paired_margin(differences)
+    assert margin == 3.0
+    assert error == pytest.approx(np.sqrt(2.0 / 2 + 1.0 / 3))
+    assert paired_margin(differences[:1])[1] == pytest.approx(np.sqrt(1.0 / 3))
+
+
+def test_the_worse_half_goes_until_one_is_left_beside_random():
+    assert [rounds_of(k) for k in (2, 3, 5, 6)] == [(2, 2), (3, 2), (5, 3, 2), (6, 3, 2)]
+
+
+def test_what_a_try_out_costs_is_known_before_and_too_little_buys_none(files):
+    own = config(files, try_cost=0.5, full_epochs=3, answer_tokens=10)
+    plan = plan_tries(own, ("random", "dedup"), n=4_000, rate=0.5, judges=50)
+    # two ways, two seeds each, twice; a step of eight rows costs 2 x 8 / 4000 of a pass
+    assert plan.ways == ("random", "dedup")
+    assert plan.share <= 0.5
+    cells = 2 * sum(plan.rounds)
+    by_hand = cells * plan.steps * 16 / 4_000 + (cells + 1) * 50 / 4_000 * (2 + 10 / 200)
+    assert plan.passes == pytest.approx(by_hand)
+    assert plan_tries(config(files, try_cost=0.01), ("random", "dedup"), 4_000, 0.5, 50) is None
+    small = plan_tries(config(files, try_cost=1.0), ("random", "dedup"), 40, 0.5, 4)
+    assert small is None or small.steps <= 9  # never more than the coreset's own training: 3 epochs of 3
+
+
+def test_rows_of_the_validation_file_in_the_pool_are_named(files):
+    lines = (files / "pool.jsonl").read_text().splitlines()
+    row = json.loads(lines[7])
+    row["response"] = row["response"].upper() + "  "
+    with open(files / "few.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=r"rows that stand in the pool too: 20 \(row 7 of it\)"):
+        try_ways(config(files, target="x"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"validation": None}, "half of them judge"),
+        ({"pruning_rate": []}, "how much to keep"),
+        ({"method": ["auto", "staff"]}, "auto stands alone"),
+        ({"ways": ["dedupe"]}, "did you mean 'dedup'"),
+    ],
+)
+def test_what_is_missing_or_wrong_is_said_before_any_work(files, settings, message):
+    with pytest.raises(ValueError, match=message):
+        try_ways(config(files, target="x", **settings))
+
+
+def judge_by(folder, code):
+    (folder / "judge.py").write_text(
+        f"import json, sys\nrows = [json.loads(line) for line in sys.stdin]\n{code}\n"
+    )
+    return f"{sys.executable} {folder / 'judge.py'}"
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("print('fine')", "printed 1 lines for 2 rows"),
+        ("print('1\\nnonsense')", "line 2 is 'nonsense'; a number a row is asked"),
+        ("print('1\\nnan')", "line 2 is nan, which is no figure"),
+        ("sys.exit('no judge today')", "ended with 1: no judge today"),
+    ],
+)
+def test_nonsense_from_a_users_judge_is_named(tmp_path, code, message):
+    examples = {"row": [0, 1], "id": ["a", None], "prediction": ["x", "y"], "reference": ["x", "z"]}
+    (tmp_path / "scores.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match=message):
+        tryout._by_command(judge_by(tmp_path, code), tmp_path, examples)
+
+
+def test_a_users_judge_is_asked_once_for_each_model(tmp_path):
+    examples = {"row": [0, 1], "id": ["a", None], "prediction": ["x", "y"], "reference": ["x", "z"]}
+    (tmp_path / "scores.jsonl").write_text("{}")
+    command = judge_by(tmp_path, "print(*(float(r['answer'] == r['reference']) for r in rows), sep='\\n')")
+    assert tryout._by_command(command, tmp_path, examples).tolist() == [1, 0]
+    (tmp_path / "judge.py").write_text("")
+    assert tryout._by_command(command, tmp_path, examples).tolist() == [1, 0]
+
+
+@pytest.fixture(scope="module")
+def tried(family, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tried")
+    write_pool(folder / "pool.jsonl", 48)
+    (folder / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(90)[70:]))
+    settings = {"ways": ["length"], "try_cost": 60, "metric": "loss", "seed": 3}
+    own = config(folder, family, method="auto", **settings)
+    return folder, own, try_ways(own)
+
+
+def test_ways_are_tried_at_equal_updates_and_the_table_says_what_came_out(tried):
+    folder, _, about = tried
+    assert [row["way"] for row in about["ways"]] == ["random", "length"]
+    random, length = about["ways"]
+    assert (random["margin"], random["error"]) == (0, 0)
+    with open(folder / "x" / "tryouts" / "results.csv") as file:
+        cells = [row for row in csv.DictReader(file) if row["seed"]]
+    assert {row["finetune_steps"] for row in cells} == {str(about["steps"])}
+    assert {row["seed"] for row in cells} == {str(300 + i) for i in range(length["seeds"])}
+    of = {
+        way: np.mean([float(r["loss"]) for r in cells if r["method"] == way]) for way in ("random", "length")
+    }
+    assert length["margin"] == pytest.approx(of["random"] - of["length"])  # a lower loss is better
+    assert length["mean"] == pytest.approx(-of["length"])
+    is_above = length["margin"] > 2 * length["error"]
+    assert about["chosen"] == ("length" if is_above else "random")
+    assert json.loads((folder / "x" / "tryout.json").read_text()) == about
+    assert about["predicted"]["share"] <= 60
+    assert about["counted"]["training"] > 0
+    judges = (folder / "x" / "judge.jsonl").read_text().splitlines()
+    queries = (folder / "x" / "query.jsonl").read_text().splitlines()
+    assert sorted(judges + queries) == sorted((folder / "few.jsonl").read_text().splitlines())
+    assert any("judged by loss" in reason for reason in about["reasons"])
+
+
+def test_a_finished_try_out_is_taken_up_and_the_choice_holds_for_every_rate(tried, family, monkeypatch):
+    folder, own, about = tried
+    from staff import jobs
+    from staff.scoring.scorer import Scorer
+
+    monkeypatch.setattr(jobs, "finetune", None)
+    monkeypatch.setattr(Scorer, "scores", None)
+    assert try_ways(own) == about
+    monkeypatch.undo()
+    assert settled(own, {"chosen": "dedup"}).dedup == "near"
+    assert settled(own, {"chosen": "drop-suspects"}).drop_suspects
+    assert settled(own, {"chosen": "rds"}).validation.endswith("query.jsonl")
+    told = run_staff(
+        *(
+            "select",
+            "--data",
+            folder / "pool.jsonl",
+            "--validation",
+            folder / "few.jsonl",
+            "--method",
+            "auto",
+        ),
+        *("--target", family / "target", "--draft", family / "draft", "--pruning-rate", "0.5", "0.25"),
+        *("--output", folder / "x", "--max-length", "96", "--answer-tokens", "2", "--learning-rate", "1e-2"),
+        *("--ways", "length", "--try-cost", "60", "--metric", "loss", "--seed", "3"),
+    )
+    assert told.returncode == 0, told.stderr
+    assert f"take       {about['chosen']}" in told.stdout
+    for rate, m in ((0.5, 24), (0.25, 36)):
+        coreset = folder / "x" / f"{about['chosen']}-{rate:g}" / "coreset.jsonl"
+        assert len(coreset.read_text().splitlines()) == m
+
+
+def test_too_small_a_cost_is_said_and_random_is_the_answer(files, family):
+    run = staff.select(
+        files / "pool.jsonl", method="auto", pruning_rate=0.5, output=files / "x", validation=str(files / "few.jsonl"),
+        target=str(family / "target"), draft=None, try_cost=0.001, max_length=96,
+    )  # fmt: skip
+    assert run.manifest["method"] == "random"
+    (reason,) = json.loads((files / "x" / "tryout.json").read_text())["reasons"]
+    assert "less than two seeds of two ways take" in reason
