@@ -99,10 +99,11 @@ def main() -> None:
     for name, rows in pools.items():
         write(OUTPUT / name / "train.jsonl", rows)
     write(OUTPUT / "test-60.jsonl", take(TASK, "test", 60))
-    write(OUTPUT / "test-50.jsonl", take(TASK, "test", 50))
+    write(OUTPUT / "test-30.jsonl", take(TASK, "test", 30))
     # of the training file, behind the pool: the validation file has too few rows so short
     validation = take(TASK, "train", VALIDATION, first=ROWS)
     write(OUTPUT / "validation.jsonl", validation)
+    write(OUTPUT / "validation-100.jsonl", validation[:100])
     # what steers auto steers rds and less too; 50 rows, the rest of that half is not needed
     steering, _ = halves(read(OUTPUT / "validation.jsonl"))
     write(OUTPUT / "query.jsonl", [validation[i] for i in steering[:QUERY]])

@@ -56,7 +56,7 @@ from staff.models.files import Source, tokenizer_fingerprint, with_date
 from staff.runs.account import stages_of
 from staff.runs.keys import model_specs, pool_key
 from staff.runs.outputs import Run
-from staff.types import AGAINST_VALIDATION, Progress, Stage
+from staff.types import AGAINST_VALIDATION, Need, Progress, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -455,8 +455,13 @@ def selection_cost(method: Method, config: SelectConfig, run: Run) -> dict[str, 
     target of a baseline too; verification counts by the samples it asked for. Loading models counts for none.
     """
     stages, specs = stages_of(run.cost), model_specs(config)
-    shares: dict[Stage, float] = {Stage("tokenise"): 1.0} if method.models() else {}
-    for need in method.needs.values():
+    needs = list(method.needs.values())
+    if config.drop_suspects:
+        needs += [Need("raw_draft", name) for name in ("loss", "unconditional_loss")]
+    shares: dict[Stage, float] = {}
+    shares |= {Stage("tokenise"): 1.0} if method.models() or config.drop_suspects else {}
+    shares |= {Stage("dedup"): 1.0} if config.dedup else {}
+    for need in needs:
         if need.model not in specs:
             continue
         spec = specs[need.model]
