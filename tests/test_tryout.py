@@ -138,7 +138,7 @@ def tried(family, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tried")
     write_pool(folder / "pool.jsonl", 48)
     (folder / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(90)[70:]))
-    settings = {"ways": ["length"], "try_cost": 60, "metric": "loss", "seed": 3}
+    settings = {"ways": ["length"], "try_cost": 2.5, "metric": "loss", "seed": 3}
     own = config(folder, family, method="auto", **settings)
     return folder, own, try_ways(own)
 
@@ -160,7 +160,7 @@ def test_ways_are_tried_at_equal_updates_and_the_table_says_what_came_out(tried)
     is_above = length["margin"] > 2 * length["error"]
     assert about["chosen"] == ("length" if is_above else "random")
     assert json.loads((folder / "x" / "tryout.json").read_text()) == about
-    assert about["predicted"]["share"] <= 60
+    assert about["predicted"]["share"] <= 2.5
     assert about["counted"]["training"] > 0
     judges = (folder / "x" / "judge.jsonl").read_text().splitlines()
     queries = (folder / "x" / "query.jsonl").read_text().splitlines()
@@ -192,7 +192,7 @@ def test_a_finished_try_out_is_taken_up_and_the_choice_holds_for_every_rate(trie
         ),
         *("--target", family / "target", "--draft", family / "draft", "--pruning-rate", "0.5", "0.25"),
         *("--output", folder / "x", "--max-length", "96", "--answer-tokens", "2", "--learning-rate", "1e-2"),
-        *("--ways", "length", "--try-cost", "60", "--metric", "loss", "--seed", "3"),
+        *("--ways", "length", "--try-cost", "2.5", "--metric", "loss", "--seed", "3"),
     )
     assert told.returncode == 0, told.stderr
     assert f"take       {about['chosen']}" in told.stdout

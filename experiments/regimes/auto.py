@@ -1,6 +1,6 @@
 """What auto chooses in a regime, by try-outs judged by loss: python experiments/regimes/auto.py REGIME SEED
 
-Its coreset is then the one of the way that it chose, at the same seed: that cell is in the regime's comparison.
+Its coreset is then the one of the way that it chose, at the same seed: a cell of the regime's comparison.
 """
 
 import json
@@ -13,8 +13,8 @@ from staff.tryout import try_ways
 
 DATA = Path("runs/data/regimes")
 RATES = {"clean": 0.9, "copies": 0.9, "mixed": 0.9, "clean-98": 0.98}
-# a pool of 1,200 rows is small: a try-out of 20 steps is a quarter of a pass, so that a few take more than the
-# fine-tuning that they are to save; what they need was given
+# a pool of 1,200 rows is small: a try-out of 20 steps is a quarter of a pass, so that a few take more than
+# the fine-tuning that they are to save; what they need was given
 COST = 1.6
 
 

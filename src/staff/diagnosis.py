@@ -4,6 +4,7 @@ diagnose`)."""
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 import unicodedata
 import zlib
@@ -68,11 +69,15 @@ def diagnose(config: DiagnoseConfig, on_progress: Progress | None = None) -> dic
         inputs = Inputs(contents, {"draft": f"--model {config.model}"})
         inputs["data"] = fingerprint_rows(some)
         stand_in = SelectConfig(seed=config.seed, reading=config.reading, engine=config.engine)
+        beside = {name: _others(config, name) for name in ("validation", "test")}
+        contents_of = {name: fingerprint_rows(rows) for name, rows in beside.items() if rows}
+        made_of = files.fingerprint([ingredients(config), dict(inputs), len(pool), contents_of])
+        if before := _finished(output, made_of):
+            return before
         run.begin(ingredients(stand_in), inputs, update=True)
         found: dict[str, Any] = {"n": len(pool), "rows": len(some), "model": config.model}
         found |= {"skipped": len(pool.skipped), "copies": copies(pool), "sources": _sources(some)}
         found["scripts"] = _shares(map(script_of, some.examples()))
-        beside = {name: _others(config, name) for name in ("validation", "test")}
         found |= {name: other and copied_rows(pool, other, config.seed) for name, other in beside.items()}
         from staff.runs.pieces import Pieces  # torch comes in here
 
@@ -96,9 +101,18 @@ def diagnose(config: DiagnoseConfig, on_progress: Progress | None = None) -> dic
         pieces.free()
         found["signs"] = _signs(found)
         found["advice"] = _advice(found, config)
+        found["made_of"] = made_of
         files.write_json(output, found)
     files.remove(unfinished)
     return found
+
+
+def _finished(output: Path, made_of: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(output.read_text(encoding="utf-8"))
+        return found if found["made_of"] == made_of else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _others(config: DiagnoseConfig, name: str) -> Rows | None:
