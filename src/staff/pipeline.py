@@ -51,6 +51,7 @@ NO_INGREDIENTS |= {"workers", "engine", "ray_address", "worker_timeout", "device
 NO_INGREDIENTS |= {"accelerate_config"}
 NO_INGREDIENTS |= {field.name for field in dataclasses.fields(Trying)}  # of what chose the method
 
+QUERY = "query.jsonl"  # of a try-out, in the run's own folder: nothing here writes it
 FILES = ("scores", "validation", "keep")  # settings that name one
 
 
@@ -89,6 +90,8 @@ def select(
     paths = located.paths if located and located.keep is None else ()
     if config.output:
         given = {f"--{name}": [Path(path)] for name in FILES if (path := getattr(config, name))}
+        if config.validation and Path(config.validation) == Path(config.output) / QUERY:
+            del given["--validation"]
         given |= {f"--{name}": source.files() for name, source in sources.items()}
         files.check_outputs([Path(config.output)], {**given, "--data": paths})
     with open_run(config.output or tempfile.mkdtemp(prefix="staff-"), "run", on_progress) as run:

@@ -38,6 +38,7 @@ from staff.data.duplicates import WORDS, digest_of
 from staff.data.rows import Rows
 from staff.diagnosis import diagnose
 from staff.methods import METHODS
+from staff.pipeline import QUERY
 from staff.plan import finetuning_passes
 from staff.types import AGAINST_VALIDATION, Progress
 
@@ -156,7 +157,7 @@ def try_ways(
 def settled(config: SelectConfig, about: Mapping[str, Any]) -> SelectConfig:
     """The settings of the selection that a try-out (`try_ways`) ends with, all pruning rates by one way."""
     way = about["chosen"]
-    query = str(Path(config.output or "") / "query.jsonl")
+    query = str(Path(config.output or "") / QUERY)
     return dataclasses.replace(config, **{"method": (way,), "validation": query, **WAYS.get(way, {})})
 
 
@@ -214,7 +215,7 @@ def _split(config: SelectConfig, pool: Rows, output: Path) -> tuple[Path, Path]:
         raise ValueError(
             f"--validation {config.validation}: {len(rows)} rows are too few to steer and to judge"
         )
-    paths = output / "query.jsonl", output / "judge.jsonl"
+    paths = output / QUERY, output / "judge.jsonl"
     for path, positions in zip(paths, parts, strict=True):
         rows.write_jsonl(path, positions.tolist())
     return paths
