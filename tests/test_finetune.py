@@ -3,16 +3,12 @@ bytes."""
 
 import json
 import multiprocessing
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
 
 import staff
 from family import config_of, write_pool
@@ -275,45 +271,6 @@ def test_a_fine_tuning_killed_in_the_middle_of_an_epoch_ends_with_the_same_bytes
     )
     assert whole == resumed
     assert json.loads((output / "adapter_config.json").read_text())["r"] == 2
-
-
-ON_TWO = """
-import os
-import sys
-from pathlib import Path
-
-import numpy as np
-import torch
-
-from staff.models.finetune import train_lora
-from tiny import make_model, make_pool
-
-pool = make_pool(tuple(np.random.default_rng(3).integers(4, 30, 44).tolist()))
-out = Path(sys.argv[1]) / os.environ["RANK"]
-train_lora(make_model("llama", torch.float32), pool, np.arange(44), out, epochs=1, batch_size=4, lora_rank=2)
-"""
-
-
-def test_two_processes_train_one_model(tmp_path):
-    script = tmp_path / "on_two.py"
-    script.write_text(ON_TWO)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(script),
-        str(tmp_path),
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    one, other = (load_file(tmp_path / rank / "adapter_model.safetensors") for rank in ("0", "1"))
-    assert one
-    assert all(np.array_equal(one[name], other[name]) for name in one)
-    assert any(np.abs(values).max() > 0 for name, values in one.items() if "lora_B" in name)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

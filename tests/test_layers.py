@@ -88,6 +88,7 @@ def test_imports_run_down(module):
             and (name, parts[1]) not in EXCEPTIONS
         ):
             assert row[parts[1]] >= row[name], f"{name} imports {parts[1]}"
+        assert parts[0] != "ray" or path.name == "on_ray.py", f"{path} imports {imported}"
         if parts[0] in HUGGING_FACE:
             assert {name, str(path.relative_to(SOURCE).with_suffix(""))} & KNOWS_HUGGING_FACE, (
                 f"{path} imports {imported}"
