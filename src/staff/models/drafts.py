@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from torch import nn
 
@@ -34,24 +36,24 @@ def chosen_blocks(total: int, keep: int, which: str) -> list[int]:
     raise ValueError(f"draft blocks must be one of {', '.join(CHOICES)}; found {which!r}")
 
 
-def cut(model: nn.Module, keep: int, which: str = "first") -> nn.Module:
+def cut(model: nn.Module, keep: int | Sequence[int], which: str = "first") -> nn.Module:
     """Keep some of a model's blocks, in place; embeddings, final norm and head stay.
 
     Args:
         model: a causal language model, changed and returned.
-        keep: blocks kept.
+        keep: how many blocks are kept, or which, in order.
         which: see `chosen_blocks`.
 
     Raises:
         ValueError: more blocks than there are, or blocks that need one another.
     """
     blocks = anatomy.blocks(model)
+    chosen = chosen_blocks(len(blocks), keep, which) if isinstance(keep, int) else keep
     if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
         raise ValueError(
-            f"self:{keep}: {type(model).__name__} shares keys and values between its blocks, so "
+            f"self:{len(chosen)}: {type(model).__name__} shares keys and values between its blocks, so "
             f"none can be left out"
         )
-    chosen = chosen_blocks(len(blocks), keep, which)
     kept = [blocks[i] for i in chosen]
     config = model.config.get_text_config()
     for name in ("layer_types", "mlp_layer_types", "no_rope_layers"):
@@ -59,7 +61,7 @@ def cut(model: nn.Module, keep: int, which: str = "first") -> nn.Module:
             setattr(config, name, [getattr(config, name)[i] for i in chosen])
     del blocks[:]
     blocks.extend(kept)
-    config.num_hidden_layers = keep
+    config.num_hidden_layers = len(kept)
     for index, block in enumerate(blocks):  # where a cache would keep this block's keys
         for module in block.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
