@@ -1,5 +1,6 @@
 """report.html and comparison.html as files: what they say of each kind of run, and that they fail none."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -13,7 +14,8 @@ import staff
 from family import run_staff, write_pool
 from reporting import HOSTILE, finish_run, write_rows
 from staff.report import facts as told
-from staff.report import figures
+from staff.report import figures, notebook
+from staff.report.run_page import run_page
 from staff.runs import reports
 
 
@@ -89,6 +91,18 @@ def test_a_run_of_every_kind_has_its_page(tmp_path):
     assert grid.count("<article") == 4
     assert "staff, 80% pruned" in words(grid)
     assert page_of(tmp_path / "grid" / "staff-0.5").count("<article") == 1
+
+
+def test_strata_that_are_no_intervals_are_clusters(verified):
+    run, _ = verified
+    clusters = [dataclasses.replace(r, lower=np.nan, upper=np.nan) for r in run.selection.regions]
+    cell = dataclasses.replace(run.facts, regions=clusters)
+    said = words(run_page([cell], {}, None))
+    assert "A region holds samples that are alike" in said
+    assert "no. 1 " in said
+    assert [r["from"] for r in told.strata(cell)][:2] == ["1", "2"]
+    chart = notebook.regions(cell).to_dict()
+    assert chart["vconcat"][0]["layer"][0]["encoding"]["x"]["axis"]["title"] == "cluster"
 
 
 @pytest.mark.parametrize("n", [2, 10])

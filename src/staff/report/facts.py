@@ -68,9 +68,14 @@ class Facts:
         return COLUMN_TITLES.get(column, column)
 
     @property
+    def are_intervals(self) -> bool:
+        """Whether regions are intervals of the score; else they are clusters of like samples."""
+        return self.score is not None and all(math.isfinite(region.upper) for region in self.regions)
+
+    @property
     def region_title(self) -> str:
         """What the regions are intervals of."""
-        return self.word(self.score) if self.score else "cluster"
+        return self.word(self.score) if self.score and self.are_intervals else "cluster"
 
     @property
     def kept(self) -> np.ndarray:
@@ -104,7 +109,7 @@ def strata(facts: Facts) -> list[Record]:
     told: list[Record] = []
     of_rows, score = facts.columns.get("region"), facts.columns.get(facts.score or "")
     labels = facts.columns.get("group")
-    are_intervals = score is not None and all(map(math.isfinite, (r.upper for r in facts.regions)))
+    are_intervals = facts.are_intervals
     is_left = ~np.isin(facts.columns["row"], list(facts.dropped))
     members: dict[str, list[int]] = {}
     for number, region in enumerate(facts.regions):

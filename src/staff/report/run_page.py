@@ -139,10 +139,8 @@ def _title(cell: Facts) -> str:
 def _foot(cell: Facts, names: Mapping[str, str]) -> str:
     made = [f"staff {cell.manifest.get('staff') or ''}".strip(), f"seed {cell.manifest.get('seed', '–')}"]
     made.append(f"ended {cell.manifest.get('ended', '–')}")
-    again = f" <code>staff report {escaped(names['folder'])}</code> makes this page again." * (
-        "folder" in names
-    )
-    return f"<footer><p>{escaped(', '.join(made))}.{again} One file, which fetches nothing.</p></footer>"
+    again = f"<code>staff report {escaped(names.get('folder', ''))}</code> makes this page again."
+    return f"<footer><p>{escaped(', '.join(made))}. {again} One file, which fetches nothing.</p></footer>"
 
 
 # ---- a coreset ----
@@ -352,7 +350,9 @@ SCORES = {
 
 def _regions_words(cell: Facts) -> str:
     words = SCORES.get(cell.score or "", "")
-    words += f"A <dfn>region</dfn> holds samples {'of like score' if cell.score else 'that are alike'}. "
+    words += (
+        f"A <dfn>region</dfn> holds samples {'of like score' if cell.are_intervals else 'that are alike'}. "
+    )
     if any(record["region"] < 0 for record in told.strata(cell)):
         words += "The hardest were set aside first: many of them are mistakes. "
     if cell.verified.any():
