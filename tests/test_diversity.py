@@ -2,14 +2,12 @@
 
 import csv
 import json
-import logging
 
 import numpy as np
 import pytest
 import yaml
 
 from family import comparison_file
-from staff import graph
 from staff.comparison import diversity
 from staff.comparison import run as comparing
 from staff.comparison.grid import FULL, UNTOUCHED, read_comparison
@@ -62,16 +60,16 @@ def test_the_nearest_distance_is_that_of_every_pair_looked_at():
     assert np.linalg.norm(dense, axis=1) == pytest.approx(np.ones(90))
     chosen = np.arange(0, 90, 4)
     similar = dense[chosen] @ dense[chosen].T - 2 * np.eye(len(chosen))
-    assert diversity.spread(space, chosen)["nearest"] == pytest.approx((1 - similar.max(1)).mean(), abs=1e-6)
+    assert diversity.apart(space, chosen)["nearest"] == pytest.approx((1 - similar.max(1)).mean(), abs=1e-6)
 
 
 def test_cutting_the_products_up_changes_nothing_and_asking_a_few_samples_little(monkeypatch):
     space = diversity.text_space(texts(300))
-    whole = diversity.spread(space, np.arange(300))
+    whole = diversity.apart(space, np.arange(300))
     monkeypatch.setattr(diversity, "SIMILARITIES_AT_ONCE", 1000)
-    assert diversity.spread(space, np.arange(300)) == whole
+    assert diversity.apart(space, np.arange(300)) == whole
     monkeypatch.setattr(diversity, "NUM_ASKED", 100)
-    assert diversity.spread(space, np.arange(300))["nearest"] == pytest.approx(whole["nearest"], rel=0.2)
+    assert diversity.apart(space, np.arange(300))["nearest"] == pytest.approx(whole["nearest"], rel=0.2)
 
 
 def test_a_coreset_of_one_topic_covers_its_clusters_alone_and_copies_lie_at_no_distance():
@@ -80,14 +78,12 @@ def test_a_coreset_of_one_topic_covers_its_clusters_alone_and_copies_lie_at_no_d
     assert len(np.unique(space["labels"])) == 9
     one, all_topics = np.arange(0, 90, 3), np.arange(30)
     of_one = len(np.unique(space["labels"][one])) / 9
-    assert (
-        diversity.spread(space, one)["clusters"] == of_one < diversity.spread(space, all_topics)["clusters"]
-    )
-    assert diversity.spread(space, np.arange(90))["clusters"] == 1
+    assert diversity.apart(space, one)["clusters"] == of_one < diversity.apart(space, all_topics)["clusters"]
+    assert diversity.apart(space, np.arange(90))["clusters"] == 1
     twice = diversity.text_space([*pool[:6], *pool[:6]])
-    assert diversity.spread(twice, np.arange(12))["nearest"] == pytest.approx(0, abs=1e-6)
+    assert diversity.apart(twice, np.arange(12))["nearest"] == pytest.approx(0, abs=1e-6)
     apart = diversity.text_space(["river water", "engine wheel", "violin bow"])
-    assert diversity.spread(apart, np.arange(3)) == {"nearest": 1, "clusters": 1}
+    assert diversity.apart(apart, np.arange(3)) == {"nearest": 1, "clusters": 1}
 
 
 def test_the_same_texts_make_the_same_space_to_the_byte():
@@ -100,10 +96,10 @@ def test_the_same_texts_make_the_same_space_to_the_byte():
 )
 def test_odd_pools_have_a_space_too(pool):
     space = diversity.text_space(pool)
-    found = diversity.spread(space, np.arange(len(pool)))
+    found = diversity.apart(space, np.arange(len(pool)))
     assert found["clusters"] == 1
     assert np.isnan(found["nearest"]) == (len(pool) == 1)
-    assert diversity.spread(space, np.empty(0, np.int64))["clusters"] == 0
+    assert diversity.apart(space, np.empty(0, np.int64))["clusters"] == 0
 
 
 def test_every_coreset_has_its_figures_and_the_report_a_table(finished):
@@ -137,7 +133,7 @@ def test_a_folder_from_before_gets_its_columns_and_no_cell_is_done_again(finishe
     compare(finished)
     assert (finished.output / "results.csv").read_text() == before
     monkeypatch.setattr(diversity, "text_space", lambda *_: pytest.fail("the space was made again"))
-    monkeypatch.setattr(diversity, "spread", lambda *_: pytest.fail("a coreset was looked at again"))
+    monkeypatch.setattr(diversity, "apart", lambda *_: pytest.fail("a coreset was looked at again"))
     compare(finished)
     assert (finished.output / "results.csv").read_text() == before
     assert {path: path.stat().st_mtime_ns for path in cells} == cells
@@ -170,27 +166,9 @@ def test_rows_that_were_skipped_leave_gaps_and_one_coreset_alone_lies_in_the_run
     kept = [json.loads(line) for i, line in enumerate(lines) if i not in (3, 20)]
     space = diversity.text_space(f"{row['prompt']}\n{row['response']}" for row in kept)
     chosen = [i for i, given in enumerate(kept) if int(given["id"][1:]) in indices]
-    assert {name: float(row[name]) for name in ("nearest", "clusters")} == diversity.spread(
+    assert {name: float(row[name]) for name in ("nearest", "clusters")} == diversity.apart(
         space, np.array(chosen)
     )
-
-
-def test_without_the_library_the_columns_stay_empty_and_it_is_said_once(finished, monkeypatch, caplog):
-    for path in (
-        *finished.output.glob("cells/**/diversity.json"),
-        *finished.output.glob("selections/*/space-*.npz"),
-    ):
-        path.unlink()
-    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
-        patch.setattr(graph.importlib.util, "find_spec", lambda name: None)
-        compare(finished)
-    assert caplog.text.count("pip install 'staff-coreset[graph]'") == 1
-    assert {row["nearest"] for row in rows_of(finished)} == {""}
-    assert (
-        "| random | 0." in report(finished.output, {"sums": ("rougeL",)}, plots=False).split("# Diversity")[1]
-    )
-    compare(finished)
-    assert {row["nearest"] for row in rows_of(finished) if row["method"] != UNTOUCHED} != {""}
 
 
 def test_a_coreset_that_is_gone_is_said_and_left_open(finished, caplog):

@@ -6,8 +6,6 @@ import pytest
 
 from staff import graph
 
-pytest.importorskip("sklearn")
-
 
 def blobs(n=1200, num_blobs=12, seed=0):
     draw = np.random.default_rng(seed)
@@ -124,12 +122,6 @@ def test_features_without_numbers_are_refused_by_position():
             make(features, seed=0)
         with pytest.raises(ValueError, match="one row a sample"):
             make(np.ones(5), seed=0)
-
-
-def test_without_scikit_learn_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr(graph.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"staff-coreset\[graph\]"):
-        graph.clusters(blobs(100)[0], seed=0)
 
 
 def test_what_a_need_has_behind_its_dot_is_made():

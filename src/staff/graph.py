@@ -1,11 +1,7 @@
-"""Neighbours and clusters of features as plain arrays, so that methods need numpy alone.
-
-scikit-learn; optional extra `graph`.
-"""
+"""Neighbours and clusters of features as plain arrays, so that methods need numpy alone. scikit-learn."""
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import warnings
 from collections.abc import Callable
@@ -130,7 +126,6 @@ def _cluster(
     features: np.ndarray, num_clusters: int, seed: int, rows_a_cluster: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(labels, centres) by k-means on `rows_a_cluster` drawn rows a cluster; the same for the same seed."""
-    need_sklearn()
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
@@ -154,7 +149,6 @@ def _project(features: np.ndarray, seed: int) -> np.ndarray:
     """(n, 64) principal components of the rows, those of 20,000 drawn ones; narrow rows as they are."""
     if features.shape[1] <= PROJECTED:
         return features
-    need_sklearn()
     from sklearn.decomposition import PCA
 
     drawn = _draw(len(features), APPROXIMATE_ABOVE, seed)
@@ -226,13 +220,6 @@ def _lowest_by_sorting(values: np.ndarray, count: int) -> np.ndarray:
 
 def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.einsum("nd,nd->n", a, a)[:, None] - 2 * (a @ b.T) + np.einsum("nd,nd->n", b, b)
-
-
-def need_sklearn() -> None:
-    """Raise ImportError, with the cure, where scikit-learn is not there."""
-    if importlib.util.find_spec("sklearn") is None:
-        what = "clusters, and neighbours among more than 20,000 samples, need scikit-learn"
-        raise ImportError(f"{what}: pip install 'staff-coreset[graph]'")
 
 
 def _check(features: np.ndarray) -> np.ndarray:

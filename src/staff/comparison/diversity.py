@@ -1,4 +1,4 @@
-"""How far the samples of a coreset lie apart, in a space of words. scikit-learn; optional extra `graph`."""
+"""How far the samples of a coreset lie apart, in a space of words."""
 
 from __future__ import annotations
 
@@ -28,11 +28,7 @@ def text_space(texts: Iterable[str], *, seed: int = 0) -> dict[str, np.ndarray]:
     Returns:
         data, indices, indptr, shape: the (n, words) vectors as scipy's CSR has them; labels (n,) int64: of
         min(100, n / 10) clusters.
-
-    Raises:
-        ImportError: scikit-learn is not there.
     """
-    graph.need_sklearn()
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
     from threadpoolctl import threadpool_limits
@@ -57,7 +53,7 @@ def text_space(texts: Iterable[str], *, seed: int = 0) -> dict[str, np.ndarray]:
     return {**parts, "shape": np.array(vectors.shape), "labels": labels}
 
 
-def spread(space: Mapping[str, np.ndarray], positions: np.ndarray, *, seed: int = 0) -> dict[str, float]:
+def apart(space: Mapping[str, np.ndarray], positions: np.ndarray, *, seed: int = 0) -> dict[str, float]:
     """How far a coreset's samples lie apart, and how much of the pool's ground they cover.
 
     Args:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from staff import graph, jobs, pipeline
+from staff import jobs, pipeline
 from staff.comparison import diversity
 from staff.comparison import evaluate as evaluation
 from staff.comparison.grid import (
@@ -82,12 +82,10 @@ class Grid:
     Attributes:
         comparison: its target as every library loads it.
         contents: "target", and each file or name of a task's pool and test -> fingerprint.
-        tells_diversity: scikit-learn is there.
     """
 
     comparison: Comparison
     contents: Mapping[str, str]
-    tells_diversity: bool
 
     def place(self, *names: str) -> Path:
         return self.comparison.output.joinpath(*names)
@@ -205,13 +203,7 @@ def _open(comparison: Comparison) -> Grid:
     begun = comparison.output / "begun.json"
     tasks = {name: _dated(comparison, task, source, begun) for name, task in comparison.tasks.items()}
     comparison = dataclasses.replace(comparison, tasks=tasks)
-    try:
-        graph.need_sklearn()
-        tells_diversity = True
-    except ImportError as error:
-        logger.warning("how diverse coresets are stays open: %s", error)
-        tells_diversity = False
-    return Grid(comparison, contents, tells_diversity)
+    return Grid(comparison, contents)
 
 
 def _dated(comparison: Comparison, task: Task, source: Source, begun: Path) -> Task:
@@ -392,8 +384,8 @@ def _lengths(grid: Grid, task: Task) -> dict[str, np.ndarray]:
 
 
 def _diversity(grid: Grid, cell: Cell) -> dict[str, float]:
-    """`diversity.spread` of a finished cell, from its row numbers on disk; kept beside the cell."""
-    if cell.method == UNTOUCHED or not grid.tells_diversity:
+    """`diversity.apart` of a finished cell, from its row numbers on disk; kept beside the cell."""
+    if cell.method == UNTOUCHED:
         return {}
     task = grid.comparison.tasks[cell.task]
     made_of = fingerprint([_made_of(grid, cell), _space_key(grid, task)])
@@ -409,7 +401,7 @@ def _diversity(grid: Grid, cell: Cell) -> dict[str, float]:
     space = _space(grid, task)
     numbers = space["numbers"]
     positions = np.arange(len(numbers)) if rows is None else np.searchsorted(numbers, rows)
-    spread = diversity.spread(space, positions)
+    spread = diversity.apart(space, positions)
     figures = {name: value for name, value in spread.items() if not np.isnan(value)}
     write_checked(path, {"made_of": made_of, "figures": figures})
     return figures
