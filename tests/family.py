@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from staff.config import from_mapping
 
 SETTINGS = {
+    "method": "staff",
     "pruning_rate": 0.7,
     "num_regions": 5,
     "verification_budget": 3,

@@ -133,7 +133,7 @@ def test_a_draft_never_sees_what_was_set_aside(family, tmp_path):
     rows = make_rows(30)
     rows = rows[:20] + [{**row, "id": f"again {row['id']}"} for row in rows[:10]] + rows[20:]
     models = {"target": str(family / "target"), "draft": str(family / "draft")}
-    small = {"num_regions": 3, "verification_budget": 2, "batch_tokens": 512}
+    small = {"method": "staff", "num_regions": 3, "verification_budget": 2, "batch_tokens": 512}
     settings = {**models, **small, "dedup": "exact", "pruning_rate": 0.5}
     run = staff.select(rows, output=tmp_path / "x", **settings)
     assert run.cost["stages"]["score on the draft"]["samples"] == 30
@@ -204,7 +204,14 @@ def test_suspects_are_those_whose_prompt_does_not_help_and_no_method_takes_one(m
 
 def test_suspects_are_left_out_inside_groups_too(models, tmp_path):
     rows = [{**row, "source": "ab"[i % 2]} for i, row in enumerate(make_rows(30))]
-    told = {"drop_suspects": True, "group_by": "source", "pruning_rate": 0.7, **models, **SMALL}
+    told = {
+        "method": "staff",
+        "drop_suspects": True,
+        "group_by": "source",
+        "pruning_rate": 0.7,
+        **models,
+        **SMALL,
+    }
     run = staff.select(rows, output=tmp_path / "x", **told)
     suspects = {line["row"] for line in dropped(run)}
     assert suspects

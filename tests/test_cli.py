@@ -15,6 +15,8 @@ from family import write_pool
 
 STAFF = [sys.executable, "-m", "staff.cli"]
 SMALL = [
+    "--method",
+    "staff",
     "--pruning-rate",
     "0.7",
     "--num-regions",

@@ -118,7 +118,7 @@ def test_a_damaged_result_of_a_finished_run_is_written_again(tmp_path):
 
 def test_scores_of_all_rows_lie_beside_the_coreset_and_go_in_again(family, tmp_path):
     models = {"target": str(family / "target"), "draft": str(family / "draft")}
-    run = staff.select(ROWS, output=tmp_path / "x", **models, **SMALL)
+    run = staff.select(ROWS, method="staff", output=tmp_path / "x", **models, **SMALL)
     table = pq.read_table(run.path / "scores.parquet").to_pydict()
     names = ["row", "id", "effort", "loss", "prompt_tokens", "response_tokens"]
     assert list(table) == [*names, "target_effort", "region", "verified", "weight", "selected"]
@@ -134,9 +134,8 @@ def test_scores_of_all_rows_lie_beside_the_coreset_and_go_in_again(family, tmp_p
     assert table["response_tokens"] == [
         len(row["response"]) + 1 for row in ROWS
     ]  # a token a letter, and the end of turn
-    again = staff.select(
-        ROWS, output=tmp_path / "y", scores=str(run.path / "scores.parquet"), target=models["target"], **SMALL
-    )
+    own = {"method": "staff", "scores": str(run.path / "scores.parquet"), "target": models["target"]}
+    again = staff.select(ROWS, output=tmp_path / "y", **own, **SMALL)
     assert again.indices.tolist() == run.indices.tolist()
     assert "score" in pq.read_schema(tmp_path / "y" / "scores.parquet").names
 

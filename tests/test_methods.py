@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+import types
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from staff.methods import COSTS, METHODS, cost, entry, methods_table
 from staff.methods.features import neighbour_distances
 from staff.methods.groups import select_by_group, share_by_size, share_by_wish, wanted_shares
 from staff.methods.overlap import nestedness, overlap, overlaps
+from staff.methods.spread import ordered
 from staff.methods.verification import default_regions, default_verified
 from staff.types import Need
 
@@ -42,6 +44,7 @@ def numbers(name, n, seed=0, equal=False):
     features = np.ones((n, 6), np.float32) if equal else draw.normal(size=(n, 6)).astype(np.float32)
     made = {
         "scores": np.full(n, 2.0) if equal else draw.lognormal(size=n),
+        "loss": np.full(n, 2.0) if equal else draw.lognormal(size=n),
         "unconditional_loss": np.full(n, 2.0) if equal else draw.lognormal(size=n),
         "features": features,
         "neighbours": nearest(features, 10),
@@ -100,6 +103,9 @@ def test_an_array_of_the_wrong_length_or_none_is_refused(name):
         with pytest.raises(ValueError, match=need):
             METHODS[name].select(50, budget=10, rng=rng(), **{**arguments, need: arguments[need][:49]})
         arguments.pop(need)
+        if need in METHODS[name].optional:
+            assert len(METHODS[name].select(50, budget=10, rng=rng(), **arguments).indices) == 10
+            continue
         with pytest.raises(ValueError, match=f"needs {need}"):
             METHODS[name].select(50, budget=10, rng=rng(), **arguments)
 
@@ -877,3 +883,70 @@ def test_an_ablation_is_a_changed_need_and_its_cost_follows():
     assert cost(entry(METHODS["ccs"].function, needs={"scores": "draft/effort"})) == "(2·T·f + 1)·r"
     variant = entry(METHODS["staff"].function, needs={"scores": "tiny/effort"}, verify="target/effort")
     assert cost(variant) == "cost(tiny) + v"
+
+
+# spread
+
+
+def test_every_start_keeps_every_sample_equally_often_and_neighbours_in_the_order_are_alike():
+    n, budget = 23, 5
+    scores, clusters = rng(1).lognormal(size=n), rng(2).integers(0, 4, n)
+    order = ordered(scores, clusters)
+    counts = np.zeros(n)
+    for start in range(n):
+        fixed = types.SimpleNamespace(integers=lambda high, start=start: start)
+        counts[
+            METHODS["spread"].select(n, budget=budget, rng=fixed, scores=scores, clusters=clusters).indices
+        ] += 1
+    assert counts.tolist() == [budget] * n
+    assert (np.diff(clusters[order]) != 0).sum() == 3  # each cluster in one piece
+    means = [scores[clusters == label].mean() for label in dict.fromkeys(clusters[order])]
+    assert means == sorted(means)
+    by_cluster = [scores[order][clusters[order] == label] for label in dict.fromkeys(clusters[order])]
+    ups = [
+        np.sort(own).tolist() if i % 2 == 0 else np.sort(own)[::-1].tolist()
+        for i, own in enumerate(by_cluster)
+    ]
+    assert [own.tolist() for own in by_cluster] == ups
+
+
+def test_of_equal_rows_spread_keeps_one():
+    scores = np.repeat(rng(1).lognormal(size=20), 4)  # each row four times
+    for seed in range(20):
+        kept = (
+            METHODS["spread"]
+            .select(80, budget=16, rng=rng(seed), scores=scores, clusters=np.zeros(80))
+            .indices
+        )
+        assert len(np.unique(scores[kept])) == 16
+
+
+def test_rows_that_look_wrong_are_not_drawn_where_the_draft_can_tell():
+    n = 40
+    loss, alone = np.full(n, 1.0), np.full(n, 2.0)
+    loss[[3, 8, 21]], alone[8] = (2.1, 1.0, 2.4), 0.9
+    given = {
+        "scores": np.arange(n) / 7,
+        "clusters": np.arange(n) % 3,
+        "loss": loss,
+        "unconditional_loss": alone,
+    }
+    kept, weights = set(), None
+    for seed in range(40):
+        selection = METHODS["spread"].select(n, budget=10, rng=rng(seed), **given)
+        kept |= set(selection.indices.tolist())
+        weights = selection.weights
+    assert kept == set(range(n)) - {3, 8, 21}
+    assert np.flatnonzero(np.isnan(weights)).tolist() == [3, 8, 21]
+    assert set(weights[~np.isnan(weights)]) == {3.7}
+    back = METHODS["spread"].select(n, budget=38, rng=rng(), **given)
+    assert back.filled_from_cut == 1
+    assert set(range(n)) - set(back.indices.tolist()) == {
+        8,
+        21,
+    }  # 3 is the least suspicious: 1.05, 1.11 and 1.2
+    assert np.flatnonzero(np.isnan(back.weights)).tolist() == [8, 21]
+    everyone = METHODS["spread"].select(n, budget=10, rng=rng(1), **given, suspect_ratio=9)
+    assert set(everyone.weights) == {4.0}
+    blind = {**given, "loss": np.where(loss > 1, loss, 1.7)}  # prompts take too little off
+    assert set(METHODS["spread"].select(n, budget=10, rng=rng(1), **blind).weights) == {4.0}

@@ -72,6 +72,7 @@ def test_a_run_of_every_kind_has_its_page(tmp_path):
     staff.select(
         str(data),
         scores=str(scores),
+        method="staff",
         pruning_rate=0.5,
         group_by="source",
         dedup="exact",

@@ -145,7 +145,7 @@ def test_no_memory_for_it_is_said_and_no_stop(monkeypatch, caplog):
 def test_the_manifest_has_it_and_a_finished_run_does_not_do_it_again(family, tmp_path, monkeypatch):
     data = write_pool(tmp_path / "pool.jsonl", 30)
     settings = {"target": str(family / "target"), "draft": str(family / "draft"), "dtype": "float32"}
-    given = {**settings, "num_regions": 4, "verification_budget": 2, "pruning_rate": 0.5}
+    given = {**settings, "num_regions": 4, "verification_budget": 2, "pruning_rate": 0.5, "method": "staff"}
     run = staff.select(str(data), output=tmp_path / "x", **given)
     told = run.manifest["self_check"]
     assert told.keys() == {"draft", "target"}

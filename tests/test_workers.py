@@ -74,7 +74,13 @@ def data(tmp_path_factory):
 
 def select(data, family, output, **settings):
     models = {"target": str(family / "target"), "draft": str(family / "draft"), "dtype": "float32"}
-    plain = {"num_regions": 4, "verification_budget": 3, "scope": "last-block", "threads": 1}
+    plain = {
+        "method": "staff",
+        "num_regions": 4,
+        "verification_budget": 3,
+        "scope": "last-block",
+        "threads": 1,
+    }
     return staff.select(data, output=output, pruning_rate=0.5, **{**models, **plain, **settings})
 
 
@@ -329,7 +335,18 @@ def test_workers_that_do_not_load_are_told_of_by_the_driver(data, family, tmp_pa
 def test_workers_of_the_command_line_make_the_same_bytes(alone, data, family, tmp_path, monkeypatch):
     monkeypatch.undo()
     models = ["--target", family / "target", "--draft", family / "draft", "--dtype", "float32"]
-    plain = ["--num-regions", 4, "--verification-budget", 3, "--scope", "last-block", "--threads", 1]
+    plain = [
+        "--method",
+        "staff",
+        "--num-regions",
+        4,
+        "--verification-budget",
+        3,
+        "--scope",
+        "last-block",
+        "--threads",
+        1,
+    ]
     done = run_staff(
         *("select", "--data", data, "--pruning-rate", 0.5, "--output", tmp_path / "x", "--workers", 1),
         *(*models, *plain),

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-DEFAULT_METHOD = "staff"  # what chooses where --method is not given
+DEFAULT_METHOD = "spread"  # what chooses where --method is not given
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Scope = Literal["last-value", "last-block", "linear", "lora", "released"]
 

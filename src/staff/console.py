@@ -7,7 +7,7 @@ import math
 import shlex
 from typing import Any
 
-from staff.config import SelectConfig, flags_of
+from staff.config import DEFAULT_METHOD, SelectConfig, flags_of
 from staff.data.layouts import visible as visible
 from staff.methods.fidelity import ADVICE, Fidelity, within
 from staff.plan import sum_in_words
@@ -28,6 +28,12 @@ def _entry(label: str, *texts: str) -> list[str]:
     return [f"{'' if number else label:11}{text}" for number, text in enumerate(texts)]
 
 
+HONEST = (
+    "evenly over what rows are about and how hard they are: on clean data it learns what a random choice",
+    "learns, no less; there is more to gain where rows look wrong or repeat (--preset paper is STAFF itself)",
+)
+
+
 def summary(run: Run, config: SelectConfig) -> str:
     """What a person wants to know of a finished selection."""
     selection, manifest, coreset = run.selection, run.manifest, run.path / "coreset.jsonl"
@@ -42,6 +48,8 @@ def summary(run: Run, config: SelectConfig) -> str:
         always += f", {manifest['kept_tokens']:,} of {manifest['settings']['budget_tokens']:,} tokens"
     lines += _entry("coreset", f"{m} samples, {m / n:.0%} of the pool{always}")
     lines += _entry("groups", *_group_lines(manifest))
+    if manifest["method"] == DEFAULT_METHOD:
+        lines += _entry("choice", *HONEST)
     regions = [region for region in selection.regions if region.size]
     if regions:
         lines += _entry("regions", f"{len(regions)} with samples, of {len(selection.regions)}")

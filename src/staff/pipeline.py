@@ -110,11 +110,12 @@ def select(
                 if m is not None and len(always) > m:
                     raise ValueError(f"--keep {config.keep} has {len(always)} rows, and only {m} are kept")
             _groups(config, pool)
+            is_text = pool.layout.text is not None
             for name in config.method:
-                needs = methods[name].needs.values()
-                if pool.layout.text is not None and any(n.quantity == "unconditional_loss" for n in needs):
+                needs = needs_of(config, methods[name], is_text).values()
+                if is_text and any(n.quantity == "unconditional_loss" for n in needs):
                     raise ValueError(f"--method {name} weighs what prompts help, and plain texts have none")
-            if config.drop_suspects and pool.layout.text is not None:
+            if config.drop_suspects and is_text:
                 raise ValueError("--drop-suspects weighs what prompts help, and plain texts have none")
             _check_models(config, sources)
             run.begin(settings, inputs, update)
@@ -123,7 +124,8 @@ def select(
             if sources:
                 from staff.runs.pieces import Pieces  # torch comes in here
 
-                wanted = [need for name in config.method for need in methods[name].needs.values()]
+                all_needs = [needs_of(config, methods[name], is_text) for name in config.method]
+                wanted = [need for needed in all_needs for need in needed.values()]
                 pieces = Pieces(config, run, pool, sources, inputs, wanted)
                 pool = pieces.usable_rows()
             aside = set_aside(config, run, pool, inputs["data"])
@@ -149,11 +151,11 @@ def select(
                 method = methods[coreset.method]
                 arguments = options(config, method)
                 # speculate: numbers of the whole pool, from the draft (Eq. 2)
-                for argument, need in method.needs.items():
-                    if config.scores and argument == "scores":
-                        ids = [example.id for example in pool.examples()]
-                        arguments[argument] = read_scores(config.scores, pool.numbers, ids)
-                    elif groups is None or argument != method.groups:
+                if config.scores and "scores" in method.needs:
+                    ids = [example.id for example in pool.examples()]
+                    arguments["scores"] = read_scores(config.scores, pool.numbers, ids)
+                for argument, need in needs_of(config, method, is_text).items():
+                    if groups is None or argument != method.groups:
                         assert pieces is not None
                         arguments[argument] = pieces.array(need)
                 # verify: efforts of single samples on the target, asked for from within (Eq. 3)
@@ -180,6 +182,9 @@ def select(
                     left, kept = groups[np.union1d(members, held)], groups[selection.indices]
                     about["groups"] = _about_groups(np.array(labels), left, kept, asked)
                 about |= {"always": len(held)} if config.keep else {}
+                if selection.weights is not None:  # those that the method would not draw
+                    never = np.isnan(selection.weights).sum() - (len(pool) - len(np.union1d(members, held)))
+                    about |= {"suspects": int(never)} if never else {}
                 if config.budget_tokens is not None and target[1] is not None:
                     about["kept_tokens"] = int(target[1].lengths[selection.indices].sum())
                 about |= aside.facts() | {"inputs": dict(inputs), "settings": settings, "seed": config.seed}
@@ -262,8 +267,6 @@ def check_settings(config: SelectConfig, data: Any, methods: Mapping[str, Method
             raise ValueError(f"--option {pair}: {name} is a number, as in {name}={wanted}")
     for name in config.method:
         needs = methods[name].needs.values()
-        if any((need.made or "").endswith("clusters") for need in needs) and find_spec("sklearn") is None:
-            raise ValueError(f"--method {name} needs scikit-learn: pip install 'staff-coreset[graph]'")
         if not config.draft_epochs and any(need.checkpoints and need.model == "draft" for need in needs):
             raise ValueError(
                 f"--method {name} follows the draft through its tuning, and it is not tuned: give "
@@ -317,14 +320,26 @@ def ingredients(config: Any) -> dict[str, Any]:
     return {name: value for name, value in flat(config).items() if name not in NO_INGREDIENTS}
 
 
+def needs_of(config: SelectConfig, method: Method, is_text: bool = False) -> dict[str, Need]:
+    """What a method is given of the models: the user's own scores stand in for theirs, and what it can do
+    without is not asked of a draft that there is not, nor of plain texts, which have no prompts."""
+    left = {"scores"} if config.scores else set()
+    if config.scores and not config.draft:
+        left |= {*method.optional}
+    return {
+        argument: need
+        for argument, need in method.needs.items()
+        if argument not in left
+        and not (is_text and argument in method.optional and need.quantity == "unconditional_loss")
+    }
+
+
 def wanted_models(config: SelectConfig, methods: Mapping[str, Method]) -> set[str]:
     """Which of "target" and "draft" the methods ask for."""
     wanted: set[str] = set()
     for method in (methods[name] for name in config.method if name in methods):
-        # the user's own scores stand in for a model's; the target verifies where there is one
-        needs = [
-            need for argument, need in method.needs.items() if not (config.scores and argument == "scores")
-        ]
+        needs = [*needs_of(config, method).values()]
+        # the target verifies where there is one
         if method.verify and (config.target or not config.scores):
             needs.append(method.verify)
         wanted |= {need.base for need in needs}
@@ -503,9 +518,7 @@ def _results(
             about["fidelity"] = _fidelity(selection, scores, on_target, response, values.get("loss"), groups)
             values["target_effort"] = np.full(len(pool), np.nan, np.float32)
             values["target_effort"][selection.verified] = on_target
-        if any(
-            stage.model == "target" and stage.kind in ("score", "verify") for stage in account.spent(run.work)
-        ):
+        if "target" in pieces.sources:
             target_pass = pieces.one_pass("target")
         if target_pass and need == Need("draft", "effort"):
             terms = {
@@ -514,6 +527,8 @@ def _results(
                 "relative_cost": pieces.one_pass("draft") / target_pass,
                 "verified_share": len(selection.verified) / len(pool),
             }
+            if Stage("score", "draft", "without prompts") in account.spent(run.work):
+                terms["alone"] = float(response.sum() / tokens.lengths.sum())
     every = np.arange(len(pool))
     if selection.region_of is not None:
         values["region"] = selection.region_of  # -1: cut

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from staff.config import PlanConfig, SelectConfig, check_named, flat
+from staff.config import DEFAULT_METHOD, PlanConfig, SelectConfig, check_named, flat
 from staff.methods import METHODS, Method
 from staff.methods.fidelity import Fidelity, fidelity
 from staff.methods.groups import select_by_group
@@ -20,8 +20,10 @@ from staff.types import Progress, Selection, Stage
 SNAPSHOTS = 4  # of a draft's tuning, that loss trajectories are taken over
 
 
-def staff_passes(epochs: float, share: float, relative_cost: float, verified_share: float) -> float:
-    """STAFF's cost in U: (2 T f + 1) r + v.
+def staff_passes(
+    epochs: float, share: float, relative_cost: float, verified_share: float, alone: float = 0.0
+) -> float:
+    """A draft's and its verification's cost in U: (2 T f + 1 + u) r + v.
 
     A LoRA epoch is about two scoring passes (forward, and gradients of inputs; frozen weights need no third).
 
@@ -30,8 +32,9 @@ def staff_passes(epochs: float, share: float, relative_cost: float, verified_sha
         share: f, share of the pool it is fine-tuned on.
         relative_cost: r, cost of a token in the draft over that in the target.
         verified_share: v, share of the pool that the target scores.
+        alone: u, the responses' share of the tokens, where the draft scores them without their prompts too.
     """
-    return (2 * epochs * share + 1) * relative_cost + verified_share
+    return (2 * epochs * share + 1 + alone) * relative_cost + verified_share
 
 
 def finetuning_passes(epochs: float) -> float:
@@ -41,13 +44,14 @@ def finetuning_passes(epochs: float) -> float:
 
 def sum_in_words(terms: Mapping[str, float]) -> str:
     """The sum with its numbers, as a run and a plan print it."""
-    numbers = "(2 x {epochs:g} x {share:g} + 1) x {relative_cost:.2f} + {verified_share:.2f} = {passes:.2f}"
-    return f"by the sum (2 T f + 1) r + v = {numbers.format(**terms)} passes"
+    alone, u = (" + {alone:.2f}", " + u") if terms.get("alone") else ("", "")
+    numbers = "(2 x {epochs:g} x {share:g} + 1" + alone + ") x {relative_cost:.2f} + {verified_share:.2f}"
+    return f"by the sum (2 T f + 1{u}) r + v = {numbers.format(**terms)} = {terms['passes']:.2f} passes"
 
 
-def break_even(epochs: float, share: float, verified_share: float) -> float:
+def break_even(epochs: float, share: float, verified_share: float, alone: float = 0.0) -> float:
     """The r below which a draft costs less than scoring the target directly (1 U)."""
-    return max(0.0, 1 - verified_share) / (2 * epochs * share + 1)
+    return max(0.0, 1 - verified_share) / (2 * epochs * share + 1 + alone)
 
 
 def most_verified(
@@ -61,12 +65,19 @@ def most_verified(
     return verification_budget * min(num_regions, uncut // (verification_budget + 1))
 
 
-def verdict(passes: float, epochs: float, share: float, relative_cost: float, verified_share: float) -> str:
+def verdict(
+    passes: float,
+    epochs: float,
+    share: float,
+    relative_cost: float,
+    verified_share: float,
+    alone: float = 0.0,
+) -> str:
     """One sentence on whether the draft is the cheaper way; the same before a run and behind it."""
     if passes <= 1:
         spent = f"{passes:.2f} passes of the target in place of the 1 of --method direct"
         return f"the draft is the cheaper way: {spent}"
-    limit = break_even(epochs, share, verified_share)
+    limit = break_even(epochs, share, verified_share, alone)
     cure = f"a draft of less than {limit:.2f} of the target's cost" if limit > 0 else "fewer verified samples"
     return (
         f"the draft is not the cheaper way: {passes:.2f} passes of the target where --method direct takes "
@@ -159,7 +170,7 @@ def advice(job: Job, speeds: Mapping[str, Speed], pruning_rate: float) -> str:
     Of cost alone: which coreset is the better one is for `staff compare` to say.
     """
     full, seconds = job.epochs * job.tokens * speeds["target"].training, {}
-    for name in ("staff", "direct"):
+    for name in (DEFAULT_METHOD, "direct"):
         parts = stages(METHODS[name], job, speeds)
         if parts is not None:
             seconds[name] = sum(parts.values())
@@ -171,7 +182,7 @@ def advice(job: Job, speeds: Mapping[str, Speed], pruning_rate: float) -> str:
             f"{at}: train on all, {full:.0f} s, or take --method random: choosing takes "
             f"{seconds[best]:.0f} s at the cheapest (--method {best}), {spared}"
         )
-    what = {"staff": "use this draft", "direct": "score the target directly"}[best]
+    what = {DEFAULT_METHOD: "use this draft", "direct": "score the target directly"}[best]
     beside = "".join(f", {took:.0f} s with --method {name}" for name, took in seconds.items() if name != best)
     return (
         f"{at}: {what} (--method {best}): choosing takes {seconds[best]:.0f} s{beside}, and with training "
@@ -230,9 +241,9 @@ def make_plan(config: PlanConfig, on_progress: Progress | None = None) -> dict[s
 
     Returns:
         n, tokens; num_regions, verified_regions, verified (None: not known before a model has scored),
-        most_verified; sum (STAFF's, in passes) and its verdict; fidelity; speeds (seconds a token), sizes in
-        operations of a pass, timed (label -> was it at hand), full_seconds, methods (`table`), advice (a
-        sentence for each pruning rate).
+        most_verified, by STAFF; sum (the default's, in passes) and its verdict; fidelity; speeds (seconds a
+        token), sizes in operations of a pass, timed (label -> was it at hand), full_seconds, methods
+        (`table`), advice (a sentence for each pruning rate).
 
     Raises:
         ValueError: something that the user can mend.
@@ -280,7 +291,8 @@ def make_plan(config: PlanConfig, on_progress: Progress | None = None) -> dict[s
             "epochs": config.draft_epochs,
             "share": config.draft_share,
             "relative_cost": passes["draft"] / passes["target"],
-            "verified_share": verified / n,
+            "verified_share": 0.0,
+            "alone": job.response_share if rows.layout.text is None else 0.0,
         }
         made["sum"] = {**terms, "passes": staff_passes(**terms)}
         made["verdict"] = verdict(made["sum"]["passes"], **terms)
@@ -303,10 +315,12 @@ def describe_plan(plan: Mapping[str, Any]) -> str:
     if plan["verified"] is not None:
         regions = f"{plan['verified_regions']} of {plan['num_regions']} regions"
         share = plan["verified"] / n
-        lines.append(f"verified   about {plan['verified']} samples on the target ({share:.1%}), in {regions}")
+        some = f"about {plan['verified']} samples on the target ({share:.1%}), in {regions}"
+        lines.append(f"verified   with --method staff {some}")
     elif "sum" in plan:
         share = plan["most_verified"] / n
-        lines.append(f"verified   {plan['most_verified']} samples on the target at most ({share:.1%})")
+        some = f"{plan['most_verified']} samples on the target at most ({share:.1%})"
+        lines.append(f"verified   with --method staff {some}")
     if "fidelity" in plan:
         told = Fidelity(**plan["fidelity"])
         some = f"{told.shown()}, from {told.samples} samples; every run tells it from those it verifies"

@@ -14,6 +14,7 @@ from staff.methods.ccs import ccs
 from staff.methods.d2 import d2
 from staff.methods.features import coverage, facility_location, kcenter, ltd, moderate, s2l
 from staff.methods.rds import round_robin
+from staff.methods.spread import spread
 from staff.methods.staff import staff
 from staff.methods.top import ifd, perplexity, random, top
 from staff.types import Need, Selection
@@ -35,6 +36,7 @@ class Method:
         fixed: options that this entry sets for good; they are no options of it any more.
         groups: the needed argument that parts the pool, one label a sample; the user's own groups
             (`--group-by`) take its place. None: it is run inside them as it is.
+        optional: needed arrays that it can do without, where there is no draft or no prompt to take them of.
 
     Raises:
         ValueError: a need that names no numbers.
@@ -47,6 +49,7 @@ class Method:
     about: str = ""
     fixed: Mapping[str, object] = field(default_factory=lambda: NOTHING)
     groups: str | None = None
+    optional: tuple[str, ...] = ()
 
     def options(self) -> dict[str, object]:
         """The function's own options and their defaults."""
@@ -78,7 +81,7 @@ class Method:
                 known = ", ".join(self.options()) or "none"
                 raise ValueError(f"{name} has no option {option!r}; its options: {known}")
         for argument, need in self.needs.items():
-            if arguments.get(argument) is None:
+            if arguments.get(argument) is None and argument not in self.optional:
                 raise ValueError(f"{name} needs {argument} ({need}), and was given none")
         check_budget(budget, n)
         if "verify" not in inspect.signature(self.function).parameters:
@@ -114,6 +117,18 @@ def entry(
 
 
 METHODS: dict[str, Method] = {
+    "spread": entry(
+        spread,
+        needs={
+            "scores": "draft/effort",
+            "clusters": "draft/features.unit_clusters",
+            "loss": "draft/loss",
+            "unconditional_loss": "draft/unconditional_loss",
+        },
+        optional=("clusters", "loss", "unconditional_loss"),
+        paper="Madow and Madow 1944",
+        about="the default: evenly over clusters and efforts, no rows that look wrong",
+    ),
     "random": entry(random, about="drawn uniformly: the one to beat"),
     "direct": entry(
         staff,

@@ -7,7 +7,7 @@ import numpy as np
 ALLOCATIONS = ("released", "paper")
 
 
-def check_scores(scores: np.ndarray, n: int) -> np.ndarray:
+def check_scores(scores: np.ndarray, n: int, name: str = "scores") -> np.ndarray:
     """The scores as (n,) float64, or an error that names the samples that have none.
 
     Raises:
@@ -15,12 +15,12 @@ def check_scores(scores: np.ndarray, n: int) -> np.ndarray:
     """
     scores = np.asarray(scores, dtype=np.float64)
     if scores.shape != (n,):
-        raise ValueError(f"scores must be one number a sample, ({n},); found shape {scores.shape}")
+        raise ValueError(f"{name} must be one number a sample, ({n},); found shape {scores.shape}")
     bad = np.flatnonzero(~np.isfinite(scores))
     if len(bad):
         named = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
         raise ValueError(
-            f"{len(bad)} of {len(scores)} scores are nan or infinite (positions {named}): score them again "
+            f"{len(bad)} of {len(scores)} {name} are nan or infinite (positions {named}): score them again "
             f"or leave them out"
         )
     return scores

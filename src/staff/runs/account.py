@@ -83,21 +83,22 @@ def cost_of_run(
     Args:
         stages: of `spent`.
         target_pass: floating-point operations of one scoring pass of the target over the pool (U); None where
-            the target was never loaded, so that nothing can be said in passes.
-        terms: of STAFF's sum (`plan.staff_passes`), where a draft speculated.
+            no target was named, so that nothing can be said in passes.
+        terms: of the sum (`plan.staff_passes`), where a draft speculated.
     """
     rows: dict[str, dict[str, Any]] = {
         str(stage): {**dataclasses.asdict(stage), **numbers} for stage, numbers in stages.items()
     }
     found: dict[str, Any] = {"stages": rows, "seconds": sum(row.get("seconds", 0) for row in rows.values())}
     on_target = stages.get(Stage("verify", "target")) or stages.get(Stage("score", "target"))
-    if not target_pass or not on_target or not on_target.get("flops"):
+    if not target_pass:
         return found
     for row in rows.values():
         if "flops" in row:
             row["passes"] = row["flops"] / target_pass
     found["passes"] = sum(row.get("passes", 0) for row in rows.values())
-    found["direct"] = {"passes": 1.0, "seconds": on_target["seconds"] * target_pass / on_target["flops"]}
+    if on_target and on_target.get("flops"):
+        found["direct"] = {"passes": 1.0, "seconds": on_target["seconds"] * target_pass / on_target["flops"]}
     if terms:
         found["sum"] = {**terms, "passes": plan.staff_passes(**terms)}
         found["verdict"] = plan.verdict(found["sum"]["passes"], **terms)

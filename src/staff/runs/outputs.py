@@ -293,6 +293,9 @@ def remarks(facts: Mapping[str, Any], max_length: int) -> list[str]:
     }
     for reason, count in facts.get("dropped", {}).items():
         said.append(f"{count} {reason}s were set aside before the choice: dropped.jsonl lists them")
+    if facts.get("suspects"):
+        wrong = f"{facts['suspects']} rows look wrong: the draft finds their answers no likelier with the"
+        said.append(f"{wrong} prompt than without. They were not drawn: no weight in scores.parquet")
     for name, sentence in sentences.items():
         if facts.get(name):
             some = facts.get(f"{name}_rows", [])

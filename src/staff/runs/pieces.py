@@ -689,9 +689,13 @@ class Pieces:
         account.spend(self.run.work, stage, once=once, seconds=seconds, **numbers)
 
     def _size(self, name: str) -> load.Size:
-        """What a token costs in a model that has been loaded in this run."""
+        """What a token costs in a model."""
         path = self.run.piece("size", self._base_key(name)) / "size.json"
         known = files.read_checked(path)
+        if known is None and self.specs[name].base == "target":  # by its configuration: it need not be loaded
+            return load.measure(
+                load.without_weights(self._files("target"), self.config.engine.trust_remote_code)
+            )
         if known is None:  # damaged, or lost
             self.free()
             self.scorer(name)
