@@ -4,8 +4,8 @@ For every way, task and rate: the squared distance between the mean gradient (we
 weights) of the target's last block over a coreset and that over its pool, over that of random coresets, on
 average over draws; and what of it stays when draws are averaged, the square of the bias. It needs one pass of
 the target where fine-tuning needs hundreds, and tells a rule that leans from one that is merely unlucky.
-Gradients are kept as count sketches of 2,048 numbers (Charikar and others 2002), which keep distances to about
-2 %. Thought of after the first losses had come in: an explanation, not the measure that was fixed.
+Gradients are kept as count sketches of 2,048 numbers (Charikar and others 2002), which keep distances to
+about 2 %. Thought of after the first losses had come in: an explanation, not the measure that was fixed.
 """
 
 import csv
