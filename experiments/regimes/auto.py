@@ -1,4 +1,4 @@
-"""What auto chooses in a regime, by try-outs judged by loss: python experiments/regimes/auto.py REGIME SEED
+"""What auto chooses in a regime, by try-outs judged by loss: python experiments/regimes/auto.py REGIME SEED WAY ...
 
 Its coreset is then the one of the way that it chose, at the same seed: a cell of the regime's comparison.
 """
@@ -15,7 +15,7 @@ DATA = Path("runs/data/regimes")
 RATES = {"clean": 0.9, "copies": 0.9, "mixed": 0.9, "clean-98": 0.98}
 # a pool of 1,200 rows is small: a try-out of 20 steps is a quarter of a pass, so that a few take more than
 # the fine-tuning that they are to save; what they need was given
-COST = 1.6
+COST = 0.8
 
 
 def main() -> None:
@@ -31,6 +31,7 @@ def main() -> None:
         "output": f"runs/regimes/auto/{regime}-{seed}",
         "seed": seed,
         "metric": "loss",
+        "ways": sys.argv[3:],
         "try_cost": COST,
         "full_epochs": 20 / (15 if RATES[regime] == 0.9 else 3),
         "answer_tokens": 4,
