@@ -1,4 +1,6 @@
-"""What auto chooses in a regime, by try-outs judged by loss: python experiments/regimes/auto.py REGIME SEED WAY ...
+"""What auto chooses in a regime, by try-outs judged by loss:
+
+    python experiments/regimes/auto.py REGIME SEED [WAY ...]
 
 Its coreset is then the one of the way that it chose, at the same seed: a cell of the regime's comparison.
 """
