@@ -198,7 +198,7 @@ def _headline(cell: Facts) -> str:
     fidelity, end = _fidelity(cell), ""
     if fidelity:
         end = trust[fidelity.verdict]
-    elif cell.regions and _has_draft(cell):
+    elif cell.regions and (_has_draft(cell) or cell.score == "score"):
         end = "The target verified none of it."
     elif cell.regions and "passes" in cell.cost:
         end = "The target scored the pool itself: there is no draft to doubt."
@@ -522,7 +522,7 @@ def _count(value: int | None) -> str:
 
 def _duration(seconds: float) -> str:
     if seconds < 90:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
