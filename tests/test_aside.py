@@ -11,9 +11,9 @@ import staff
 from family import make_rows
 from staff import pipeline
 from staff.config import SelectConfig, from_mapping, read_yaml
-from staff.console import summary
 from staff.data.duplicates import find_duplicates
 from staff.data.rows import read
+from staff.runs.summary import summary
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 TEXTS = [

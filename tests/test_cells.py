@@ -9,10 +9,10 @@ import pytest
 import staff
 from family import make_rows, write_pool
 from staff.config import SelectConfig
-from staff.console import grid_table, summary
 from staff.data.tokens import Pool
 from staff.methods import METHODS
 from staff.methods.groups import share_by_size
+from staff.runs.summary import grid_table, summary
 
 SMALL = {
     "num_regions": 4,

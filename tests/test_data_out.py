@@ -15,9 +15,9 @@ import staff
 from family import make_rows, run_staff
 from staff import jobs
 from staff.config import FinetuneConfig, Reading, ScoreConfig, SelectConfig
-from staff.console import grid_table, summary
 from staff.data.rows import read
 from staff.runs.scorefile import read_scores
+from staff.runs.summary import grid_table, summary
 
 ROWS = make_rows(12)
 HALF = {"method": "random", "pruning_rate": 0.5}

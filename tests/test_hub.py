@@ -5,7 +5,7 @@ import pytest
 import staff
 from family import make_rows
 from staff.config import SelectConfig
-from staff.console import summary
+from staff.runs.summary import summary
 
 ROWS = make_rows(12)
 HALF = {"method": "random", "pruning_rate": 0.5}

@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "staff"
 # too
 ROWS = [
     ["cli"],
-    ["console", "flags"],
+    ["flags"],
     ["__init__"],
     ["tryout"],
     ["comparison"],

@@ -7,8 +7,9 @@ import pytest
 
 import staff
 from family import config_of, make_rows, write_pool
-from staff import console, jobs
+from staff import jobs
 from staff.config import FinetuneConfig, ScoreConfig
+from staff.runs import summary as console
 
 HALF = {"method": "random", "pruning_rate": 0.5}
 

@@ -8,9 +8,10 @@ import pytest
 
 import staff
 from family import config_of, make_rows
-from staff import console, jobs
+from staff import jobs
 from staff.config import FinetuneConfig, SelectConfig, from_mapping
 from staff.data import tokens as tokenising
+from staff.runs import summary as console
 
 CHATS = [
     {"messages": [{"role": role, "content": f"{role} {i} {text}"} for role, text in turns]}

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from staff import config as configs
-from staff import console, flags
+from staff import flags
 from staff.bars import Bars
+from staff.runs import summary as console
 
 FAILED = 2  # something that the user can mend
 INTERRUPTED = 130
