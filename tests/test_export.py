@@ -196,7 +196,7 @@ def test_trls_program_runs_by_itself_on_what_a_run_leaves(family, tmp_path):
     program = run.path / "train" / "with_trl.py"
     done = subprocess.run([sys.executable, str(program)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    adapter = json.loads((tmp_path / "tuned" / "adapter_config.json").read_text())
+    adapter = json.loads((run.path / "train" / "tuned_trl" / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"]) == (8, 16)
 
 
@@ -234,7 +234,10 @@ def test_every_trainer_is_told_what_the_selection_was_told(tmp_path):
     assert axolotl["datasets"][0]["path"] == str(train / "coreset-messages.jsonl")
     assert axolotl["chat_template_jinja"] == template == (train / "chat_template.jinja").read_text()
     assert axolotl["eot_tokens"] == ["<|stop|>"]
-    assert (axolotl["sequence_len"], factory["cutoff_len"]) == (77, 77)
+    assert (axolotl["sequence_len"], factory["cutoff_len"]) == (77, 85)
+    assert [given["output_dir"] for given in (axolotl, factory)] == [
+        str(train / f"tuned_{name}") for name in ("axolotl", "llama_factory")
+    ]
     assert (axolotl["lora_r"], factory["lora_rank"], axolotl["lora_alpha"], factory["lora_alpha"]) == (
         8,
         8,
@@ -249,6 +252,37 @@ def test_every_trainer_is_told_what_the_selection_was_told(tmp_path):
     write(tmp_path / "x", read(CHATS), "a/model", Reading(chat_template="none"))
     assert "mask_history" not in {path.name for path in train.iterdir()}
     assert not (train / "llama_factory.yaml").exists(), "that of the run before is gone"
+
+
+def test_a_model_that_is_not_known_is_named_when_the_training_starts(tmp_path, monkeypatch):
+    train = write(tmp_path / "x", read(PAIRS), None)
+    for file, how in (
+        ("axolotl.yaml", "--base-model MODEL"),
+        ("llama_factory.yaml", "model_name_or_path=MODEL"),
+    ):
+        assert (train / file).read_text().splitlines()[0].endswith(how)
+        assert not {"base_model", "model_name_or_path"} & yaml.safe_load((train / file).read_text()).keys()
+    pytest.importorskip("trl", reason="TRL is not installed")
+    monkeypatch.setattr(sys, "argv", ["with_trl.py"])
+    with pytest.raises(SystemExit, match=r"python with_trl.py MODEL: name the model to train"):
+        runpy.run_path(str(train / "with_trl.py"))
+
+
+def test_trainers_are_handed_what_a_gguf_target_was_unpacked_to(family, tmp_path):
+    from test_gguf import write_gguf
+
+    target = tmp_path / "t.gguf"
+    write_gguf(family / "target", target)
+    data = tmp_path / "rows.jsonl"
+    data.write_text(
+        "".join(json.dumps({"prompt": f"Name {i}.", "response": "Elbe."}) + "\n" for i in range(6))
+    )
+    run = staff.select(
+        str(data), output=tmp_path / "run", method="direct", target=str(target), budget=4, num_regions=2
+    )
+    axolotl = yaml.safe_load((run.path / "train" / "axolotl.yaml").read_text())
+    transformers.AutoModelForCausalLM.from_pretrained(axolotl["base_model"])
+    assert Path(axolotl["base_model"]).parent == run.path / "work"
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\x85", "\n"])

@@ -173,7 +173,7 @@ def select(
             if pieces:
                 pieces.free()
             inputs.check()
-            target = pieces.target() if pieces and selections else (None, None)
+            target = pieces.target() if pieces and selections else (None, None, None)
             for place, (selection, scores) in selections.items():
                 columns, cost, about = _results(
                     config, pool, methods[coresets[place].method], selection, scores, pieces, run, groups

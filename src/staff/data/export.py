@@ -28,6 +28,7 @@ FACTORY_TAGS = {
     **{"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
     **{"observation_tag": "tool", "function_tag": "function_call", "system_tag": "system"},
 }
+BEHIND = 8  # tokens behind the last turn at most, a line break mostly: LLaMA-Factory trains on them too
 RECIPE = FinetuneConfig()  # of the line that a run prints
 # what a trainer may have no words for
 SEVERAL, MASKED, TOOLS = "several answers are trained on", "some answers are not", "tools"
@@ -38,7 +39,7 @@ def write_coreset(
     folder: Path,
     rows: Rows,
     positions: np.ndarray,
-    model: str,
+    model: str | None,
     reading: Reading,
     tokenizer: Any = None,
     pool: Pool | None = None,
@@ -82,7 +83,7 @@ def write_train(
     folder: Path,
     rows: Rows,
     positions: np.ndarray,
-    model: str,
+    model: str | None,
     reading: Reading,
     tokenizer: Any = None,
     pool: Pool | None = None,
@@ -98,7 +99,7 @@ def write_train(
 
     Args:
         rows, positions: the pool, and the coreset in it.
-        model: a model that transformers loads.
+        model: one that transformers loads; None: it is named when the training starts.
         reading: how the rows were read and scored.
         tokenizer, pool: the model's, and the rows' samples in it, where they are known; what long prompts
             lost in it is left away here too.
@@ -128,7 +129,8 @@ def write_train(
         write_whole(tokens, lambda aside: write_lines(aside, map(dumps, _tokens(pool, positions))))
         found.add(tokens.name)
     write_text(folder / "with_trl.py", _trl(data, model, reading, template, found))
-    write_text(folder / "axolotl.yaml", _yaml(_axolotl(data, model, reading, template, sampler)))
+    how = "axolotl train axolotl.yaml" + " --base-model MODEL" * (not model)
+    write_text(folder / "axolotl.yaml", _yaml(how, _axolotl(data, model, reading, template, sampler)))
     is_own = reading.chat_template in (None, "model") and template in (None, own)
     if is_own and not found & {MORE, TURNS} and not found >= {SEVERAL, MASKED}:
         columns = {"prompt": "text"} if is_text else {"messages": "messages"}
@@ -137,7 +139,10 @@ def write_train(
         if not is_text:  # not "openai", which adds words of its own to what the system says
             entry |= {"formatting": "sharegpt", "tags": FACTORY_TAGS}
         write_json(folder / "dataset_info.json", {"coreset": entry})
-        write_text(folder / "llama_factory.yaml", _yaml(_llama_factory(data, model, reading, is_text, found)))
+        how = "llamafactory-cli train llama_factory.yaml" + " model_name_or_path=MODEL" * (not model)
+        how += "\n# where the hardware has bfloat16, add: bf16: true"
+        settings = _llama_factory(data, model, reading, is_text, found)
+        write_text(folder / "llama_factory.yaml", _yaml(how, settings))
 
 
 def _as_scored(
@@ -188,13 +193,16 @@ def _tokens(pool: Pool, positions: np.ndarray) -> Iterator[dict]:
         yield {"input_ids": ids.tolist(), "labels": np.where(pool.response(i), ids, -100).tolist()}
 
 
-def _yaml(settings: dict) -> str:
+def _yaml(how: str, settings: dict) -> str:
+    """A trainer's file; a comment says how it is used."""
+    settings = {name: value for name, value in settings.items() if value is not None}
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     # the library's own reader folds some line separators in a text that is not escaped
-    return text if yaml.safe_load(text) == settings else yaml.safe_dump(settings, sort_keys=False)
+    text = text if yaml.safe_load(text) == settings else yaml.safe_dump(settings, sort_keys=False)
+    return f"# {how}\n{text}"
 
 
-def _llama_factory(data: Path, model: str, reading: Reading, is_text: bool, found: set[str]) -> dict:
+def _llama_factory(data: Path, model: str | None, reading: Reading, is_text: bool, found: set[str]) -> dict:
     """A LLaMA-Factory training file (`llamafactory-cli train FILE`); it works the model's chat template out
     where no `template` is named."""
     training = RECIPE.training
@@ -208,19 +216,26 @@ def _llama_factory(data: Path, model: str, reading: Reading, is_text: bool, foun
         "lora_target": "all",
         "dataset": "coreset",
         "dataset_dir": str(data.parent),
-        **({} if is_text else {"mask_history": SEVERAL not in found}),
-        "cutoff_len": reading.max_length,
+        **({"packing": False} if is_text else {"mask_history": SEVERAL not in found}),
+        "cutoff_len": reading.max_length + BEHIND,
         "num_train_epochs": RECIPE.epochs,
         "per_device_train_batch_size": training.batch_size,
         "learning_rate": training.learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_ratio": training.warmup,
         "seed": RECIPE.seed,
-        "output_dir": "tuned",
+        "output_dir": _tuned(data, "llama_factory"),
     }
 
 
-def _axolotl(data: Path, model: str, reading: Reading, template: str | None, sampler: Sampler | None) -> dict:
+def _tuned(data: Path, trainer: str) -> str:
+    """Where a trainer leaves its adapter: beside the coreset that it is of."""
+    return str(data.parent / f"tuned_{trainer}")
+
+
+def _axolotl(
+    data: Path, model: str | None, reading: Reading, template: str | None, sampler: Sampler | None
+) -> dict:
     """An Axolotl configuration (`axolotl train FILE`)."""
     training, chat = RECIPE.training, sampler.chat if sampler else None
     rows: dict[str, Any] = {"path": str(data), "ds_type": "json"}
@@ -259,11 +274,11 @@ def _axolotl(data: Path, model: str, reading: Reading, template: str | None, sam
         "weight_decay": 0.0,
         "val_set_size": 0,
         "seed": RECIPE.seed,
-        "output_dir": "tuned",
+        "output_dir": _tuned(data, "axolotl"),
     }
 
 
-def _trl(data: Path, model: str, reading: Reading, template: str | None, found: set[str]) -> str:
+def _trl(data: Path, model: str | None, reading: Reading, template: str | None, found: set[str]) -> str:
     """A program that trains with TRL's SFTTrainer."""
     training, tools = RECIPE.training, ', "tools": Value("string")' * (TOOLS in found)
     features, split, every_answer = "", "", False
@@ -278,7 +293,9 @@ def _trl(data: Path, model: str, reading: Reading, template: str | None, found: 
         split = "" if every_answer else _TRL_SPLIT.format(tools=tools)
     return _TRL.format(
         data=str(data),
-        model=model,
+        model=repr(model) if model else _TRL_NAMED,
+        imports="" if model else "import sys\n\n",
+        tuned=_tuned(data, "trl"),
         features=features,
         split=split,
         template="" if template is None else _TRL_TEMPLATE.format(str(data.with_name("chat_template.jinja"))),
@@ -292,16 +309,17 @@ def _trl(data: Path, model: str, reading: Reading, template: str | None, found: 
 
 _TRL = '''"""Fine-tunes a model with TRL on the coreset as it was scored; recipe: `staff finetune`."""
 
-from datasets import Features, Json, List, Value, load_dataset
+{imports}from datasets import Features, Json, List, Value, load_dataset
 from peft import LoraConfig
 from torch import cuda
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-tokenizer = AutoTokenizer.from_pretrained({model!r})
+model = {model}
+tokenizer = AutoTokenizer.from_pretrained(model)
 {template}rows = load_dataset("json", data_files={data!r}, split="train"{features})
 {split}settings = SFTConfig(
-    output_dir="tuned",
+    output_dir={tuned!r},
     max_length={max_length},
     assistant_only_loss={every_answer},
     num_train_epochs={epochs},
@@ -313,11 +331,12 @@ tokenizer = AutoTokenizer.from_pretrained({model!r})
     seed={seed},
 )
 lora = LoraConfig(r={lora_rank}, lora_alpha={lora_alpha}, target_modules="all-linear", task_type="CAUSAL_LM")
-trainer = SFTTrainer({model!r}, settings, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
+trainer = SFTTrainer(model, settings, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
 if __name__ == "__main__":
     trainer.train()
     trainer.save_model()
 '''
+_TRL_NAMED = 'sys.argv[1] if sys.argv[1:] else sys.exit("python with_trl.py MODEL: name the model to train")'
 _TRL_TEMPLATE = 'tokenizer.chat_template = open({!r}, encoding="utf-8").read()\n'
 _TRL_SPLIT = """rows = rows.map(
     lambda row: {{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}},

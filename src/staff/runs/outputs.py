@@ -183,7 +183,7 @@ def write(
     columns: dict[str, Any],
     cost: Mapping[str, Any],
     about: Mapping[str, Any],
-    target: tuple[Any, Pool | None] = (None, None),
+    target: tuple[Any, Pool | None, Path | None] = (None, None, None),
 ) -> Run:
     """Write the results; the manifest comes last and says that all are there.
 
@@ -193,17 +193,20 @@ def write(
         selection: among the rows that are left.
         columns: of scores.parquet, a value for each row that is left.
         about: what else the manifest says.
-        target: its tokenizer and the pool in its tokens, where they are known.
+        target: its tokenizer, the pool in its tokens, and its folder, where they are known.
     """
     folder = coreset.folder
     folder.mkdir(exist_ok=True)
     pool = aside.left()
     indices = pool.numbers[selection.indices]
     here = Path(config.target).expanduser()
-    model = str(here.resolve()) if here.is_dir() else config.target
-    model = model if config.target and not config.target.endswith(".gguf") else "MODEL"
+    tokenizer, tokens, unpacked = target
+    model: str | None = str(here.resolve()) if here.is_dir() else config.target
+    if config.target.endswith(".gguf"):  # which no other trainer loads
+        model = str(unpacked.absolute()) if unpacked else None
+    same = config.format == "same"
     names = export.write_coreset(
-        folder, pool, selection.indices, model, config.reading, *target, same=config.format == "same"
+        folder, pool, selection.indices, model or None, config.reading, tokenizer, tokens, same=same
     )
     files.write_whole(folder / "indices.npy", partial(_save_array, indices))
     if selection.regions:

@@ -248,9 +248,9 @@ class Pieces:
     def _tokenizer(self, base: str) -> Any:
         return load.load_tokenizer(self._files(base), self.config.engine.trust_remote_code)
 
-    def target(self) -> tuple[Any, Pool]:
-        """The target's tokenizer, and the pool in it."""
-        return self._tokenizer("target"), self.pool("target")
+    def target(self) -> tuple[Any, Pool, Path]:
+        """The target's tokenizer, the pool in it, and the folder that it loads from."""
+        return self._tokenizer("target"), self.pool("target"), self._files("target").folder
 
     def _load(self, base: str, merge: bool = True, limits: dict[int | str, int] | None = None) -> Any:
         """A base model, cut to its blocks where the draft is the target's own; its own adapter is folded
