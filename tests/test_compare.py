@@ -25,7 +25,7 @@ from staff.comparison.tables import Difference, Judged, compare_cells, corrected
 from staff.files import is_alive, read_checked, write_checked
 from staff.methods import METHODS
 from staff.models import load as models
-from staff.plan import staff_passes
+from staff.planning import staff_passes
 
 YAML = """
 target: ${STAFF_MODELS}/target

@@ -20,7 +20,7 @@ ROWS = [
     ["pipeline"],
     ["runs"],
     ["report"],
-    ["plan"],
+    ["planning"],
     ["timing"],
     ["scoring"],
     ["inspection"],
@@ -97,7 +97,7 @@ def test_imports_run_down(module):
 
 def test_importing_staff_and_its_numbers_loads_no_torch():
     assert not loads(
-        "import staff, staff.methods, staff.config, staff.runs.store, staff.plan, staff.cli, "
+        "import staff, staff.methods, staff.config, staff.runs.store, staff.planning, staff.cli, "
         "staff.data.rows, staff.pipeline",
         "torch",
         "transformers",

@@ -14,7 +14,7 @@ from staff.data import tokens
 from staff.methods import METHODS
 from staff.models import finetune as tuning
 from staff.models import load as models
-from staff.plan import Job, Speed, advice, most_verified, staff_passes, stages, table
+from staff.planning import Job, Speed, advice, most_verified, staff_passes, stages, table
 from staff.scoring import scorer as scoring
 
 JOB = Job(

@@ -17,7 +17,7 @@ import staff
 from staff import jobs, plan
 from staff.config import FinetuneConfig, PlanConfig, from_mapping
 from staff.files import read_checked
-from staff.plan import make_plan
+from staff.planning import make_plan
 
 TASKS = {
     "medquad": "runs/data/medquad-300.jsonl",

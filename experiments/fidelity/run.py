@@ -19,7 +19,7 @@ import torch
 from scipy.stats import rankdata
 from sklearn.metrics import adjusted_rand_score
 
-from staff import plan
+from staff import planning as plan
 from staff.data import rows as formats
 from staff.data.tokens import tokenise
 from staff.methods import METHODS

@@ -18,7 +18,7 @@ from staff.config import DraftsConfig, SelectConfig, check_named, check_whole, f
 from staff.methods.fidelity import Fidelity, fidelity, within
 from staff.methods.strata import split
 from staff.methods.verification import default_regions
-from staff.plan import most_verified, staff_passes
+from staff.planning import most_verified, staff_passes
 from staff.types import Progress
 
 if TYPE_CHECKING:

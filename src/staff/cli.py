@@ -134,7 +134,7 @@ def plan(arguments: Sequence[str]) -> None:
     staff plan --data train.jsonl --target T --draft D
     staff plan --config comparison.yaml
     """
-    from staff import plan as planning
+    from staff import planning
 
     if (given := _given("plan", arguments)).config and "tasks" in configs.read_yaml(given.config):
         return _forecast(given)

@@ -19,7 +19,7 @@ from staff.comparison.grid import (
 )
 from staff.config import PlanConfig, SelectConfig, flat, from_mapping, names_of
 from staff.data import rows as formats
-from staff.plan import Job, foretold, most_verified, pretend, stages
+from staff.planning import Job, foretold, most_verified, pretend, stages
 from staff.timing import Look, look_at_models
 from staff.types import Progress, Stage
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from staff.methods import METHODS
 from staff.methods.fidelity import ADVICE, Fidelity, within
-from staff.plan import finetuning_passes, sum_in_words
+from staff.planning import finetuning_passes, sum_in_words
 from staff.report import facts as told
 from staff.report.facts import Facts, Record, figure
 from staff.report.page import (

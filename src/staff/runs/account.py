@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from staff import plan
+from staff import planning as plan
 from staff.types import Stage
 
 FILE = "account.jsonl"  # and account-NAME.jsonl of each worker: lines of several machines don't mix

@@ -25,7 +25,7 @@ from staff.data.turns import Example
 from staff.models import adapters, apart, drafts, families, load
 from staff.models.files import Source, resolve, tokenizer_fingerprint
 from staff.models.finetune import train_lora
-from staff.plan import SNAPSHOTS
+from staff.planning import SNAPSHOTS
 from staff.runs import account, keys
 from staff.runs.aside import Aside
 from staff.runs.crew import Crew, worker_threads

@@ -10,7 +10,7 @@ from typing import Any
 from staff.config import DEFAULT_METHOD, SelectConfig, flags_of
 from staff.data.layouts import visible as visible
 from staff.methods.fidelity import ADVICE, Fidelity, within
-from staff.plan import sum_in_words
+from staff.planning import sum_in_words
 from staff.runs.outputs import Run, remarks
 
 
