@@ -4,6 +4,7 @@
 # make gpu: tests and benchmarks that need a GPU; skipped, with the reason, where there is none
 # make soak: kills, full disks, damaged input, every layout and every class of transformers, many times over; one part alone:
 # PART=ends, input, layouts or models
+# make trainers: TRL, LLaMA-Factory and Axolotl on what they are handed
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_MODEL := examples/SmolLM2-135M-Instruct.gguf
@@ -15,7 +16,7 @@ SOAK_input := tests/test_bad_input.py tests/test_right_text.py
 SOAK_models := tests/test_architectures.py
 SOAK_layouts := tests/test_gradnorm.py tests/test_finetune.py tests/test_prefix.py tests/test_draft.py
 
-.PHONY: demo test soak chromium gpu clean
+.PHONY: demo test soak trainers chromium gpu clean
 
 demo: .venv/ready $(DEMO_MODEL) $(DEMO_POOL)
 	$(BIN)/staff select --config examples/demo.yaml
@@ -35,6 +36,11 @@ soak: .venv/ready
 gpu: .venv/ready
 	$(BIN)/python -m pytest -rs tests/test_gpu.py
 	$(BIN)/python benchmarks/scale.py gpu
+
+# each trainer on the file that it is handed, in an environment of its own (about 5 GB), into docs/trainers.md
+trainers: .venv/ready
+	benchmarks/trainers/make_envs.sh
+	PYTHONPATH=tests $(BIN)/python benchmarks/trainers/compare.py
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
