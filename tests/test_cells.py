@@ -237,7 +237,7 @@ def test_a_group_gets_its_share_and_a_missing_column_is_named(family, tmp_path):
     shares = share_by_size(np.array([20, 10]), 15)
     kept = [rows[i]["source"] for i in run.indices]
     assert [kept.count("a"), kept.count("b")] == shares.tolist()
-    with pytest.raises(ValueError, match="--group-by topic: row 0 has no such column"):
+    with pytest.raises(ValueError, match="group_by topic: row 0 has no such column"):
         choose_one(family, rows, tmp_path / "y", method="direct", pruning_rate=0.5, group_by="topic")
 
 
@@ -251,8 +251,8 @@ def test_a_method_with_groups_of_its_own_makes_none_where_the_user_has_some(fami
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "less"}, "--validation FILE"),
-        ({"method": "rds"}, "--validation FILE"),
+        ({"method": "less"}, "validation=FILE"),
+        ({"method": "rds"}, "validation=FILE"),
         ({"option": ["num_strata=3"]}, "the options of staff are"),
         ({"method": "ccs", "option": ["num_strata"]}, "give name=value"),
     ],
@@ -271,9 +271,7 @@ def test_options_without_a_flag_reach_their_method(family, tmp_path):
 
 
 def test_a_method_that_follows_a_tuning_asks_for_one_before_any_model_loads(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"--method s2l follows the draft through its tuning.*--draft-epochs"
-    ):
+    with pytest.raises(ValueError, match=r"method='s2l' follows the draft through its tuning.*draft_epochs"):
         staff.select(
             "nowhere.jsonl",
             output=tmp_path / "x",

@@ -272,7 +272,7 @@ def test_a_folder_that_can_only_be_read_is_one_message(small_disk, whole, family
     said = finish(*start(whole[0] / "pool.jsonl", small_disk / "x", family))
     assert (
         said
-        == f"{small_disk / 'x'} can't be written to: Read-only file system; name another folder with --output"
+        == f"{small_disk / 'x'} can't be written to: Read-only file system; name another folder with output"
     )
 
 
@@ -595,7 +595,7 @@ def test_a_budget_that_was_lowered_counts_for_its_shard_alone(tmp_path):
 def test_a_sample_that_does_not_fit_alone_is_named(whole, family, tmp_path):
     said = finish(*start(whole[0] / "pool.jsonl", tmp_path / "x", family, before=short(20), draft_epochs=0))
     assert "of the data does not fit into memory alone, with its" in said
-    assert "--max-length" in said
+    assert "max_length" in said
 
 
 def fail_training(error):
@@ -608,7 +608,7 @@ def fail_training(error):
 def test_out_of_memory_while_tuning_names_the_batch_size(whole, family, tmp_path):
     before = lambda: fail_training(torch.OutOfMemoryError("CUDA out of memory"))  # noqa: E731
     said = finish(*start(whole[0] / "pool.jsonl", tmp_path / "x", family, before=before))
-    assert "out of memory while fine-tuning with --batch-size 8: lower it" in said
+    assert "out of memory while fine-tuning with batch_size=8: lower it" in said
 
 
 # ---- stopped by Ctrl-C ----

@@ -211,14 +211,18 @@ def test_what_a_trainer_has_no_words_for_is_not_handed_to_it(tmp_path):
         yaml.safe_load((train / "axolotl.yaml").read_text())["datasets"][0]["message_field_training"]
         == "weight"
     )
+    train = write(tmp_path / "parts", read(PAIRS), tokenizer=make_tokenizer(PARTS))
+    assert not (train / "axolotl.yaml").exists()
     for name, given, tokenizer in (
         ("calls", TOOL_CALLS, make_tokenizer(WITH_TOOLS)),
         ("dated", PAIRS, make_tokenizer("{{ strftime_now('%d') }}" + TEMPLATE)),
         ("plain", PAIRS, make_tokenizer(None)),
+        ("no system", SYSTEM, make_tokenizer(NO_SYSTEM)),
     ):
         train = write(tmp_path / name, read(given), reading=Reading(), tokenizer=tokenizer)
         assert not (train / "llama_factory.yaml").exists(), name
-        assert (train / "axolotl.yaml").exists(), name
+        axolotl = yaml.safe_load((train / "axolotl.yaml").read_text())["datasets"][0]
+        assert ("tool_calls" in axolotl["message_property_mappings"]) == (name == "calls")
 
 
 def test_every_trainer_is_told_what_the_selection_was_told(tmp_path):

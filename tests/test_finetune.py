@@ -318,7 +318,7 @@ def test_a_tuned_draft_whose_efforts_are_no_numbers_is_told_with_the_cure(family
     monkeypatch.setattr("staff.scoring.selfcheck.check", overflow)
     settings = {"target": str(family / "target"), "draft": str(family / "draft"), "pruning_rate": 0.5}
     with pytest.raises(
-        ValueError, match=r"the draft after fine-tuning: 2 samples .*; or a lower --learning-rate than"
+        ValueError, match=r"the draft after fine-tuning: 2 samples .*; or a lower learning_rate than"
     ):
         staff.select(str(data), output=tmp_path / "x", draft_epochs=0.5, **settings)
     with pytest.raises(ValueError, match=r"^2 samples have an effort"):

@@ -72,7 +72,7 @@ def test_the_card_names_files_by_their_last_part_and_the_licence_that_was_said(h
 
 def test_a_public_data_set_is_refused_before_any_work_and_before_the_upload(hub, tmp_path, monkeypatch):
     hub.private["me/open"] = False
-    with pytest.raises(ValueError, match=r"me/open: this data set is public.*add --public"):
+    with pytest.raises(ValueError, match=r"me/open': this data set is public.*add public=True"):
         staff.select("nowhere.jsonl", output=tmp_path / "x", push_to_hub="me/open", **HALF)
     assert not (tmp_path / "x").exists()
     staff.select(ROWS, output=tmp_path / "x", push_to_hub="me/open", public=True, **HALF)

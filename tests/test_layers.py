@@ -25,9 +25,10 @@ ROWS = [
     ["scoring"],
     ["inspection"],
     ["models"],
+    ["words"],
     ["methods", "graph"],
     ["data"],
-    ["config", "types", "files", "bars"],
+    ["config", "types", "files", "bars", "settings"],
 ]
 # what is lower than its chapter for now
 EXCEPTIONS = {
@@ -35,7 +36,8 @@ EXCEPTIONS = {
 }
 HUGGING_FACE = {"transformers", "peft", "datasets", "huggingface_hub", "accelerate", "tokenizers"}
 KNOWS_HUGGING_FACE = {
-    "__init__",  # for a type alone
+    "__init__",  # for a type alone, like the next
+    "runs/outputs",
     "data",
     "models",
     "scoring/prefix",

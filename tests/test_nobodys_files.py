@@ -82,4 +82,4 @@ def test_what_a_terminal_would_obey_is_shown():
 
 def test_an_option_of_the_wrong_kind_is_told_before_anything_is_read():
     with pytest.raises(ValueError, match="num_strata is a number, as in num_strata=50"):
-        staff.select("nothing.jsonl", method="ccs", pruning_rate=0.5, option=("num_strata=many",))
+        staff.select("nothing.jsonl", method="ccs", pruning_rate=0.5, target="t", option=("num_strata=many",))

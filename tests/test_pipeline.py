@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import staff
-from family import SETTINGS, config_of, make_rows, write_pool
+from family import SETTINGS, config_of, make_rows, run_staff, write_pool
 from staff import jobs
 from staff.config import FinetuneConfig
 from staff.runs import pieces
@@ -159,16 +159,33 @@ def test_a_self_made_draft_untuned_and_in_scope_lora_runs_through(family, tmp_pa
     assert len(run.selection.verified)
 
 
+def test_a_runs_config_and_its_rows_are_found_from_any_folder(family, tmp_path, monkeypatch):
+    home, other = tmp_path / "home", tmp_path / "other"
+    for folder in (home, other):
+        folder.mkdir()
+    monkeypatch.chdir(home)
+    write_pool(home / "pool.jsonl", 20)
+    (home / "t").symlink_to(family / "target")
+    settings = {"method": "direct", "target": "t", "budget": 5, "num_regions": 2}
+    run = staff.select("pool.jsonl", output="runs/x", **settings)
+    before = (run.path / "manifest.json").read_bytes()
+    monkeypatch.chdir(other)
+    again = run_staff("select", "--config", home / "runs" / "x" / "config.yaml")
+    assert again.returncode == 0, again.stderr
+    assert (home / "runs" / "x" / "manifest.json").read_bytes() == before, "it is the finished run"
+    assert len(staff.load_run(home / "runs" / "x").coreset) == 5
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "staf"}, "--method must be one of"),
+        ({"method": "staf"}, "method must be one of"),
         ({"pruning_rate": None}, "say how much to keep"),
         ({"budget": 99, "pruning_rate": None}, "only 12 usable rows"),
         ({"pruning_rate": 0.99}, "leaves none of 12 rows"),
         ({"target": "no/such/folder"}, "there is no such folder or .gguf file"),
-        ({"target": ""}, "--target"),
-        ({"draft": "nowhere.gguf"}, "--draft nowhere.gguf: there is no such file"),
+        ({"target": ""}, "target"),
+        ({"draft": "nowhere.gguf"}, "draft='nowhere.gguf': there is no such file"),
         ({"draft": None}, "needs a small draft"),
         ({"draft": "self:9"}, "only 4 blocks"),
         ({"device": "cuda:7"}, "not to be had here"),

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from family import TEMPLATE, config_of, make_rows, make_tokenizer, write_pool
-from staff import cli, pipeline, plan, timing
+from staff import cli, pipeline, timing
+from staff import planning as plan
 from staff.config import PlanConfig, SelectConfig
 from staff.data import tokens
 from staff.methods import METHODS

@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 import staff
-from staff import jobs, plan
+from staff import jobs
+from staff import planning as plan
 from staff.config import FinetuneConfig, PlanConfig, from_mapping
 from staff.files import read_checked
 from staff.planning import make_plan

@@ -241,13 +241,9 @@ def inspect(arguments: Sequence[str]) -> None:
     from rich.console import Console
 
     from staff import inspection
-    from staff.data import rows as formats
 
     config, given = _parse("inspect", arguments)
-    configs.check_named(config)
-    tokenizer = inspection.tokenizer_of(config.model, config.trust_remote_code) if config.model else None
-    rows = formats.read(list(config.data), **{**config.reading.keywords(), "on_bad_row": "skip"})
-    report = inspection.inspect(rows, tokenizer, config.reading.max_length, config.reading)
+    report = inspection.look(config)
     if given.json:
         _say(given, "", report)
     else:

@@ -647,9 +647,13 @@ def unnamed(config: Any, *names: str) -> list[str]:
     return [f"name {ASKED[name]}" for name in names if not getattr(config, name)]
 
 
-def check_named(config: Any) -> None:
-    """Raise ValueError for the required settings that have nothing in them."""
-    check_whole(unnamed(config, *config.REQUIRED))
+def check_named(config: Any, data: Any = None) -> None:
+    """Raise ValueError for the required settings that have nothing in them.
+
+    Args:
+        data: rows that are in no files.
+    """
+    check_whole(unnamed(config, *(name for name in config.REQUIRED if name != "data" or data is None)))
 
 
 def check_whole(missing: list[str]) -> None:
@@ -780,9 +784,30 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
+PATHS = {"data", "target", "draft", "model", "scores", "weights", "validation", "keep", "eval_data", "output"}
+PATHS |= {"chat_template", "dataset_info", "candidates", "picture", "test"}
+NO_PATHS = ("none", "model", "-")  # words that stand where a path may
+
+
+def anywhere(config: Any) -> dict[str, Any]:
+    """Every setting by its own name; paths that are there are absolute, so that it holds in any folder."""
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(whole, value))
+        if not isinstance(value, str) or value in NO_PATHS or not value:
+            return value
+        path = Path(value).expanduser()
+        return str(path.absolute()) if path.exists() else value
+
+    return {name: whole(value) if name in PATHS else value for name, value in flat(config).items()}
+
+
 def to_yaml(config: Any) -> str:
-    """A config as YAML that `read_yaml` and `from_mapping` turn into the same config again."""
+    """A config as YAML that `read_yaml` and `from_mapping` turn into the same config again, in any folder."""
     import yaml
 
-    values = {key: list(value) if isinstance(value, tuple) else value for key, value in flat(config).items()}
+    values = {
+        key: list(value) if isinstance(value, tuple) else value for key, value in anywhere(config).items()
+    }
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=False)

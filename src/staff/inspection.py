@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from rich.markup import escape
 
-from staff.config import Reading
+from staff.config import InspectConfig, Reading, check_named
 from staff.data.chat import USUAL, control_tokens, spells
 from staff.data.duplicates import NearIndex
 from staff.data.layouts import shown, visible
 from staff.data.locate import read_json
-from staff.data.rows import Rows
+from staff.data.rows import Rows, read
 from staff.data.tokens import CUT, SHORTENED, STRIPPED, in_common, tokenise
 from staff.data.turns import Example
 from staff.models import files as model_files
@@ -97,6 +97,15 @@ def inspect(rows: Rows, tokenizer: Any = None, max_length: int = 1024, reading: 
         "tokens": tokens,
         "first": _first(rows, tokenizer, max_length, reading),
     }
+
+
+def look(config: InspectConfig, data: Any = None) -> dict:
+    """What `inspect` says of the data that a config names, or of these rows."""
+    check_named(config, data)
+    tokenizer = tokenizer_of(config.model, config.trust_remote_code) if config.model else None
+    keywords = {**config.reading.keywords(), "on_bad_row": "skip"}
+    rows = read(list(config.data) if data is None else data, **keywords)
+    return inspect(rows, tokenizer, config.reading.max_length, config.reading)
 
 
 def tokenizer_of(model: str, trust_remote_code: bool = False) -> Any:

@@ -28,10 +28,13 @@ if TYPE_CHECKING:  # torch comes in with it
     from staff.models.files import Source
 
 
-def finetune(config: FinetuneConfig, *, update: bool = False, on_progress: Progress | None = None) -> Path:
+def finetune(
+    config: FinetuneConfig, data: Any = None, *, update: bool = False, on_progress: Progress | None = None
+) -> Path:
     """Fine-tune a model on a file with LoRA; the adapter is left in config.output.
 
     Args:
+        data: the rows, where they are in no files.
         update: begin again in a folder that was begun with other settings or inputs.
 
     Returns:
@@ -41,7 +44,7 @@ def finetune(config: FinetuneConfig, *, update: bool = False, on_progress: Progr
         ValueError: something that the user can mend.
     """
     output = Path(str(config.output))
-    config, pool, source = opened(config, output, [output])
+    config, pool, source = opened(config, output, [output], data)
     _check_finetune(config, source)
     held_out = rows.read(list(config.eval_data), **config.reading.keywords()) if config.eval_data else None
     files.check_outputs([output], {"--eval-data": held_out.paths if held_out else ()})
@@ -64,15 +67,15 @@ def finetune(config: FinetuneConfig, *, update: bool = False, on_progress: Progr
         return run.path
 
 
-def opened(config: Any, folder: Path, outputs: list[Path]) -> tuple[Any, rows.Rows, Source]:
+def opened(config: Any, folder: Path, outputs: list[Path], data: Any = None) -> tuple[Any, rows.Rows, Source]:
     """The config with the day held fixed that a chat template writes, its data, and its model's files.
 
     Args:
         folder: of the run, where it was begun before.
         outputs: what will be written, which must be nothing that is read.
     """
-    check_named(config)
-    pool = rows.read(list(config.data), **config.reading.keywords())
+    check_named(config, data)
+    pool = rows.read(list(config.data) if data is None else data, **config.reading.keywords())
     source = model_files.resolve(config.model, "--model")
     files.check_outputs(outputs, {"--data": pool.paths, "--model": source.files()})
     reading = model_files.with_date(config.reading, [source], folder / "work" / "begun.json")
@@ -244,7 +247,7 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def score(config: ScoreConfig, *, on_progress: Progress | None = None) -> tuple[Path, int]:
+def score(config: ScoreConfig, data: Any = None, *, on_progress: Progress | None = None) -> tuple[Path, int]:
     """Score every sample of a pool on one model and write a Parquet file; what is done lies beside it until
     the end.
 
@@ -259,7 +262,7 @@ def score(config: ScoreConfig, *, on_progress: Progress | None = None) -> tuple[
         cure = "name a file that ends in .parquet"
         raise ValueError(f"--output {output}: scores are written as Parquet; {cure}")
     skipped, unfinished = output.with_suffix(".skipped.jsonl"), output.with_suffix(".unfinished")
-    config, pool, source = opened(config, unfinished, [output, skipped])
+    config, pool, source = opened(config, unfinished, [output, skipped], data)
     with open_run(unfinished, "scores", on_progress) as run:
         contents = {"target": partial(content_of, run, source)}
         inputs = Inputs(contents, {"target": f"--model {config.model}"})

@@ -18,8 +18,8 @@ from staff import files
 from staff.config import (
     SelectConfig,
     Trying,
+    anywhere,
     check_whole,
-    flat,
     meant,
     parse_shares,
     to_yaml,
@@ -317,7 +317,7 @@ def missing(config: SelectConfig, methods: Mapping[str, Method] = METHODS) -> li
 
 def ingredients(config: Any) -> dict[str, Any]:
     """The settings that results hang on, by name."""
-    return {name: value for name, value in flat(config).items() if name not in NO_INGREDIENTS}
+    return {name: value for name, value in anywhere(config).items() if name not in NO_INGREDIENTS}
 
 
 def needs_of(config: SelectConfig, method: Method, is_text: bool = False) -> dict[str, Need]:

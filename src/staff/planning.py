@@ -235,7 +235,7 @@ def faithful(looks: Mapping[str, Look], n: int) -> Fidelity:
     return fidelity(regions, np.array([n]), n, scores, target.scores["effort"], None, loss, partition)
 
 
-def make_plan(config: PlanConfig, on_progress: Progress | None = None) -> dict[str, Any]:
+def make_plan(config: PlanConfig, on_progress: Progress | None = None, data: Any = None) -> dict[str, Any]:
     """Time the models on samples of a pool and predict what every method would take, and what a selection
     would verify.
 
@@ -250,10 +250,10 @@ def make_plan(config: PlanConfig, on_progress: Progress | None = None) -> dict[s
     """
     from staff.data import rows as formats
 
-    check_named(config)
+    check_named(config, data)
     tell = on_progress or (lambda stage, done, total: None)
     tell(str(Stage("read")), 0, 1)
-    rows = formats.read(list(config.data), **config.reading.keywords())
+    rows = formats.read(list(config.data) if data is None else data, **config.reading.keywords())
     rows, looks = look_at_models(config, rows, tell)
     target, n = looks["target"], len(rows)
     groups = None if config.group_by is None else rows.column(config.group_by)

@@ -46,7 +46,9 @@ JUDGED_WITH = ("torch", "transformers", "rouge-score", "sacrebleu")
 NO_MATTER = ("data", "model", "output", "device", "trust_remote_code")
 
 
-def evaluate(config: EvaluateConfig, *, on_progress: Progress | None = None) -> dict[str, Any]:
+def evaluate(
+    config: EvaluateConfig, data: Any = None, *, on_progress: Progress | None = None
+) -> dict[str, Any]:
     """Answer every example of a test file and compare with its references; go on where a call was cut off.
 
     Leaves config.output, a row an example: row, id, the metrics (0 to 100), loss (mean over the reference's
@@ -54,6 +56,7 @@ def evaluate(config: EvaluateConfig, *, on_progress: Progress | None = None) -> 
     reference. Beside it the summary, `.summary.json`.
 
     Args:
+        data: the examples, where they are in no files.
         on_progress: called with (stage, done, in all).
 
     Returns:
@@ -62,7 +65,7 @@ def evaluate(config: EvaluateConfig, *, on_progress: Progress | None = None) -> 
     Raises:
         ValueError: something that the user can mend.
     """
-    check_named(config)
+    check_named(config, data)
     output = Path(str(config.output))
     if output.suffix not in (".jsonl", ".parquet"):
         cure = "name a file that ends in .jsonl or .parquet"
@@ -74,7 +77,7 @@ def evaluate(config: EvaluateConfig, *, on_progress: Progress | None = None) -> 
 
     metrics.judge_answers(["a word"], ["a word"])  # a package that is missing is known before the work
     source = models.resolve(config.model, "--model")
-    rows = formats.read(list(config.data), **config.reading.keywords())
+    rows = formats.read(list(config.data) if data is None else data, **config.reading.keywords())
     examples = list(rows.examples())
     for number, example in zip(rows.numbers, examples, strict=True):
         if example.turns[0].role == "text":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -141,16 +142,20 @@ class Comparison:
         return not tuned and config.scoring.scope not in ("lora", "released")
 
 
-def read_comparison(path: str | Path, output: str | None = None) -> Comparison:
+def read_comparison(
+    path: str | os.PathLike[str] | Mapping[str, Any], output: str | None = None
+) -> Comparison:
     """A comparison from its YAML file; ${NAME} in any text is filled in from the environment.
 
     Args:
+        path: the file, or what one says.
         output: in place of the file's own.
 
     Raises:
         ValueError: what is missing, or not known, and where.
     """
-    values = expand(read_yaml(path))
+    values = expand(dict(path) if isinstance(path, Mapping) else read_yaml(Path(path)))
+    path = "the comparison" if isinstance(path, Mapping) else os.fspath(path)
     _known(values, SETTINGS, str(path))
     for name in ("tasks", "target", "methods", "pruning_rates", "seeds"):
         if not values.get(name):

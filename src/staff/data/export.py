@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
@@ -20,6 +20,9 @@ from staff.data.turns import Example, build
 from staff.data.writers import dumps, write_lines
 from staff.files import remove, write_json, write_text, write_whole
 
+if TYPE_CHECKING:
+    import datasets
+
 TRAIN = (
     *("coreset-messages.jsonl", "coreset-texts.jsonl", "coreset-tokens.jsonl", "chat_template.jinja"),
     *("with_trl.py", "axolotl.yaml", "llama_factory.yaml", "dataset_info.json"),
@@ -32,7 +35,9 @@ BEHIND = 8  # tokens behind the last turn at most, a line break mostly: LLaMA-Fa
 RECIPE = FinetuneConfig()  # of the line that a run prints
 # what a trainer may have no words for
 SEVERAL, MASKED, TOOLS = "several answers are trained on", "some answers are not", "tools"
-MORE, TURNS = "a turn is more than role and text", "turns do not alternate"
+MORE, IN_PARTS, TURNS = "a turn is more than role and text", "a text is in parts", "turns do not alternate"
+NO_WORDS = "some rows train on several answers and not on all of them, for which TRL has no words"
+NO_SYSTEM = "the template has no place for the system"
 
 
 def write_coreset(
@@ -106,13 +111,14 @@ def write_train(
     """
     sampler = Sampler(tokenizer, reading) if tokenizer else None
     examples, found = _as_scored(rows, positions, reading, sampler, pool), set[str]()
+    keys = {"role": True, "content": True}  # of messages, in the order in which they came
     is_text = rows.layout.text is not None
     if is_text:
         data, template = folder / "coreset-texts.jsonl", None
         made: Iterator[dict] = ({"text": text_of(example.turns[0].content)} for example in examples)
     else:
         data, template = folder / "coreset-messages.jsonl", template_of(tokenizer, reading)
-        made = (_messages(example, sampler, found) for example in examples)
+        made = (_messages(example, sampler, found, keys) for example in examples)
     data, own = data.absolute(), template
     folder.mkdir(exist_ok=True)
     write_whole(data, lambda aside: write_lines(aside, map(dumps, made)))
@@ -129,10 +135,15 @@ def write_train(
         write_whole(tokens, lambda aside: write_lines(aside, map(dumps, _tokens(pool, positions))))
         found.add(tokens.name)
     write_text(folder / "with_trl.py", _trl(data, model, reading, template, found))
-    how = "axolotl train axolotl.yaml" + " --base-model MODEL" * (not model)
-    write_text(folder / "axolotl.yaml", _yaml(how, _axolotl(data, model, reading, template, sampler)))
+    if IN_PARTS not in found:
+        how = "axolotl train axolotl.yaml" + " --base-model MODEL" * (not model)
+        write_text(
+            folder / "axolotl.yaml", _yaml(how, _axolotl(data, model, reading, template, sampler, keys))
+        )
     is_own = reading.chat_template in (None, "model") and template in (None, own)
-    if is_own and not found & {MORE, TURNS} and not found >= {SEVERAL, MASKED}:
+    if sampler and sampler.chat and sampler.chat.merges_system:
+        found.add(NO_SYSTEM)  # which LLaMA-Factory asks it for
+    if is_own and not found & {MORE, IN_PARTS, TURNS, NO_SYSTEM} and not found >= {SEVERAL, MASKED}:
         columns = {"prompt": "text"} if is_text else {"messages": "messages"}
         columns |= {"tools": "tools"} if TOOLS in found else {}
         entry: dict[str, Any] = {"file_name": data.name, "columns": columns}
@@ -158,7 +169,7 @@ def _as_scored(
         yield example
 
 
-def _messages(example: Example, sampler: Sampler | None, found: set[str]) -> dict:
+def _messages(example: Example, sampler: Sampler | None, found: set[str], keys: dict[str, bool]) -> dict:
     """A row of coreset-messages.jsonl; notes what it has."""
     chat = sampler.chat if sampler else None
     turns = chat.turns(example) if chat else list(example.turns)
@@ -168,12 +179,15 @@ def _messages(example: Example, sampler: Sampler | None, found: set[str]) -> dic
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
     else:
         messages = [{"role": t.role, "content": text_of(t.content), **(t.fields or {})} for t in turns]
-    if any(len(message) > 2 or not isinstance(message["content"], str) for message in messages):
+    if any(len(message) > 2 for message in messages):
         found.add(MORE)
+    if not all(isinstance(message["content"], str) for message in messages):
+        found.add(IN_PARTS)
     for turn, message in zip(turns, messages, strict=True):
         if turn.role == "assistant" and not turn.train:
             message["weight"] = 0
             found.add(MASKED)
+        keys |= dict.fromkeys(message, True)
     if sum(turn.train for turn in turns) > 1:
         found.add(SEVERAL)
     roles = [turn.role for turn in turns[turns[0].role == "system" :]]
@@ -185,6 +199,43 @@ def _messages(example: Example, sampler: Sampler | None, found: set[str]) -> dic
         return {"messages": messages}
     found.add(TOOLS)
     return {"messages": messages, "tools": json.dumps(example.tools, ensure_ascii=False)}
+
+
+def dataset_of(train: Path) -> datasets.Dataset:
+    """What `write_train` wrote, as with_trl.py takes it: the rows of a `datasets.Dataset` for SFTTrainer.
+
+    Raises:
+        ValueError: a package is missing or too old, or TRL has no words for these rows.
+    """
+    try:
+        from datasets import Dataset, Features, Json, List, Value
+    except ImportError as error:
+        raise ValueError(
+            f"this needs datasets 4.8 or newer ({error}): pip install -U 'staff-coreset[datasets]'"
+        ) from None
+    path = next((train / name for name in TRAIN[2::-1] if (train / name).exists()), None)
+    if path is None:
+        raise ValueError(f"{train} holds no rows: the coreset is empty, or the files were moved")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    if path.name != "coreset-messages.jsonl":
+        return Dataset.from_list(rows)
+    answers = [[m.get("weight", 1) for m in row["messages"] if m["role"] == "assistant"] for row in rows]
+    parts = ["prompt", "completion"]
+    if any(sum(weights) > 1 for weights in answers):
+        if not all(map(all, answers)):
+            raise ValueError(NO_WORDS)
+        parts = ["messages"]
+    else:
+        ends = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows]
+        rows = [
+            end | {"tools": row["tools"]} if "tools" in row else end
+            for end, row in zip(ends, rows, strict=True)
+        ]
+    features: dict[str, Any] = {part: List(Json()) for part in parts}
+    has_tools = any("tools" in row for row in rows)
+    return Dataset.from_list(
+        rows, features=Features(features | ({"tools": Value("string")} if has_tools else {}))
+    )
 
 
 def _tokens(pool: Pool, positions: np.ndarray) -> Iterator[dict]:
@@ -234,7 +285,12 @@ def _tuned(data: Path, trainer: str) -> str:
 
 
 def _axolotl(
-    data: Path, model: str | None, reading: Reading, template: str | None, sampler: Sampler | None
+    data: Path,
+    model: str | None,
+    reading: Reading,
+    template: str | None,
+    sampler: Sampler | None,
+    keys: Iterable[str],
 ) -> dict:
     """An Axolotl configuration (`axolotl train FILE`)."""
     training, chat = RECIPE.training, sampler.chat if sampler else None
@@ -246,7 +302,7 @@ def _axolotl(
         rows |= {
             "type": "chat_template",
             "field_messages": "messages",
-            "message_property_mappings": {"role": "role", "content": "content"},
+            "message_property_mappings": {key: key for key in keys},  # others don't reach the template
             "message_field_training": "weight",
             "roles_to_train": ["assistant"],
             "train_on_eos": "turn",
@@ -285,8 +341,7 @@ def _trl(data: Path, model: str | None, reading: Reading, template: str | None, 
     if "coreset-tokens.jsonl" in found:
         data = data.with_name("coreset-tokens.jsonl")
     elif found >= {SEVERAL, MASKED}:
-        said = "some rows train on several answers and not on all of them, for which TRL has no words"
-        return f"raise SystemExit({said!r})\n"
+        return f"raise SystemExit({NO_WORDS!r})\n"
     elif data.name == "coreset-messages.jsonl":
         features = f', features=Features({{"messages": List(Json()){tools}}})'
         every_answer = SEVERAL in found

@@ -30,6 +30,7 @@ from staff.types import Region, Selection
 
 if TYPE_CHECKING:  # a finished run is recognised without it
     import altair as alt
+    import datasets
     import pyarrow as pa
 
     from staff.data.tokens import Pool
@@ -132,6 +133,24 @@ class Run:
 
     def _repr_html_(self) -> str:
         return notebook.card(self.facts, repr(self))
+
+    def summary(self) -> str:
+        """What a person wants to know of it, as `staff select` prints it."""
+        from staff.runs.summary import summary
+
+        return summary(self, config_of(self.path))
+
+    def dataset(self) -> datasets.Dataset:
+        """The coreset as TRL's `SFTTrainer` takes it, so that it trains on the text and the labels that were
+        scored.
+
+        Rows have `prompt` and `completion`, or `messages`, as lists of messages, to which SFTTrainer puts the
+        chat template (to texts it puts none); where it would put the loss elsewhere `input_ids` and `labels`.
+
+        Raises:
+            ValueError: `datasets` is not installed, or too old; or TRL has no words for these rows.
+        """
+        return export.dataset_of(self.path / "train")
 
     def __repr__(self) -> str:
         n, m, method = (self.manifest[name] for name in ("n", "m", "method"))
@@ -375,6 +394,17 @@ def _region(line: Mapping[str, str]) -> Region:
     return Region(**{name: value for name, value in values.items() if name != "region"})  # type: ignore[arg-type]
 
 
+def settings_path(folder: Path) -> Path:
+    """The config.yaml that a coreset's folder was made by: its own, or that of several."""
+    return next(p / "config.yaml" for p in (folder, folder.parent) if (p / "config.yaml").exists())
+
+
+def config_of(folder: Path) -> SelectConfig:
+    """The settings that a coreset's folder was made by."""
+    path = settings_path(folder)
+    return from_mapping(SelectConfig, read_yaml(path), str(path))
+
+
 def load_run(path: str | Path) -> Run:
     """A finished run from its folder; the pool is read again from where it was.
 
@@ -384,14 +414,13 @@ def load_run(path: str | Path) -> Run:
     folder = Path(path)
     if not (folder / "manifest.json").exists():
         raise ValueError(f"{folder} holds no finished run (no manifest.json)")
-    settings = next(p / "config.yaml" for p in (folder, folder.parent) if (p / "config.yaml").exists())
-    config = from_mapping(SelectConfig, read_yaml(settings), str(settings))
+    config = config_of(folder)
     selection_path = folder / "work" / "selection.npz"
     if not selection_path.exists():
         selection_path = folder.parent / "work" / f"selection-{folder.name}.npz"
     read = partial(rows.read, list(config.data), **config.reading.keywords())
     finished = find_run(Coreset("", None, folder, selection_path), None, read)
     if finished is None:
-        again = f"type `staff select --config {settings}` again"
+        again = f"type `staff select --config {settings_path(folder)}` again"
         raise ValueError(f"{folder}: its files are not as they were written; {again}")
     return finished
