@@ -50,7 +50,7 @@ def test_the_summary_says_what_was_kept_what_it_cost_and_how_to_go_on(done, fami
     for part in (
         "60 samples",
         "coreset    18 samples, 30% of the pool",
-        "verified   ",
+        " samples verified on the target (",
         "V_i from",
         "fidelity   unknown: too few to say: 15 samples were verified",
         "without a draft (direct)",

@@ -7,10 +7,16 @@ import math
 import shlex
 from typing import Any
 
+import numpy as np
+
 from staff.config import DEFAULT_METHOD, SelectConfig, flags_of
 from staff.data.layouts import visible as visible
+from staff.data.turns import build
 from staff.methods.fidelity import ADVICE, Fidelity, within
 from staff.planning import sum_in_words
+from staff.report import facts as told
+from staff.report.facts import figure
+from staff.report.table import SOURCES
 from staff.runs.outputs import Run, remarks
 
 
@@ -35,7 +41,7 @@ HONEST = (
 
 
 def summary(run: Run, config: SelectConfig) -> str:
-    """What a person wants to know of a finished selection."""
+    """What a person wants to know of a finished selection: first in plain words, then in the paper's."""
     selection, manifest, coreset = run.selection, run.manifest, run.path / "coreset.jsonl"
     n, m = manifest["n"], manifest["m"]
     tokens = f", {manifest['tokens']:,} tokens" if "tokens" in manifest else ""
@@ -46,31 +52,17 @@ def summary(run: Run, config: SelectConfig) -> str:
     always = f", {manifest['always']} of them from --keep" if "always" in manifest else ""
     if "kept_tokens" in manifest:
         always += f", {manifest['kept_tokens']:,} of {manifest['settings']['budget_tokens']:,} tokens"
-    lines += _entry("coreset", f"{m} samples, {m / n:.0%} of the pool{always}")
+    lines += _entry("coreset", f"{m} samples, {m / n:.0%} of the pool{always}", *_against_pool(run))
     lines += _entry("groups", *_group_lines(manifest))
     if manifest["method"] == DEFAULT_METHOD:
         lines += _entry("choice", *HONEST)
-    regions = [region for region in selection.regions if region.size]
-    if regions:
-        lines += _entry("regions", f"{len(regions)} with samples, of {len(selection.regions)}")
-    if len(selection.verified):
-        verified = [region for region in regions if not math.isnan(region.ratio)]
-        pool_share = sum(region.size for region in verified) / (n - sum(manifest.get("dropped", {}).values()))
-        budget_share = sum(region.selected for region in verified) / max(m, 1)
-        ratios, count = sorted(region.ratio for region in verified), len(selection.verified)
-        lines += _entry(
-            "verified",
-            f"{count} samples on the target ({count / n:.1%} of the pool), in {len(verified)} regions",
-            f"that hold {pool_share:.0%} of the pool and {budget_share:.0%} of the coreset",
-            f"V_i from {ratios[0]:.3g} to {ratios[-1]:.3g}",
-        )
-        if min(pool_share, budget_share) < 0.5:
-            cure = "Fewer --num-regions hold more samples each"
-            lines += _entry("", f"warning: less than half lies in verified regions. {cure}")
-    elif manifest["method"] == "staff":
-        lines += _entry("", f"warning: none verified, {_why_unverified(config)}")
+    lines += _pool_again(run)
     if run.fidelity:
-        lines += _entry("fidelity", *_fidelity_lines(run.fidelity, config))
+        lines += _entry("fidelity", *_verdict_lines(run.fidelity, config))
+    lines += _entry("", *(f"warning: {said}" for said in _warnings(run, config)))
+    lines += ["", "in the paper's terms", *_entry("regions", *_region_lines(run))]
+    if run.fidelity:
+        lines += _entry("agreement", *_fidelity_lines(run.fidelity))
     if selection.filled or selection.filled_from_cut:
         lines += _entry(
             "fill",
@@ -91,24 +83,128 @@ def summary(run: Run, config: SelectConfig) -> str:
     return "\n".join(lines)
 
 
+def _against_pool(run: Run) -> list[str]:
+    """Lengths and scores of what was kept beside those of the pool."""
+    facts, lines = run.facts, []
+    for name in told.axes(facts):
+        values = facts.columns[name]
+        is_known = np.isfinite(values)
+        parts = values[is_known], values[is_known & facts.kept]
+        if all(map(len, parts)):
+            each = ["".join(f"{figure(q):>8}" for q in np.quantile(part, (0.1, 0.5, 0.9))) for part in parts]
+            lines.append(f"{facts.word(name):36}{each[0]}    {each[1]}")
+    head = f"{'one, five, nine in ten lie below':36}{'pool':>24}    {'coreset':>24}"
+    return [head, *lines] if lines else []
+
+
+def _pool_again(run: Run) -> list[str]:
+    """Where the rows come from, and one that was kept and one that was not, of middling score; nothing where
+    the pool can't be read again."""
+    try:
+        rows, facts = run.rows, run.facts
+        lines = []
+        first = next(iter(rows.raw([0])))
+        source = next((name for name in SOURCES if name in first), None)
+        if source and not run.manifest.get("groups"):
+            records = told.labels_of(np.array(rows.column(source), object), facts.kept)
+            shares = [
+                f"{_in_a_line(record['name'], 40)}: {record['of_pool']:.1%} of the pool, "
+                f"{record['of_coreset']:.1%} of the coreset"
+                for record in records[:SOURCES_SHOWN]
+            ]
+            more = [f"and {len(records) - SOURCES_SHOWN} more"] * (len(records) > SOURCES_SHOWN)
+            lines += _entry(source, *shares, *more) if len(records) > 1 else []
+        for fate, of in (("kept", facts.kept), ("dropped", ~facts.kept)):
+            places = np.flatnonzero(of & ~np.isin(facts.columns["row"], list(facts.dropped)))
+            if len(places):
+                scores = facts.columns.get(facts.score or "", facts.columns["row"])[places]
+                place = places[np.argsort(scores, kind="stable")[len(places) // 2]]
+                (row,) = rows.raw([int(place)])
+                turns = [turn.text for turn in build(rows.layout, row, rows.train_on).turns]
+                said = " -> ".join(_in_a_line(text, SHOWN) for text in turns[-2:])
+                lines += _entry(fate, f"row {facts.columns['row'][place]}, for one: {said}")
+        return lines
+    except (ValueError, OSError, StopIteration):
+        return []
+
+
+def _in_a_line(text: str, limit: int) -> str:
+    """A text of the data for a terminal: on one line, escaped, cut."""
+    line = visible(" ".join(text[: 4 * limit].split()))
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def _region_lines(run: Run) -> list[str]:
+    """What was cut and verified; nothing for methods without regions."""
+    selection, n = run.selection, run.manifest["n"]
+    regions = [region for region in selection.regions if region.size]
+    if not regions:
+        return ["none: the method cuts none"]
+    lines = [f"{len(regions)} with samples, of {len(selection.regions)}"]
+    if len(selection.verified):
+        verified = [region for region in regions if not math.isnan(region.ratio)]
+        ratios, count = sorted(region.ratio for region in verified), len(selection.verified)
+        pool_share, budget_share = _verified_shares(run)
+        lines += [
+            f"{count} samples verified on the target ({count / n:.1%} of the pool), in {len(verified)}",
+            f"that hold {pool_share:.0%} of the pool and {budget_share:.0%} of the coreset",
+            f"V_i from {ratios[0]:.3g} to {ratios[-1]:.3g}",
+        ]
+    return lines
+
+
+def _verified_shares(run: Run) -> tuple[float, float]:
+    """Of the pool and of the coreset, what lies in regions that were verified."""
+    manifest = run.manifest
+    verified = [r for r in run.selection.regions if r.size and not math.isnan(r.ratio)]
+    left = manifest["n"] - sum(manifest.get("dropped", {}).values())
+    kept = sum(region.selected for region in verified) / max(manifest["m"], 1)
+    return sum(region.size for region in verified) / left, kept
+
+
+def _warnings(run: Run, config: SelectConfig) -> list[str]:
+    """What speaks against trusting a coreset, beside the draft's verdict."""
+    if run.manifest["method"] == "staff" and not len(run.selection.verified):
+        return [f"none verified, {_why_unverified(config)}"]
+    if len(run.selection.verified) and min(_verified_shares(run)) < 0.5:
+        return ["less than half lies in verified regions. Fewer --num-regions hold more samples each"]
+    return []
+
+
 def grid_table(runs: list[Run], config: SelectConfig) -> str:
-    """A line a coreset, how alike they are, and what all of it cost."""
+    """A line a coreset, what is to be said of each, how alike they are, and what all of it cost."""
     lines = ["", *remarks(runs[0].manifest, config.reading.max_length)]
-    lines.append(f"{'coreset':24}{'pruning rate':>13}{'samples':>9}{'verified':>10}  fidelity")
+    lines.append(
+        f"{'coreset':24}{'pruning rate':>13}{'samples':>9}{'verified':>10}{'middle length':>15}  fidelity"
+    )
     for run in runs:
         rate = "" if run.manifest["pruning_rate"] is None else f"{run.manifest['pruning_rate']:g}"
-        told = run.fidelity.verdict if run.fidelity else ""
-        line = f"{run.path.name:24}{rate:>13}{len(run.indices):9}{len(run.selection.verified):10}  {told}"
-        lines.append(line.rstrip())
-    # what is verified hangs on neither rate nor pick: runs of a method say the same
-    for said in {
-        run.manifest["method"]: _fidelity_lines(run.fidelity, config) for run in runs if run.fidelity
-    }.values():
-        lines += ["", *_entry("fidelity", *said)]
-    for run in runs:
-        lines += [f"{run.path.name}: {said}" for said in _short_groups(run.manifest)]
-    if any(run.manifest["method"] == "staff" and not len(run.selection.verified) for run in runs):
-        lines += ["", f"warning: staff verified none, {_why_unverified(config)}"]
+        verdict = run.fidelity.verdict if run.fidelity else ""
+        lengths = run.facts.columns.get("response_tokens")
+        length = "" if lengths is None else figure(told.medians(lengths, run.facts.kept)[1])
+        line = f"{run.path.name:24}{rate:>13}{len(run.indices):9}{len(run.selection.verified):10}{length:>15}"
+        lines.append(f"{line}  {verdict}".rstrip())
+    lengths = next(
+        (r.facts.columns["response_tokens"] for r in runs if "response_tokens" in r.facts.columns), None
+    )
+    if lengths is not None:
+        lines.append(
+            f"{'the pool':24}{'':13}{runs[0].manifest['n']:9}{'':10}{figure(np.nanmedian(lengths)):>15}"
+        )
+    lines += ["", *_entry("groups", *_groups_of_several(runs))]
+    # what is verified hangs on neither rate nor pick: coresets of which the same is true are named together
+    each = {
+        "fidelity": lambda run: _verdict_lines(run.fidelity, config) + _fidelity_lines(run.fidelity),
+        "warning": lambda run: [f"warning: {said}" for said in _warnings(run, config)],
+        "short": lambda run: _short_groups(run.manifest),
+    }
+    for label, of in each.items():
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for run in runs:
+            if said := () if label == "fidelity" and not run.fidelity else tuple(of(run)):
+                alike.setdefault(said, []).append(run.path.name)
+        for said, names in alike.items():
+            lines += _entry(label, f"of {', '.join(names)}", *said)
     folder = runs[0].path.parent
     lines += ["", f"{'of the smaller, shared by':50}{'share':>7}{'by chance':>11}"]
     with open(folder / "overlap.csv", encoding="utf-8") as file:
@@ -120,6 +216,22 @@ def grid_table(runs: list[Run], config: SelectConfig) -> str:
     return "\n".join(lines)
 
 
+def _groups_of_several(runs: list[Run]) -> list[str]:
+    """The largest groups' shares of the pool and of each coreset."""
+    by_name = [{g["group"]: g["selected"] for g in run.manifest.get("groups", ())} for run in runs]
+    groups = sorted(runs[0].manifest.get("groups", ()), key=lambda group: -group["rows"])
+    lines = []
+    for group in groups[:GROUPS_SHOWN]:
+        asked = f"{group['asked']:.1%} asked for, " if "asked" in group else ""
+        shares = [f"{own.get(group['group'], 0) / max(run.manifest['m'], 1):.1%} of {run.path.name}"
+                  for run, own in zip(runs, by_name, strict=True)]  # fmt: skip
+        pool = f"{group['rows'] / runs[0].manifest['n']:.1%} of the pool"
+        lines.append(f"{group['group']}: {pool}, {asked}{', '.join(shares)}")
+    return lines + [f"and {len(groups) - GROUPS_SHOWN} more, in manifest.json"] * (len(groups) > GROUPS_SHOWN)
+
+
+SOURCES_SHOWN = 6
+SHOWN = 60  # letters of a turn of a sample
 GROUPS_SHOWN = 12
 
 
@@ -157,17 +269,23 @@ def _why_unverified(config: SelectConfig) -> str:
     )
 
 
-def _fidelity_lines(fidelity: Fidelity, config: SelectConfig) -> list[str]:
-    """How faithful the draft is: the verdict first, then the numbers it was told from."""
+def _verdict_lines(fidelity: Fidelity, config: SelectConfig) -> list[str]:
+    """Is the draft to be trusted, and what to do where not."""
     lines = [f"{fidelity.verdict}: {fidelity.reason}"]
     if fidelity.verdict in ADVICE:
         lines.append("warning: " * (fidelity.verdict == "poor") + ADVICE[fidelity.verdict])
     if fidelity.verdict == "unknown" and config.verification == "adaptive":
         lines.append("--verification fixed or a smaller --verification-error scores more samples")
+    return lines
+
+
+def _fidelity_lines(fidelity: Fidelity) -> list[str]:
+    """The numbers that the verdict was told from."""
+    lines: list[str] = []
     if fidelity.spearman is None:
         return lines
-    told = f"told from {fidelity.samples} samples that stand for {fidelity.pool_share:.0%} of the pool"
-    lines.append(f"draft and target rank alike with {fidelity.shown()}, {told}")
+    of = f"told from {fidelity.samples} samples that stand for {fidelity.pool_share:.0%} of the pool"
+    lines.append(f"draft and target rank alike with {fidelity.shown()}, {of}")
     beside = {"with length taken out": fidelity.without_length, "length alone": fidelity.length}
     beside |= {"the draft's loss alone": fidelity.loss, "Kendall": fidelity.kendall}
     lines.append("; ".join(f"{name} {within(estimate)}" for name, estimate in beside.items() if estimate))
