@@ -108,7 +108,7 @@ def look_at_models(config: PlanConfig, rows: Rows, tell: Progress) -> tuple[Rows
     device = load.pick_device(engine.device)
     dtype = load.pick_dtype(engine.dtype, device)
     share = np.random.default_rng(config.seed).permutation(len(rows))
-    timed = int(np.clip(len(rows) // 25, 8, NUM_TIMED))
+    timed = int(np.clip(len(rows) // 40, 8, NUM_TIMED))
     for label, source in sources.items():  # one is in memory at a time
         load.check_room(source, pools[label], rows.numbers, engine.trust_remote_code)
         tell(str(Stage("load")), 0, 1)
@@ -195,7 +195,7 @@ def time_model(
     if adapted:
         model = adapted.unload()  # training puts on one of its own
     steps: list[float] = []
-    batch_size = min(training.batch_size, max(1, n // 100))
+    batch_size = min(training.batch_size, max(1, n // 200))
     trained = np.resize(np.arange(len(pool)), STEPS_TIMED * batch_size)
     names = ("lora_rank", "lora_targets")
     settings = {"batch_size": batch_size, **{name: getattr(training, name) for name in names}}
