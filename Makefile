@@ -5,6 +5,8 @@
 # make soak: kills, full disks, damaged input, every layout and every class of transformers, many times over; one part alone:
 # PART=ends, input, layouts or models
 # make trainers: TRL, LLaMA-Factory and Axolotl on what they are handed
+# make docs: the site, in site/; make dist: wheel and sdist, looked at, installed into a new environment and run there
+# make newest: the tests with the newest transformers, peft and trl, whatever constraints.txt says
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_MODEL := examples/SmolLM2-135M-Instruct.gguf
@@ -16,7 +18,7 @@ SOAK_input := tests/test_bad_input.py tests/test_right_text.py
 SOAK_models := tests/test_architectures.py
 SOAK_layouts := tests/test_gradnorm.py tests/test_finetune.py tests/test_prefix.py tests/test_draft.py
 
-.PHONY: demo test soak trainers chromium gpu clean
+.PHONY: demo test soak trainers chromium gpu docs dist newest clean
 
 demo: .venv/ready $(DEMO_MODEL) $(DEMO_POOL)
 	$(BIN)/staff select --config examples/demo.yaml
@@ -42,6 +44,30 @@ trainers: .venv/ready
 	benchmarks/trainers/make_envs.sh
 	PYTHONPATH=tests $(BIN)/python benchmarks/trainers/compare.py
 
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# TESTS: of the sdist, run from the sdist; `make dist TESTS=tests` runs all of them
+TESTS := tests/test_flags.py tests/test_strata.py tests/test_layers.py
+dist: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[release]'
+	rm -rf dist build
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	rm -rf build/check && mkdir -p build/check && tar -xzf dist/*.tar.gz --strip-components 1 -C build/check
+	cd build/check && PYTHONPATH=src $(CURDIR)/$(BIN)/python -m pytest -q $(TESTS)
+	$(BIN)/python -m venv build/env
+	build/env/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	cd build/check/tests && $(CURDIR)/$(BIN)/python -c "from pathlib import Path; import family; \
+	  folder = family.make_family(Path('../../family')); family.write_pool(folder / 'pool.jsonl')"
+	cd build && env/bin/staff select --data family/pool.jsonl \
+	  --target family/target --draft family/draft --pruning-rate 0.8 --output family/run
+
+newest: .venv/ready
+	$(BIN)/python -m pip install --quiet --upgrade transformers peft trl
+	$(BIN)/python -m pip list | grep -iE '^(torch|transformers|peft|trl) '
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
@@ -56,4 +82,4 @@ $(DEMO_POOL): examples/medquad/train.jsonl
 	head -n 1000 $< > $@
 
 clean:
-	rm -rf .venv runs $(DEMO_MODEL) $(DEMO_POOL)
+	rm -rf .venv runs site dist build $(DEMO_MODEL) $(DEMO_POOL)
