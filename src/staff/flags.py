@@ -24,10 +24,11 @@ PLACES = {
     "selection": "",
     "trying": "trying",
     "scoring": "scoring",
-    "training": "eval_data epochs max_steps draft_epochs draft_share target_epochs training "
+    "training": "eval_data weights epochs max_steps draft_epochs draft_share target_epochs training "
     "lora_rank lora_alpha lora_targets",
     "results": "output format merge report_to push_to_hub public license picture",
-    "machine": "engine",
+    "machine": "engine workers threads ray_address worker_timeout",
+    "others": "",
 }
 PLACE_OF = {name: place for place, names in PLACES.items() for name in names.split()}
 KINDS = {
@@ -95,7 +96,9 @@ def parser_of(program: str, about: str, kind: type | None = None) -> Parser:
         argument_default=argparse.SUPPRESS,
     )
     groups: dict[str, Any] = {place: parser.add_argument_group(place) for place in PLACES}
-    for name, group in names_of(kind).items() if kind else ():
+    names = names_of(kind) if kind else {}
+    others = "selection" if "pruning_rate" in names else "others"
+    for name, group in names.items():
         owner: Any = kind if group == name else type_of(kind, group)  # type: ignore[arg-type]
         hint, optional, several = _plain(type_of(owner, name))
         default = owner.__dataclass_fields__[name].default
@@ -115,7 +118,7 @@ def parser_of(program: str, about: str, kind: type | None = None) -> Parser:
             shape["type"] = _number
         elif optional and not several:
             shape["type"] = lambda text: None if text == "None" else text
-        place = PLACE_OF.get(name) or PLACE_OF.get(group, "selection")
+        place = PLACE_OF.get(name) or PLACE_OF.get(group, others)
         groups[place].add_argument(f"--{name.replace('_', '-')}", help=about, **shape)
     return parser
 
