@@ -251,10 +251,11 @@ def inspect(arguments: Sequence[str]) -> None:
 
 
 def report(arguments: Sequence[str]) -> None:
-    """Make the page of a run or a comparison again, from its files."""
-    parser = argparse.ArgumentParser("staff report", description=report.__doc__)
-    parser.add_argument("folder", type=Path, help="of a run, of one of its coresets, or of a comparison")
-    given = parser.parse_args(list(arguments))
+    """Make the page of a run or a comparison again, from its files.
+
+    staff report runs/x
+    """
+    given = _given("report", arguments)
     if (given.folder / "results.csv").exists():
         from staff.comparison import tables
 
@@ -360,6 +361,9 @@ def _parser(name: str) -> flags.Parser:
     own = parser.add_argument_group(flags.OURS)
     if name == "init":
         own.add_argument("file", nargs="?", default="comparison.yaml", help="(default: comparison.yaml)")
+    if name == "report":
+        about = "of a run, of one of its coresets, or of a comparison"
+        own.add_argument("folder", type=Path, help=about)
     if name == "completion":
         own.add_argument(
             "shell", nargs="?", default="bash", help=f"{', '.join(flags.SHELLS)} (default: bash)"

@@ -121,7 +121,7 @@ def _pool_again(run: Run) -> list[str]:
                 place = places[np.argsort(scores, kind="stable")[len(places) // 2]]
                 (row,) = rows.raw([int(place)])
                 turns = [turn.text for turn in build(rows.layout, row, rows.train_on).turns]
-                said = " -> ".join(_in_a_line(text, LETTERS_SHOWN) for text in turns[-2:])
+                said = " -> ".join(_in_a_line(text, TURN_SHOWN) for text in turns[-2:])
                 lines += _entry(fate, f"row {facts.columns['row'][place]}, for one: {said}")
         return lines
     except (ValueError, OSError, StopIteration):
@@ -231,7 +231,7 @@ def _groups_of_several(runs: list[Run]) -> list[str]:
 
 
 SOURCES_SHOWN = 6
-LETTERS_SHOWN = 60  # letters of a turn of a sample
+TURN_SHOWN = 60  # letters of a turn of a sample
 GROUPS_SHOWN = 12
 
 
