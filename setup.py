@@ -14,15 +14,17 @@ URL = os.environ.get("STAFF_URL", "").rstrip("/")
 
 
 def whole(link: re.Match[str]) -> str:
-    text, target = link.groups()
+    is_picture, text, target = link.groups()
     if re.match(r"(https?:|#|mailto:)", target):
         return link[0]
+    if is_picture:
+        return f"![{text}]({URL}/raw/main/{target})" if URL else f"*{text}*"
     return f"[{text}]({URL}/blob/main/{target})" if URL else f"`{target}`"
 
 
 setup(
     long_description=re.sub(
-        r"\[([^]]*)\]\(([^)\s]+)\)", whole, Path("README.md").read_text(encoding="utf-8")
+        r"(!?)\[([^]]*)\]\(([^)\s]+)\)", whole, Path("README.md").read_text(encoding="utf-8")
     ),
     long_description_content_type="text/markdown",
     **({"project_urls": {"Source": URL}} if URL else {}),

@@ -6,7 +6,7 @@ from mkdocs.structure.files import File
 
 HERE = Path(__file__).parent
 PICTURES = sorted((HERE.parent / "experiments" / "fidelity").glob("*.png"))
-LATER = {"trainers.md": "Trainers", "regimes.md": "Will it help"}  # behind Compare, where they are there
+LATER = {"trainers.md": "Trainers"}  # behind Compare, where they are there
 
 
 def on_config(config):
