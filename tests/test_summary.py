@@ -24,7 +24,7 @@ def runs(rows, family, tmp_path_factory):
     models = {"target": str(family / "target"), "draft": str(family / "draft"), "dtype": "float32"}
     folder = tmp_path_factory.mktemp("summary")
     given = {**models, "num_regions": 4, "verification_budget": 6}
-    one = staff.select(rows, pruning_rate=0.5, output=folder / "one", **given)
+    one = staff.select(rows, method="staff", pruning_rate=0.5, output=folder / "one", **given)
     several = staff.select_grid(
         rows,
         methods=["staff", "loss"],
