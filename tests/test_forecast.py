@@ -52,10 +52,10 @@ def test_what_variants_share_is_counted_once_a_seed(file, monkeypatch):
     found = forecasting.forecast(read_comparison(file))
     (row,) = found["tasks"].values()
     verify = 8 / 40 * 1000
-    untuned = 5 + 100 + verify  # random, staff and loss: one pass of the draft for two of them
+    untuned = 5 + 100 + verify  # random, staff and loss: one pass of the draft, for both seeds
     tuned = 5 + 2 * 200 + 100 + verify
     assert row["models"] == 1 + 2 * (1 + 4 * 2)
-    assert row["selection_seconds"] == pytest.approx(2 * (untuned + tuned))
+    assert row["selection_seconds"] == pytest.approx(untuned + verify + 2 * tuned)
     on_all, each = 3 * 1000 * 2.0, [1.0, *[0.5, 0.25] * 4]
     assert row["finetune_seconds"] == pytest.approx(2 * sum(share * on_all + 5 for share in each))
     assert row["evaluate_seconds"] == pytest.approx(19 * (10 * 4 * 0.5 + 5))

@@ -57,8 +57,10 @@ def forecast(comparison: Comparison, on_progress: Progress | None = None) -> dic
         selecting = 0.0
         for group in {tuple(comparison.group(variant)) for variant in comparison.variants}:
             shared = comparison.seeds_share(select_config(comparison, task, group[0], 0, "x"))
-            times = 1 if shared else len(comparison.seeds)
-            selecting += _selecting(comparison, task, group, known) * times
+            for stage, seconds in _selecting(comparison, task, group, known).items():
+                # what is drawn for verification is each seed's own
+                is_once = shared and not stage.startswith("verify")
+                selecting += seconds * (1 if is_once else len(comparison.seeds))
         training, cells = 0.0, [cell for cell in comparison.cells() if cell.task == name]
         for cell in cells:
             if cell.method != UNTOUCHED:
@@ -98,9 +100,9 @@ def _look(comparison: Comparison, task: Task, config: SelectConfig, tell: Progre
 
 def _selecting(
     comparison: Comparison, task: Task, group: tuple[str, ...], known: Mapping[str, Known]
-) -> float:
-    """Seconds of the selection run of some variants that share it, at one seed: what two of them need is done
-    once."""
+) -> dict[str, float]:
+    """Seconds of each stage of the selection run of some variants that share it, at one seed: what two of
+    them need is done once."""
     parts: dict[str, float] = {}
     for name in group:
         variant: Variant = comparison.variants[name]
@@ -121,7 +123,7 @@ def _selecting(
         )
         speeds = {label: seen.speed for label, seen in looks.items()}
         parts |= stages(variant.method, job, speeds) or {}
-    return sum(parts.values())
+    return parts
 
 
 def _time_answers(comparison: Comparison, task: Task, tell: Progress) -> float:
