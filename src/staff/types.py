@@ -14,7 +14,10 @@ Progress = Callable[[str, int, int], None]  # stage, done, in all
 OF_ONE_PASS = ("effort", "loss", "el2n", "entropy", "hes", "upd")
 # what is taken with --validation, and the kind of its Stage
 AGAINST_VALIDATION = {"similarity": "gradients", "similarities": "gradients_apart", "rds": "states"}
-QUANTITIES = (*OF_ONE_PASS, "features", "unconditional_loss", *AGAINST_VALIDATION, "tokens")
+# what a method may ask a model for by position while it runs: `Method.asks`
+ASKED = ("rewards", "whispers")
+QUANTITIES = (*OF_ONE_PASS, "features", "prompt_features", "unconditional_loss", *AGAINST_VALIDATION)
+QUANTITIES += ("tokens", "quality", *ASKED)
 MADE = ("neighbours", "clusters", "unit_clusters")
 
 
@@ -106,6 +109,8 @@ SENTENCES = {
     "gradients_apart": "gradients of the {model} kept apart",
     "states": "hidden states of the {model}",
     "query": "look at the validation rows",
+    "converse": "answer on the {model}",
+    "rate": "rate the answers",
     "answer": "answer",
     "judge": "metrics",
 }

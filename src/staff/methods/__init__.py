@@ -13,10 +13,12 @@ import numpy as np
 from staff.methods.ccs import ccs
 from staff.methods.d2 import d2
 from staff.methods.features import coverage, facility_location, kcenter, ltd, moderate, s2l
+from staff.methods.mods import mods
 from staff.methods.rds import round_robin
 from staff.methods.spread import spread
 from staff.methods.staff import staff
 from staff.methods.top import ifd, perplexity, random, top
+from staff.methods.whisper import whisper
 from staff.types import Need, Selection
 
 FIXED = ("budget", "rng", "verify")
@@ -30,7 +32,9 @@ class Method:
     Attributes:
         function: f(n, *, budget, rng, **needed arrays, **options) -> Selection.
         needs: argument -> what the pipeline computes for it before the call.
-        verify: what the function may ask for by position while it runs; None: it asks nothing.
+        verify: the efforts that the function may ask for by position while it runs; None: it asks nothing.
+        asks: argument -> what else it may ask for so, given as a function of arrays of positions.
+        columns: options that name a column of the data; the function is given its values, one a sample.
         paper: where it comes from.
         about: what it keeps, in a few words.
         fixed: options that this entry sets for good; they are no options of it any more.
@@ -45,6 +49,8 @@ class Method:
     function: Callable[..., Selection]
     needs: Mapping[str, Need] = field(default_factory=lambda: NOTHING)
     verify: Need | None = None
+    asks: Mapping[str, Need] = field(default_factory=lambda: NOTHING)
+    columns: tuple[str, ...] = ()
     paper: str | None = None
     about: str = ""
     fixed: Mapping[str, object] = field(default_factory=lambda: NOTHING)
@@ -54,13 +60,16 @@ class Method:
     def options(self) -> dict[str, object]:
         """The function's own options and their defaults."""
         parameters = inspect.signature(self.function).parameters.values()
-        taken = (*self.needs, *FIXED, *self.fixed)
+        taken = (*self.needs, *self.asks, *FIXED, *self.fixed)
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in taken}
 
+    def all_needs(self) -> list[Need]:
+        """What it is given, what it verifies, and what else it asks for."""
+        return [*self.needs.values(), *([self.verify] if self.verify else []), *self.asks.values()]
+
     def models(self) -> list[str]:
-        """The models that must be looked at, verified ones included, each once."""
-        needs = [*self.needs.values(), *([self.verify] if self.verify else [])]
-        return list(dict.fromkeys(need.model for need in needs if need.model != "pool"))
+        """The models that must be looked at, those asked while it runs included, each once."""
+        return list(dict.fromkeys(need.model for need in self.all_needs() if need.model != "pool"))
 
     def select(self, n: int, *, budget: int, rng: np.random.Generator, **arguments: Any) -> Selection:
         """Run the function; see its own docstring for the arguments.
@@ -76,11 +85,12 @@ class Method:
                 the function finds wrong with the numbers, nan among them by name.
         """
         name = self.function.__name__
-        for option in arguments.keys() - self.needs.keys() - {"verify"}:
+        given = {**self.needs, **self.asks}
+        for option in arguments.keys() - given.keys() - {"verify"}:
             if option not in self.options():
                 known = ", ".join(self.options()) or "none"
                 raise ValueError(f"{name} has no option {option!r}; its options: {known}")
-        for argument, need in self.needs.items():
+        for argument, need in given.items():
             if arguments.get(argument) is None and argument not in self.optional:
                 raise ValueError(f"{name} needs {argument} ({need}), and was given none")
         check_budget(budget, n)
@@ -105,6 +115,7 @@ def entry(
     function: Callable[..., Selection],
     needs: Mapping[str, str] = NOTHING,
     verify: str | None = None,
+    asks: Mapping[str, str] = NOTHING,
     **about: Any,
 ) -> Method:
     """An entry of the table, its needs written as text and parsed here: a typo fails as the table is made.
@@ -112,8 +123,11 @@ def entry(
     Raises:
         ValueError: a need that names no numbers.
     """
-    parsed = {argument: Need.parse(need) for argument, need in needs.items()}
-    return Method(function, MappingProxyType(parsed), Need.parse(verify) if verify else None, **about)
+    parsed, asked = (
+        MappingProxyType({argument: Need.parse(need) for argument, need in given.items()})
+        for given in (needs, asks)
+    )
+    return Method(function, parsed, Need.parse(verify) if verify else None, asked, **about)
 
 
 METHODS: dict[str, Method] = {
@@ -215,6 +229,7 @@ METHODS: dict[str, Method] = {
         ltd,
         needs={"features": "draft/features", "clusters": "draft/features.unit_clusters"},
         groups="clusters",
+        columns=("templates",),
         paper="arXiv:2305.09246",
         about="every cluster's middle, then its far ends",
     ),
@@ -235,6 +250,25 @@ METHODS: dict[str, Method] = {
         needs={"similarities": "draft/rds"},
         paper="arXiv:2503.01807",
         about="each validation row in turn takes what is most like it",
+    ),
+    "mods": entry(
+        mods,
+        needs={"features": "draft/prompt_features", "quality": "pool/quality"},
+        asks={"rewards": "target/rewards"},
+        paper="arXiv:2311.15653",
+        about="good, spread, and answered badly by a target tuned on a few",
+    ),
+    "whisper": entry(
+        whisper,
+        asks={"whispers": "draft/whispers"},
+        paper="arXiv:2505.12212",
+        about="demonstrations that a model looks at and then answers others well",
+    ),
+    "whisper_target": entry(
+        whisper,
+        asks={"whispers": "target/whispers"},
+        paper="arXiv:2505.12212",
+        about="the same, asking the target as it comes",
     ),
     "staff": entry(
         staff,
@@ -259,7 +293,8 @@ COST_SYMBOLS = (
     "relative to the target's; "
     "T, f: the draft's epochs and its share of the pool; E: the target's epochs; v: share of the pool "
     "verified; c: checkpoints; "
-    "u: tokens of the responses alone, as a share of all"
+    "u: tokens of the responses alone, as a share of all; q: the quality model's pass over the pool; "
+    "s: share of the pool that is the seed; a: answers to the pool's prompts, as passes"
 )
 
 
@@ -290,6 +325,7 @@ def methods_table(methods: Mapping[str, Method] = METHODS) -> list[MethodRow]:
     for name, method in methods.items():
         needs = [*dict.fromkeys(map(str, method.needs.values()))]
         needs += [f"{method.verify} (drawn samples)"] if method.verify else []
+        needs += [f"{need} (asked)" for need in method.asks.values()]
         options = ", ".join(f"{option}={default!r}" for option, default in method.options().items())
         rows.append(
             MethodRow(name, method.about, ", ".join(needs), cost(method), method.paper or "", options)
@@ -308,6 +344,8 @@ def cost(method: Method) -> str:
     terms = [COSTS.get(model, f"cost({model})") for model in models]
     if any(need.quantity == "unconditional_loss" for need in method.needs.values()):
         terms.append("u·r")
-    if method.verify:
-        terms.append("v")
+    terms += ["v"] if method.verify else []
+    for need in method.asks.values():  # whispers: 3/5 n prompts of six samples, read to answer and to look
+        model = {"raw_draft": "r", "draft": "r", "target": "1"}.get(need.model, f"cost({need.model})")
+        terms += ["q + 2·E·s + q + a"] if need.quantity == "rewards" else [f"(4 + a)·{model}"]
     return " + ".join(term for term in terms if term) or "0"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import heapq
 import logging
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -149,11 +151,17 @@ def kcenter(
         )
     if budget == 0:
         return Selection(np.empty(0, np.int64))
-    return Selection(np.sort(pool[_farthest_first(features, budget, int(rng.integers(len(features))))]))
+    return Selection(np.sort(pool[farthest_first(features, budget, [int(rng.integers(len(features)))])]))
 
 
 def ltd(
-    n: int, *, budget: int, rng: np.random.Generator, features: np.ndarray, clusters: np.ndarray
+    n: int,
+    *,
+    budget: int,
+    rng: np.random.Generator,
+    features: np.ndarray,
+    clusters: np.ndarray,
+    templates: np.ndarray | None = None,
 ) -> Selection:
     """Spread the picks of every cluster: first the sample nearest to its mean, then again and again the one
     farthest from all picks (LTD, Chen et al. 2023, arXiv 2305.09246).
@@ -162,9 +170,13 @@ def ltd(
     the groups take the clusters' place, as the paper's tasks do. Costs the draft's one pass, k-means, and
     distances of every sample to its own cluster's picks: with 100 clusters a hundredth of k-center's.
 
+    The paper keeps one prompt template of each task. So does this where `templates` names a column of the
+    data that says which template wrote a row: the one with the most rows (of equal ones the first to come),
+    of each group of `--group-by`, or of the whole pool without. Where that one has fewer than m rows, the
+    others come back, farthest from all picks first, and are counted.
+
     Where ours departs: the features are a draft's mean last hidden states over the response, not a sentence
-    encoder's over prompt and response, and the paper's choice of one prompt template a task is left to the
-    data.
+    encoder's over prompt and response.
 
     Args:
         n: the pool's size, in samples.
@@ -172,24 +184,35 @@ def ltd(
         rng: not used; there is nothing to draw.
         features: (n, d) float; of equal distances the earlier sample is taken.
         clusters: (n,) integers >= 0, the cluster of each sample.
+        templates: (n,) labels; on the command line the column that holds them.
     """
     features, clusters = at_unit_length(check_features(features, n)), check_clusters(clusters, n)
-    members = members_of(clusters, int(clusters.max(initial=-1)) + 1)
+    kept = np.arange(n)
+    if templates is not None and n:
+        labels = [str(label) for label in templates]
+        (most, _), *_ = Counter(labels).most_common(1)
+        kept = np.flatnonzero([label == most for label in labels])
+    members = members_of(clusters[kept], int(clusters.max(initial=-1)) + 1)
+    shares = share_by_size(np.array([len(own) for own in members]), min(budget, len(kept)))
     chosen = [np.empty(0, np.int64)]
-    for positions, share in zip(members, share_by_size(np.bincount(clusters), budget), strict=True):
+    for places, share in zip(members, shares, strict=True):
         if share:
-            own = features[positions]
+            own = features[kept[places]]
             first = int(np.argmin(np.linalg.norm(own - own.mean(axis=0), axis=1)))
-            chosen.append(positions[_farthest_first(own, int(share), first)])
-    return Selection(np.sort(np.concatenate(chosen)))
+            chosen.append(kept[places[farthest_first(own, int(share), [first])]])
+    picked, missing = np.concatenate(chosen), budget - min(budget, len(kept))
+    if missing:
+        picked = farthest_first(features, budget, picked)
+    return Selection(np.sort(picked), filled_from_cut=missing)
 
 
-def _farthest_first(features: np.ndarray, count: int, first: int) -> np.ndarray:
-    """Positions of `count` picks, each farthest from those before; of equal distances the lowest position."""
+def farthest_first(features: np.ndarray, count: int, begun: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Positions of `count` picks, those begun with first, then each farthest from those before; of equal
+    distances the lowest position."""
     features = features - features.mean(axis=0)  # keeps |x|^2 + |c|^2 - 2 x.c from cancelling
     squares = np.einsum("nd,nd->n", features, features)
-    chosen = [first]
-    waiting = [first]  # picks that the distances below do not know of yet
+    chosen = [int(pick) for pick in begun]
+    waiting = list(chosen)  # picks that the distances below do not know of yet
     distances = np.full(
         len(features), np.inf, features.dtype
     )  # squared, to the nearest pick; -1 for the picks themselves

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -164,10 +165,21 @@ def _shares(
 def narrowed(method: Method, members: np.ndarray, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What a method is given of some samples alone, whose positions then count from 0; `verify` is asked for
     positions in the pool."""
-    own = {name: _take(array, members, method.needs.get(name)) for name, array in arguments.items()}
-    if verify := arguments.get("verify"):
-        own["verify"] = lambda positions: verify(members[positions])
+    own = {}
+    for name, value in arguments.items():
+        if value is not None and (name == "verify" or name in method.asks):
+            own[name] = partial(_ask, value, members)
+        elif value is not None and name in method.columns:
+            own[name] = np.asarray(value)[members]
+        else:
+            own[name] = _take(value, members, method.needs.get(name))
     return own
+
+
+def _ask(ask: Callable[..., np.ndarray], members: np.ndarray, *arguments: Any) -> np.ndarray:
+    """What is asked of some samples' own positions, asked of those in the pool; -1 is no position."""
+    place = np.append(members, -1)
+    return ask(*(place[given] if isinstance(given, np.ndarray) else given for given in arguments))
 
 
 def _take(values: Any, members: np.ndarray, need: Need | None) -> Any:
