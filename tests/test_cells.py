@@ -2,6 +2,7 @@
 through."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -24,6 +25,14 @@ SMALL = {
 }
 
 
+FOR_MODS = {
+    "quality_column": "quality",
+    "columns": "prompt=prompt,response=response,id=id",
+    "option": ["alpha=1"],
+    "max_new_tokens": 4,
+}
+
+
 def choose(family, data, output, **settings):
     return staff.select_grid(
         data,
@@ -40,7 +49,9 @@ def choose_one(family, data, output, method="staff", pruning_rate=None, **settin
 @pytest.fixture(scope="module")
 def everything(family, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cells")
-    data = write_pool(folder / "pool.jsonl", 48)
+    data = folder / "pool.jsonl"
+    rows = [row | {"quality": i % 9} for i, row in enumerate(make_rows(48))]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     validation = write_pool(folder / "validation.jsonl", 4)
     runs = choose(
         family,
@@ -49,6 +60,7 @@ def everything(family, tmp_path_factory):
         methods=list(METHODS),
         pruning_rates=[0.5, 0.75],
         validation=str(validation),
+        **FOR_MODS,
     )
     return folder / "x", runs
 
@@ -83,6 +95,11 @@ def test_one_pass_over_a_model_serves_every_method_and_rate(everything):
         assert stages[f"look at the validation rows for {quantity}"]["samples"] == 4
     for number in (1, 2, 3, 4):
         assert stages[f"score on the draft at {number}/4"]["samples"] == 48
+    assert stages["hidden states of the draft over prompts"]["samples"] == 48
+    assert stages["fine-tune the target on the seed"]["samples"] == 2  # a twentieth
+    assert stages["answer on the target tuned on the seed"]["samples"] == 36 - 2  # those above alpha, once
+    # 24 by five before three questions, of either half; and once for both rates
+    assert stages["answer on the draft"]["samples"] == stages["answer on the target"]["samples"] == 2 * 5 * 3
     assert stages["fine-tune the draft"]["samples"] == stages["fine-tune the target"]["samples"] == 48
 
 
@@ -129,7 +146,13 @@ def test_a_cell_added_later_reuses_what_is_there_and_a_finished_run_is_taken_as_
     validation = str(folder.parent / "validation.jsonl")
     data = str(folder.parent / "pool.jsonl")
     again = choose(
-        family, data, folder, methods=list(METHODS), pruning_rates=[0.5, 0.75], validation=validation
+        family,
+        data,
+        folder,
+        methods=list(METHODS),
+        pruning_rates=[0.5, 0.75],
+        validation=validation,
+        **FOR_MODS,
     )
     assert [run.indices.tolist() for run in again] == [run.indices.tolist() for run in runs]
     more = choose(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,10 +50,16 @@ def numbers(name, n, seed=0, equal=False):
         "features": features,
         "neighbours": nearest(features, 10),
         "similarities": features,
+        "quality": np.full(n, 2.0) if equal else draw.lognormal(size=n) - 0.5,
         "clusters": np.zeros(n, np.int64) if equal else draw.integers(0, 7, n),
     }
     target = draw.lognormal(size=n)
     arguments = {need: made[need] for need in METHODS[name].needs}
+    asks = {
+        "rewards": lambda seed, positions: np.sin(positions * len(seed)) - 0.2,
+        "whispers": lambda conversations, layer: np.abs(np.sin(conversations + 2.0)) * (conversations >= 0),
+    }
+    arguments |= {argument: asks[argument] for argument in METHODS[name].asks}
     if METHODS[name].verify:
         arguments["verify"] = lambda positions: target[positions]
     return arguments
@@ -511,6 +518,147 @@ def test_ltd_takes_the_users_groups_in_place_of_its_clusters():
         )
         # 3.1 and 1.9: of a the 20 and both ends, of b the 110 and then the 150
         assert chosen.indices.tolist() == [0, 2, 4, 6, 7]
+
+
+def test_ltd_keeps_one_template_of_a_task_and_the_others_last():
+    features, one = angles([0, 10, 90, 180, 190, 30]), np.zeros(6, np.int64)
+    templates = np.array(["b", "a", "b", "a", "b", "c"])
+    keep = partial(METHODS["ltd"].select, 6, rng=rng(), features=features, clusters=one)
+    # of template b 0, 2 and 4, at 0, 90 and 190 degrees: 2 is nearest to their mean, 4 farthest from it
+    assert [keep(budget=m, templates=templates).indices.tolist() for m in (1, 2, 3)] == [
+        [2],
+        [2, 4],
+        [0, 2, 4],
+    ]
+    # then from all of them the farthest: 5, 30 degrees from 0
+    more = keep(budget=4, templates=templates)
+    assert (more.indices.tolist(), more.filled_from_cut) == ([0, 2, 4, 5], 1)
+    groups = ["x", "x", "x", "y", "y", "y"]  # of y no template has two rows: the first to come
+    told = {"features": features, "clusters": one, "templates": templates}
+    inside = select_by_group(METHODS["ltd"], groups, 6, budget=2, rng=rng(), **told)
+    assert inside.indices.tolist() in ([0, 3], [2, 3])  # 0 and 2 are as near to their mean
+
+
+# good rows, spread, that the model answers badly
+
+
+def test_mods_by_hand():
+    # on a line: 7 is not good; the seed, a fifth of ten, is drawn (0) and the farthest from it (9)
+    features = np.array([0, 1, 2, 3, 4.2, 5, 6, 7, 8, 9])[:, None]
+    quality = np.array([3.0, 1, 1, 1, 1, 1, 1, 0, 1, 1])
+    asked = []
+
+    def rewards(seed, positions):
+        asked.append((seed.tolist(), positions.tolist()))
+        return np.array([-1.0, 1, -1, 1, 1, -1, 1])  # 1, 3 and 6 are necessary
+
+    class First:
+        def integers(self, n):
+            return 0
+
+    told = {"features": features, "quality": quality, "rewards": rewards, "seed_share": 0.2}
+    found = {m: METHODS["mods"].select(10, budget=m, rng=First(), **told) for m in range(11)}
+    assert [found[m].indices.tolist() for m in (0, 1, 2)] == [[], [0], [0, 9]]
+    # of 1, 3, 6 those farthest from 0 and 9: 3 and 6 alike, so the earlier; then 6, 3 away; then 1
+    assert [found[m].indices.tolist() for m in (3, 4, 5)] == [[0, 3, 9], [0, 3, 6, 9], [0, 1, 3, 6, 9]]
+    # nobody is necessary any more: 4, 1.2 from 3, then the others; all ten need no choice
+    assert [(found[m].indices.tolist(), found[m].filled, found[m].filled_from_cut) for m in (6, 9, 10)] == [
+        ([0, 1, 3, 4, 6, 9], 1, 0),
+        ([0, 1, 2, 3, 4, 5, 6, 8, 9], 4, 0),
+        (list(range(10)), 0, 0),
+    ]
+    assert asked == [([0, 9], [1, 2, 3, 4, 5, 6, 8])] * 7  # whatever m, from 3 to 9
+    less = METHODS["mods"].select(10, budget=3, rng=First(), **told, alpha=0.5, beta=-1.5)
+    assert (less.indices.tolist(), less.filled) == ([0, 4, 9], 1)  # nothing is necessary
+
+
+def test_mods_says_when_alpha_tells_nothing_apart_and_refuses_nan(caplog):
+    told = {"features": np.arange(4.0)[:, None], "rewards": lambda seed, positions: positions * np.nan}
+    with pytest.raises(ValueError, match="3 of 3 rewards are nan"):
+        METHODS["mods"].select(4, budget=3, rng=rng(), quality=np.arange(1.0, 5), **told)
+    assert "every sample has a quality above alpha=0; they go from 1 to 4" in caplog.text
+    none = METHODS["mods"].select(4, budget=2, rng=rng(), quality=-np.arange(4.0), **told)
+    assert (none.indices.tolist(), none.filled_from_cut) == ([0, 1], 2)
+    with pytest.raises(ValueError, match=r"seed_share must be a share of the pool, in \(0, 1\]; found 0"):
+        METHODS["mods"].select(4, budget=2, rng=rng(), quality=np.arange(4.0), **told, seed_share=0)
+
+
+# demonstrations that help
+
+
+def test_whisper_by_hand():
+    # halves 0 1 and 2 3 4; two demonstrations a prompt, one question each
+    class Ordered:
+        def permutation(self, n):
+            return np.arange(n)
+
+    answers = {  # conversation: how good, attention to each demonstration
+        (2, 0, 1): (50.0, 1.0, 3.0),
+        (0, 2, 3): (100.0, 2.0, 2.0),
+        (1, 4, -1): (40.0, 7.0, 0.0),
+    }
+    asked = []
+
+    def whispers(conversations, layer):
+        asked.append((list(map(tuple, conversations.tolist())), layer))
+        return np.array([answers[one] for one in asked[-1][0]])
+
+    keep = partial(
+        METHODS["whisper"].select, 5, rng=Ordered(), whispers=whispers, demonstrations=2, questions=1
+    )
+    # scores: 0: 50 * 1/4 * 2 = 25; 1: 75; 2 and 3: 100 * 1/2 * 2 = 100; 4, alone before its question: 40
+    assert [keep(budget=m).indices.tolist() for m in range(1, 5)] == [[2], [2, 3], [1, 2, 3], [1, 2, 3, 4]]
+    assert asked[0] == (list(answers), None)
+    before = len(asked)
+    assert [keep(budget=m).indices.tolist() for m in (0, 5)] == [[], [0, 1, 2, 3, 4]]
+    assert len(asked) == before  # nothing is asked for nothing
+
+
+def test_whisper_shows_every_sample_once_to_questions_of_the_other_half():
+    seen = []
+
+    def whispers(conversations, layer):
+        seen.append(conversations)
+        return np.ones(conversations.shape)
+
+    for n in (2, 11, 61):
+        METHODS["whisper"].select(n, budget=1, rng=rng(1), whispers=whispers)
+        shown = seen[-1][:, 1:]
+        prompts = {tuple(row) for row in shown.tolist()}
+        assert sorted(i for prompt in prompts for i in prompt if i >= 0) == list(range(n))
+        for prompt in prompts:
+            questions = seen[-1][(shown == prompt).all(axis=1), 0]
+            assert len(set(questions.tolist())) == len(questions) == (3 if n > 6 else 1)
+            assert not set(questions.tolist()) & set(prompt)
+
+
+def test_whisper_refuses_nan_and_no_demonstrations():
+    for broken in (0, 1):
+
+        def whispers(conversations, layer, broken=broken):
+            numbers = np.ones(conversations.shape)
+            numbers[1, broken] = np.nan
+            return numbers
+
+        with pytest.raises(ValueError, match="1 of 12 answers or attentions are nan"):
+            METHODS["whisper"].select(20, budget=3, rng=rng(), whispers=whispers)
+    with pytest.raises(ValueError, match="demonstrations and questions must be 1 or more; found 0 and 3"):
+        METHODS["whisper"].select(20, budget=3, rng=rng(), whispers=whispers, demonstrations=0)
+
+
+def test_what_is_asked_inside_a_group_is_asked_of_the_pools_positions():
+    groups, seen = np.array(["a", "b"] * 10), []
+
+    def whispers(conversations, layer):
+        seen.append((conversations, layer))
+        return np.ones(conversations.shape)
+
+    select_by_group(METHODS["whisper"], groups, 20, budget=6, rng=rng(), whispers=whispers, layer=1)
+    for parity, (conversations, layer) in enumerate(seen):
+        there = conversations[conversations >= 0]
+        assert (there % 2 == parity).all()
+        assert set(there.tolist()) == set(range(parity, 20, 2))
+        assert layer == 1
 
 
 def plain_kcenter(features, budget, first):

@@ -28,15 +28,27 @@ JOB = Job(
     verified_share=0.1,
 )
 SPEEDS = {
-    "target": Speed(scoring=1.0, training=2.0),
-    "draft": Speed(scoring=0.1, training=0.2),
+    "target": Speed(scoring=1.0, training=2.0, forward=0.8, answering=5.0),
+    "draft": Speed(scoring=0.1, training=0.2, forward=0.075, answering=0.5),
 }  # a pass: 1000 s and 100 s
 
 
 def test_each_methods_stages_are_its_needs_at_these_speeds():
     seconds = {
         name: stages(METHODS[name], JOB, SPEEDS)
-        for name in ("random", "direct", "staff", "ccs", "ifd", "length", "s2l")
+        for name in (
+            "random",
+            "direct",
+            "staff",
+            "ccs",
+            "ifd",
+            "length",
+            "s2l",
+            "rds",
+            "less",
+            "mods",
+            "whisper",
+        )
     }
     assert seconds["random"] == seconds["length"] == {}
     assert seconds["direct"] == {"score on the target": 1000}
@@ -46,6 +58,22 @@ def test_each_methods_stages_are_its_needs_at_these_speeds():
     assert sum(seconds["staff"].values()) / 1000 == pytest.approx(staff_passes(3, 0.5, 0.1, 0.1))
     assert seconds["ccs"] == {"fine-tune the target": 4000, "score on the tuned target": 1000}
     assert seconds["ifd"] == {"score on the raw draft": 100, "score on the raw draft without prompts": 40}
+    # a forward pass alone takes three quarters of a scoring pass here; gradients take all of it
+    assert seconds["rds"] == pytest.approx({"fine-tune the draft": 300, "hidden states of the draft": 75})
+    assert seconds["less"] == {"fine-tune the draft": 300, "gradients of the draft": 100}
+    # 600 tokens of prompts; a seed of 50 tokens, twice; 95 % of the prompts, and of 400 tokens of answers
+    assert seconds["mods"] == pytest.approx(
+        {
+            "fine-tune the draft": 300,
+            "hidden states of the draft over prompts": 45,
+            "fine-tune the target on the seed": 200,
+            "answer on the target tuned on the seed": 0.95 * (600 * 0.8 + 400 * 5),
+        }
+    )
+    # 3/5 prompts a sample, of six samples, read 1.4 times; 3/5 answers
+    assert seconds["whisper"] == pytest.approx(
+        {"fine-tune the draft": 300, "answer on the draft": 0.6 * (1.4 * 6 * 75 + 400 * 0.5)}
+    )
     assert seconds["s2l"] == {"fine-tune the draft": 300, "score on the draft at checkpoints": 400}
 
 
@@ -62,6 +90,7 @@ def test_a_method_pays_from_the_rate_at_which_what_it_spares_is_what_it_costs():
         "ccs",
         "d2",
         "length",
+        "whisper_target",
     }
 
 

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 DEFAULT_METHOD = "spread"  # what chooses where --method is not given
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Metric = Literal["rouge1", "rouge2", "rougeL", "bleu", "chrf", "exact"]
 Scope = Literal["last-value", "last-block", "linear", "lora", "released"]
 
 
@@ -280,7 +281,15 @@ class SelectConfig(_Checked):
     """Scores of your own in place of a draft's: .npy in the data's order, or a table with row or id and
     score."""
     validation: str | None = None
-    """A few rows of the task as it will be judged, for the method less."""
+    """A few rows of the task as it will be judged, for less, less_round_robin and rds."""
+    quality_model: str | None = None
+    """For mods, a reward model: a sequence-classification model of one logit, a hub id or a folder."""
+    quality_column: str | None = None
+    """For mods, in its place: a column of the data that says how good a row is, from 0 on."""
+    metric: Metric = "rougeL"
+    """How like an answer is to a row's own, for whisper and for mods without a quality model."""
+    max_new_tokens: Count = 256
+    """Tokens of an answer at most, for mods and whisper."""
     pruning_rate: tuple[PruningRate, ...] = ()
     """Fraction of the pool removed, in [0, 1); several make a coreset each. This, --budget or
     --budget-tokens is required."""
@@ -321,7 +330,8 @@ class SelectConfig(_Checked):
     draft_share: Share = 1.0
     """f, share of the pool that the draft is fine-tuned on, drawn at random, in (0, 1]."""
     target_epochs: SomeEpochs = 3.0
-    """Epochs of fine-tuning the target for the methods that score a fine-tuned one: grand, el2n, ccs, d2."""
+    """Epochs of fine-tuning the target for the methods that score a fine-tuned one, grand, el2n, ccs and d2;
+    and for mods, which tunes one on its seed."""
     draft_blocks: Literal["first", "even", "last", "ends"] = "first"
     """Which blocks a self:N draft keeps: the first, spread evenly, the last, or half from either end."""
     num_regions: Count | None = None
@@ -361,6 +371,8 @@ class SelectConfig(_Checked):
             parse_shares(self.shares)
             if self.group_by is None:
                 raise ValueError(f"--shares {self.shares}: name the column of these values with --group-by")
+        if self.quality_model and self.quality_column:
+            raise ValueError("give --quality-model or --quality-column, one of them")
         if [bool(self.pruning_rate), self.budget is not None, self.budget_tokens is not None].count(True) > 1:
             raise ValueError("give --pruning-rate, --budget or --budget-tokens, one of them")
 

@@ -19,8 +19,8 @@ from staff.config import names_of, type_of
 
 # where a setting stands in the help; one of `reading` and so on stands with its group, others under selection
 PLACES = {
-    "data": "data validation test keep dedup drop_suspects suspect_ratio reading rows",
-    "models": "model target draft draft_blocks scores candidates",
+    "data": "data validation test quality_column keep dedup drop_suspects suspect_ratio reading rows",
+    "models": "model target draft draft_blocks scores candidates quality_model",
     "selection": "",
     "trying": "trying",
     "scoring": "scoring",
@@ -35,6 +35,7 @@ KINDS = {
     "ways": "NAME", "metric_command": "COMMAND",
     "data": "FILE", "validation": "FILE", "test": "FILE", "keep": "FILE", "scores": "FILE", "picture": "FILE",
     "target": "MODEL", "draft": "MODEL", "model": "MODEL", "candidates": "MODEL", "output": "PATH",
+    "quality_model": "MODEL", "quality_column": "COLUMN",
     "method": "NAME", "option": "NAME=VALUE", "columns": "PART=COLUMN,...", "group_by": "COLUMN",
     "eval_data": "FILE", "shares": "VALUE=SHARE,...", "push_to_hub": "OWNER/NAME", "template_date": "DATE",
 }  # fmt: skip

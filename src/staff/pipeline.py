@@ -26,7 +26,7 @@ from staff.config import (
     unnamed,
     yaml_value,
 )
-from staff.data import duplicates, hub, rows
+from staff.data import duplicates, hub, metrics, rows
 from staff.data.locate import locate
 from staff.methods import METHODS, Method
 from staff.methods.fidelity import fidelity
@@ -35,7 +35,7 @@ from staff.models.files import with_date
 from staff.runs import account, outputs
 from staff.runs.aside import Aside, among_all, set_aside
 from staff.runs.outputs import Run
-from staff.runs.scorefile import read_scores
+from staff.runs.scorefile import qualities, read_scores
 from staff.runs.store import Inputs, RunFolder, content_of, open_run
 from staff.types import AGAINST_VALIDATION, OF_ONE_PASS, Need, Progress, Selection, Stage
 
@@ -79,7 +79,7 @@ def select(
         ValueError: something that the user can mend; nothing was half-written.
     """
     check_settings(config, data, methods)
-    sources = find_models(config, methods)
+    sources, judge = find_models(config, methods), find_quality_model(config, methods)
     begun = Path(config.output or "") / "work" / "begun.json"
     config = dataclasses.replace(config, reading=with_date(config.reading, sources.values(), begun))
     settings = ingredients(config)
@@ -92,11 +92,11 @@ def select(
         given = {f"--{name}": [Path(path)] for name in FILES if (path := getattr(config, name))}
         if config.validation and Path(config.validation) == Path(config.output) / QUERY:
             del given["--validation"]
-        given |= {f"--{name}": source.files() for name, source in sources.items()}
+        given |= {f"--{name}": source.files() for name, source in {**sources, **judge}.items()}
         files.check_outputs([Path(config.output)], {**given, "--data": paths})
     with open_run(config.output or tempfile.mkdtemp(prefix="staff-"), "run", on_progress) as run:
         pool = None if paths else read()
-        inputs = _inputs(config, run, sources, paths, pool)
+        inputs = _inputs(config, run, {**sources, **judge}, paths, pool)
         coresets = outputs.coresets_of(config, run)
         keys = [_key(methods, c.method, c.pruning_rate, settings, inputs) for c in coresets]
         finished = [outputs.find_run(coreset, key, read) for coreset, key in zip(coresets, keys, strict=True)]
@@ -110,13 +110,28 @@ def select(
                 if m is not None and len(always) > m:
                     raise ValueError(f"--keep {config.keep} has {len(always)} rows, and only {m} are kept")
             _groups(config, pool)
+<<<<<<< HEAD
             is_text = pool.layout.text is not None
+=======
+            if config.quality_column:
+                qualities(pool, config.quality_column)
+>>>>>>> 8af818c (mods and whisper ask a model while they run: answers, rewards and attention as pieces of the run)
             for name in config.method:
                 needs = needs_of(config, methods[name], is_text).values()
                 if is_text and any(n.quantity == "unconditional_loss" for n in needs):
                     raise ValueError(f"--method {name} weighs what prompts help, and plain texts have none")
+<<<<<<< HEAD
             if config.drop_suspects and is_text:
+=======
+                if pool.layout.text is not None and methods[name].asks:
+                    raise ValueError(f"--method {name} has prompts answered, and plain texts have none")
+                options(config, methods[name], pool)  # a column that is not there
+            if config.drop_suspects and pool.layout.text is not None:
+>>>>>>> 8af818c (mods and whisper ask a model while they run: answers, rewards and attention as pieces of the run)
                 raise ValueError("--drop-suspects weighs what prompts help, and plain texts have none")
+            aside = set_aside(config, run, pool, inputs["data"])
+            for coreset in coresets:
+                _budget(config, coreset.pruning_rate, len(pool), aside)
             _check_models(config, sources)
             run.begin(settings, inputs, update)
             files.write_text(run.path / "config.yaml", to_yaml(config))
@@ -128,8 +143,7 @@ def select(
                 wanted = [need for needed in all_needs for need in needed.values()]
                 pieces = Pieces(config, run, pool, sources, inputs, wanted)
                 pool = pieces.usable_rows()
-            aside = set_aside(config, run, pool, inputs["data"])
-            if pieces:
+                aside = set_aside(config, run, pool, inputs["data"])  # where a template refused a row
                 pieces.set_aside(aside)
             pool, members = aside.left(), np.arange(len(aside.kept))
             held = aside.places_of(always)
@@ -149,7 +163,7 @@ def select(
                     continue
                 (coreset.folder / "manifest.json").unlink(missing_ok=True)
                 method = methods[coreset.method]
-                arguments = options(config, method)
+                arguments = options(config, method, pool)
                 # speculate: numbers of the whole pool, from the draft (Eq. 2)
                 if config.scores and "scores" in method.needs:
                     ids = [example.id for example in pool.examples()]
@@ -161,6 +175,9 @@ def select(
                 # verify: efforts of single samples on the target, asked for from within (Eq. 3)
                 if method.verify and pieces and "target" in sources:
                     arguments["verify"] = pieces.ledger(method.verify.model)
+                for argument, need in method.asks.items():
+                    assert pieces is not None
+                    arguments[argument] = pieces.asked(need)
                 # select: regions, ratios, budgets, picks (Eq. 3, Eq. 4)
                 own = narrowed(method, members, arguments) if len(members) < len(pool) else arguments
                 choose = partial(_choose, method, own, config.seed, len(pool), members, held, groups, asked)
@@ -263,10 +280,18 @@ def check_settings(config: SelectConfig, data: Any, methods: Mapping[str, Method
             raise ValueError(f"--option {pair}: give name=value; {of}")
         wanted = known[name]
         is_number = isinstance(yaml_value(text), (int, float)) and not isinstance(yaml_value(text), bool)
-        if isinstance(wanted, (int, float)) and not is_number:
-            raise ValueError(f"--option {pair}: {name} is a number, as in {name}={wanted}")
+        is_column = any(name in methods[method].columns for method in config.method)
+        if (isinstance(wanted, (int, float)) or (wanted is None and not is_column)) and not is_number:
+            example = f", as in {name}={wanted}" if wanted is not None else ""
+            raise ValueError(f"--option {pair}: {name} is a number{example}")
     for name in config.method:
+<<<<<<< HEAD
         needs = methods[name].needs.values()
+=======
+        needs = methods[name].all_needs()
+        if any((need.made or "").endswith("clusters") for need in needs) and find_spec("sklearn") is None:
+            raise ValueError(f"--method {name} needs scikit-learn: pip install 'staff-coreset[graph]'")
+>>>>>>> 8af818c (mods and whisper ask a model while they run: answers, rewards and attention as pieces of the run)
         if not config.draft_epochs and any(need.checkpoints and need.model == "draft" for need in needs):
             raise ValueError(
                 f"--method {name} follows the draft through its tuning, and it is not tuned: give "
@@ -276,6 +301,20 @@ def check_settings(config: SelectConfig, data: Any, methods: Mapping[str, Method
             raise ValueError(
                 f"--method {name} needs a few rows of the task as it will be judged: --validation FILE"
             )
+        if any(need.quantity == "quality" for need in needs):
+            if not config.quality_model and not config.quality_column:
+                raise ValueError(
+                    f"--method {name} needs to know how good a row is: --quality-model MODEL (a reward "
+                    f"model), or --quality-column COLUMN"
+                )
+            told = {*methods[name].fixed, *(pair.partition("=")[0] for pair in config.option)}
+            if config.quality_column and "alpha" not in told:
+                given = f"--quality-column {config.quality_column}"
+                raise ValueError(f"{given}: say above which a row is good, as in --option alpha=3")
+        if methods[name].asks:
+            metrics.judge_answers(
+                ["a word"], ["a word"]
+            )  # a package that is missing is known before the work
     if config.dedup not in (None, "exact") and find_spec("datasketch") is None:
         raise ValueError(duplicates.MISSING)
     for flag in FILES:
@@ -342,7 +381,7 @@ def wanted_models(config: SelectConfig, methods: Mapping[str, Method]) -> set[st
         # the target verifies where there is one
         if method.verify and (config.target or not config.scores):
             needs.append(method.verify)
-        wanted |= {need.base for need in needs}
+        wanted |= {need.base for need in (*needs, *method.asks.values())}
     if config.drop_suspects:
         wanted.add("draft")
     if config.budget_tokens is not None:
@@ -368,6 +407,16 @@ def find_models(config: SelectConfig, methods: Mapping[str, Method]) -> dict[str
     if families.self_blocks(config.draft) is not None:
         return {"target": target, "draft": target}
     return {"target": target, "draft": model_files.resolve(config.draft, "--draft")}
+
+
+def find_quality_model(config: SelectConfig, methods: Mapping[str, Method]) -> dict[str, Source]:
+    """The reward model where a method asks for one, by its name among the inputs."""
+    needs = [need for name in config.method for need in methods[name].needs.values()]
+    if not config.quality_model or not any(need.quantity == "quality" for need in needs):
+        return {}
+    from staff.models.reward import find_judge
+
+    return {"quality_model": find_judge(config.quality_model)}
 
 
 def _check_models(config: SelectConfig, sources: Mapping[str, Source]) -> None:
@@ -408,7 +457,8 @@ def _key(
     named: Any = name
     if METHODS.get(name) != method:
         needs = {argument: str(need) for argument, need in method.needs.items()}
-        named = [name, method.function.__name__, needs, str(method.verify), dict(method.fixed)]
+        asks = {argument: str(need) for argument, need in method.asks.items()}
+        named = [name, method.function.__name__, needs, str(method.verify), asks, dict(method.fixed)]
     return files.fingerprint({"method": named, "rate": rate, "settings": settings, "inputs": inputs})
 
 
@@ -428,7 +478,8 @@ def _budget(
     left = n - len(aside.reasons) if aside else n
     if aside and budget > left:
         why = ", ".join(f"{count} {reason}s" for reason, count in Counter(aside.reasons.values()).items())
-        cure = f"keep {left} at most, a pruning rate of {1 - left / n:.3g} or more (and --update)"
+        cure = f"keep {left} at most, a pruning rate of {1 - left / n:.3g} or more"
+        cure += " (and --update)" if aside.ratios else ""
         raise ValueError(f"{asked}: {budget} of {n} rows, and {left} are left without {why}: {cure}")
     return budget
 
@@ -476,13 +527,18 @@ def _about_groups(
     ]
 
 
-def options(config: SelectConfig, method: Method) -> dict[str, Any]:
-    """A method's own options: the settings of the same name, then those given with --option."""
+def options(config: SelectConfig, method: Method, pool: rows.Rows) -> dict[str, Any]:
+    """A method's own options: the settings of the same name, then those given with --option; of one that
+    names a column its values."""
     known = method.options()
     values = {name: getattr(config, name) for name in known if hasattr(config, name)}
     for name, value in (pair.split("=", 1) for pair in config.option):
         if name in known:
             values[name] = yaml_value(value)
+    for name in method.columns:
+        named = values.get(name, method.fixed.get(name))
+        if named is not None:
+            values[name] = np.array(pool.column(str(named), f"--option {name}="))
     return values
 
 
@@ -518,7 +574,14 @@ def _results(
             about["fidelity"] = _fidelity(selection, scores, on_target, response, values.get("loss"), groups)
             values["target_effort"] = np.full(len(pool), np.nan, np.float32)
             values["target_effort"][selection.verified] = on_target
+<<<<<<< HEAD
         if "target" in pieces.sources:
+=======
+        if any(
+            stage.model == "target" and stage.kind in ("score", "verify", "converse")
+            for stage in account.spent(run.work)
+        ):
+>>>>>>> 8af818c (mods and whisper ask a model while they run: answers, rewards and attention as pieces of the run)
             target_pass = pieces.one_pass("target")
         if target_pass and need == Need("draft", "effort"):
             terms = {

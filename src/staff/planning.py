@@ -15,7 +15,7 @@ from staff.methods.groups import select_by_group
 from staff.methods.strata import split
 from staff.methods.verification import default_regions, default_verified
 from staff.timing import Look, Speed, look_at_models, one_pass
-from staff.types import Progress, Selection, Stage
+from staff.types import AGAINST_VALIDATION, Progress, Selection, Stage
 
 SNAPSHOTS = 4  # of a draft's tuning, that loss trajectories are taken over
 
@@ -110,7 +110,8 @@ class Job:
 def stages(method: Method, job: Job, speeds: Mapping[str, Speed]) -> dict[str, float] | None:
     """Predicted seconds of each stage of a method's selection.
 
-    Reading and tokenising are left out: small, and much the same for all.
+    Reading and tokenising are left out: small, and much the same for all. So are a quality model, of which
+    nothing is known, and validation rows. Answers are timed in small batches: a run's are larger.
 
     Args:
         speeds: "target", and "draft" where there is one.
@@ -119,25 +120,45 @@ def stages(method: Method, job: Job, speeds: Mapping[str, Speed]) -> dict[str, f
         None where it needs a draft and there is none, or none that is tuned.
     """
     seconds: dict[str, float] = {}
-    for need in method.needs.values():
+    for need in (*method.needs.values(), *method.asks.values()):
         if need.model == "pool":
             continue
         if need.base not in speeds or (need.checkpoints and not job.draft_epochs):
             return None
-        scoring = job.tokens * speeds[need.base].scoring
-        training = job.tokens * speeds[need.base].training
+        speed, response = speeds[need.base], job.tokens * job.response_share
+        scoring, forward = job.tokens * speed.scoring, job.tokens * (speed.forward or speed.scoring)
+        answers = response * (speed.answering or speed.scoring)
         if need.model == "draft" and job.draft_epochs:
-            seconds[str(Stage("tune", "draft"))] = job.draft_epochs * job.draft_share * training
+            seconds[str(Stage("tune", "draft"))] = (
+                job.draft_epochs * job.draft_share * job.tokens * speed.training
+            )
         if need.model == "tuned_target":
-            seconds[str(Stage("tune", "target"))] = job.target_epochs * training
-        without_prompts = need.quantity == "unconditional_loss"
-        part = "without prompts" * without_prompts or "at checkpoints" * need.checkpoints
-        share = job.response_share if without_prompts else SNAPSHOTS if need.checkpoints else 1
-        seconds[str(Stage("score", need.model, part))] = share * scoring
+            seconds[str(Stage("tune", "target"))] = job.target_epochs * job.tokens * speed.training
+        if need.quantity == "rewards":
+            share = float(str({**method.options(), **method.fixed}["seed_share"]))
+            tuning = job.target_epochs * share * job.tokens * speed.training
+            seconds[str(Stage("tune", "target", "on the seed"))] = tuning
+            asked = (1 - share) * (forward * (1 - job.response_share) + answers)
+            seconds[str(Stage("converse", "target", "tuned on the seed"))] = asked
+        elif need.quantity == "whispers":  # prompts of some samples each, read once more up to two fifths
+            told: Any = {**method.options(), **method.fixed}
+            prompts = told["questions"] / told["demonstrations"]
+            reading = 1.4 * (1 + told["demonstrations"]) * forward
+            seconds[str(Stage("converse", need.model))] = prompts * (reading + answers)
+        elif need.quantity in AGAINST_VALIDATION:
+            took = forward if need.quantity == "rds" else scoring
+            seconds[str(Stage(AGAINST_VALIDATION[need.quantity], need.model))] = took
+        elif need.quantity == "prompt_features":
+            seconds[str(Stage("states", need.model, "over prompts"))] = forward * (1 - job.response_share)
+        elif need.quantity == "unconditional_loss":
+            seconds[str(Stage("score", need.model, "without prompts"))] = job.response_share * scoring
+        else:
+            part = "at checkpoints" * need.checkpoints
+            seconds[str(Stage("score", need.model, part))] = scoring * (SNAPSHOTS if need.checkpoints else 1)
     if method.verify:
         verified = job.verified_share * job.tokens * speeds[method.verify.base].scoring
         seconds[str(Stage("verify", method.verify.model))] = verified
-    bases = {need.base for need in (*method.needs.values(), method.verify) if need} & speeds.keys()
+    bases = {need.base for need in method.all_needs()} & speeds.keys()
     loading = sum(speeds[base].loading for base in bases)
     return {str(Stage("load")): loading, **seconds} if loading else seconds
 

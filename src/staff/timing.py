@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 NUM_TIMED = 48  # samples scored on the target at most
 DRAFTED = 3  # times as many on the draft, which is cheaper
 WARMING = 4  # samples before the clock runs
+_ANSWERS, _TOKENS = 8, 8  # answers that are timed, and tokens of each
 STEPS_TIMED = 2  # of training, the first of which warms up
 CHARACTERS = 4  # of a token, where no tokenizer is at hand
 PRODUCT = 1024  # rows and columns of the matrices whose product tells a machine's speed
@@ -33,11 +34,14 @@ PRODUCT = 1024  # rows and columns of the matrices whose product tells a machine
 
 @dataclass(frozen=True)
 class Speed:
-    """What a model takes on this machine, in seconds: a token of scoring, one of training, and to load."""
+    """What a model takes on this machine, in seconds: a token of scoring, one of training, to load; a token
+    of a forward pass alone, and one of an answer in a small batch (0: not known)."""
 
     scoring: float
     training: float
     loading: float = 0.0
+    forward: float = 0.0
+    answering: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,10 @@ def look_at_models(config: PlanConfig, rows: Rows, tell: Progress) -> tuple[Rows
         looks[label] = Look(Speed(*(flops / usual[0] / rate for flops in each)), size, *usual)
     if "draft" in looks:  # a tokenizer of its own may make more or fewer tokens of the same text
         seen, scale = looks["draft"], looks["draft"].tokens / looks["target"].tokens
-        speed = Speed(seen.speed.scoring * scale, seen.speed.training * scale, seen.speed.loading)
+        a_token = ("scoring", "training", "forward", "answering")
+        speed = dataclasses.replace(
+            seen.speed, **{name: getattr(seen.speed, name) * scale for name in a_token}
+        )
         looks["draft"] = dataclasses.replace(seen, speed=speed)
     return rows, looks
 
@@ -178,6 +185,7 @@ def time_model(
     """
     from staff.models import adapters
     from staff.models.finetune import sample_order, train_lora
+    from staff.scoring.rds import embed
     from staff.scoring.scorer import Scorer
 
     scoring, training = config.scoring, config.training
@@ -190,8 +198,12 @@ def time_model(
     began = time.perf_counter()
     scores = scorer.scores(pool, np.arange(len(pool)), scoring.batch_tokens)
     a_token = float((time.perf_counter() - began) / pool.lengths.sum())
+    began = time.perf_counter()
+    embed(scorer, pool, np.arange(len(pool)), scoring.batch_tokens or scorer.tokens_borne)
+    forward = float((time.perf_counter() - began) / pool.lengths.sum())
+    speed = Speed(a_token, 0.0, forward=forward, answering=_an_answer(model, pool))
     if not trains:
-        return Speed(a_token, 0.0), scores
+        return speed, scores
     if adapted:
         model = adapted.unload()  # training puts on one of its own
     steps: list[float] = []
@@ -212,4 +224,21 @@ def time_model(
         )
     # without the first step, which warms up
     order = sample_order(len(trained), config.seed, 0)[batch_size:]
-    return Speed(a_token, float((steps[-1] - steps[0]) / pool.lengths[trained[order]].sum())), scores
+    a_step = float((steps[-1] - steps[0]) / pool.lengths[trained[order]].sum())
+    return dataclasses.replace(speed, training=a_step), scores
+
+
+def _an_answer(model: Any, pool: Pool) -> float:
+    """Seconds of a token of an answer, in a small batch behind starts of samples."""
+    import torch
+
+    every = min(len(pool), _ANSWERS)
+    length = max(1, int(pool.lengths[:every].min()) // 2)
+    ids = torch.tensor(np.stack([pool.ids(i)[:length] for i in range(every)]).astype(np.int64))
+    device = next(model.parameters()).device
+    began = time.perf_counter()
+    given = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+    told = {"max_new_tokens": _TOKENS, "min_new_tokens": _TOKENS, "do_sample": False}
+    with torch.inference_mode():
+        model.generate(**given, **told, pad_token_id=0)
+    return (time.perf_counter() - began) / (every * _TOKENS)

@@ -288,7 +288,7 @@ def _variants(name: str, given: Any, drafts: Mapping[str, str], where: str) -> d
     _known(settings, sorted({*fields, *method.options(), "method", "needs", "verify"}), where)
     if own:
         method = dataclasses.replace(method, fixed=own)
-    speculates = any(need.base == "draft" for need in method.needs.values())
+    speculates = any(need.base == "draft" for need in (*method.needs.values(), *method.asks.values()))
     if "draft" in settings or not speculates or len(drafts) <= 1:
         return {name: Variant(name, method, settings)}
     several = {f"{name}@{label}": {**settings, "draft": draft} for label, draft in drafts.items()}

@@ -72,6 +72,14 @@ COLUMNS = (
     "evaluate_seconds", "total_seconds", "total_passes", "folder",
 )  # fmt: skip
 
+# the stages, kind and part, that some quantities come from; the others come from the one pass
+COUNTED = {
+    "unconditional_loss": ("score", "without prompts"),
+    "prompt_features": ("states", "over prompts"),
+    "whispers": ("converse", ""),
+    "rewards": ("converse", "tuned on the seed"),
+}
+
 Figures = dict[str, Any]
 
 
@@ -237,6 +245,7 @@ def _made_of(grid: Grid, cell: Cell) -> str:
         key |= {"select": task.select, "settings": variant.settings, "function": method.function.__name__}
         needs = {name: str(need) for name, need in method.needs.items()}
         key |= {"needs": needs, "verify": str(method.verify), "fixed": dict(method.fixed)}
+        key |= {"asks": {name: str(need) for name, need in method.asks.items()}} if method.asks else {}
     return fingerprint({**key, **dataclasses.asdict(cell)})
 
 
@@ -445,16 +454,20 @@ def selection_cost(method: Method, config: SelectConfig, run: Run) -> dict[str, 
     """What a method's own selection took of a run that several methods share: seconds, tokens, flops.
 
     Every stage that its needs call for counts in full, since alone it would have had to do it, the fine-tuned
-    target of a baseline too; verification counts by the samples it asked for. Loading models counts for none.
+    target of a baseline too; verification counts by the samples it asked for. Looking for duplicates and
+    suspects counts in full for every method, loading models for none.
     """
     stages, specs = stages_of(run.cost), model_specs(config)
-    needs = list(method.needs.values())
-    if config.drop_suspects:
-        needs += [Need("raw_draft", name) for name in ("loss", "unconditional_loss")]
-    shares: dict[Stage, float] = {}
-    shares |= {Stage("tokenise"): 1.0} if method.models() or config.drop_suspects else {}
+    shares: dict[Stage, float] = {Stage("tokenise"): 1.0} if method.models() or config.drop_suspects else {}
     shares |= {Stage("dedup"): 1.0} if config.dedup else {}
+    needs = [*method.needs.values(), *method.asks.values()]
+    if config.drop_suspects:
+        needs += [Need("raw_draft", "loss"), Need("raw_draft", "unconditional_loss")]
     for need in needs:
+        if need.quantity in ("quality", "rewards"):
+            shares |= dict.fromkeys((s for s in stages if s.kind == "rate"), 1.0)
+        if need.quantity == "rewards":
+            shares |= {Stage("tune", "target", "on the seed"): 1.0}
         if need.model not in specs:
             continue
         spec = specs[need.model]
@@ -462,8 +475,7 @@ def selection_cost(method: Method, config: SelectConfig, run: Run) -> dict[str, 
             shares[Stage("tune", spec.base)] = 1.0
         if need.quantity in AGAINST_VALIDATION:
             shares[Stage("query", part=f"for {need.quantity}")] = 1.0
-        kind = AGAINST_VALIDATION.get(need.quantity, "score")
-        part = "without prompts" if need.quantity == "unconditional_loss" else ""
+        kind, part = COUNTED.get(need.quantity, (AGAINST_VALIDATION.get(need.quantity, "score"), ""))
         twins = [name for name, other in specs.items() if other == spec]  # an untuned draft is the raw one
         for name in (need.model, *twins):
             like = (kind, name, part, need.checkpoints)

@@ -128,8 +128,11 @@ class Rows:
         """The user's own rows at these positions, in the order asked for."""
         return map(dict, self.source.fetch(self._numbers(positions)))
 
-    def column(self, name: str) -> list[str]:
+    def column(self, name: str, flag: str = "--group-by ") -> list[str]:
         """A column's values, as text.
+
+        Args:
+            flag: what names it.
 
         Raises:
             ValueError: a row has none of that name; says the nearest.
@@ -137,7 +140,7 @@ class Rows:
         values = []
         for number, row in zip(self.numbers, self.raw(range(len(self))), strict=True):
             if name not in row:
-                raise ValueError(f"--group-by {name}: row {number} has no such column{near(name, row)}")
+                raise ValueError(f"{flag}{name}: row {number} has no such column{near(name, row)}")
             values.append(str(row[name]))
         return values
 

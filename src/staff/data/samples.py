@@ -203,6 +203,18 @@ def prompts_of(
 ) -> tuple[list[np.ndarray], int, int]:
     """What stands before each last answer in at most `room` tokens; the token that answers end with; how many
     were cut."""
+    made, end, cut = openings_of(examples, tokenizer, room, reading, numbers)
+    return [np.array(opening.ids, np.int32) for opening in made], end, cut
+
+
+def openings_of(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    room: int,
+    reading: Reading = USUAL,
+    numbers: Sequence[int] | np.ndarray | None = None,
+) -> tuple[list[Sample], int, int]:
+    """`prompts_of` with the marks of the trained turns before the last."""
     sampler = Sampler(tokenizer, reading)
     made, cut, end = [], 0, 0
     for place, (example, sample) in enumerate(chain.from_iterable(sampler.parts(iter(examples)))):
@@ -217,7 +229,7 @@ def prompts_of(
                 raise BadRow(f"has a prompt of {left} tokens where {room} have room, even without its text")
         except BadRow as error:
             raise ValueError(f"row {place if numbers is None else numbers[place]} {error}") from None
-        made.append(np.array(sample.ids[: _before(sample)], np.int32))
+        made.append(Sample(sample.ids[: _before(sample)], sample.trained[: _before(sample)]))
         end = whole.ids[-1]
     return made, end, cut
 

@@ -90,6 +90,15 @@ class Pool:
         offsets = np.concatenate([[0], np.cumsum(keep)])[self.offsets]
         return Pool(self.input_ids[keep], self.is_response[keep], offsets)
 
+    def prompts_alone(self) -> Pool:
+        """What stands before each sample's last run of response tokens, at least one token."""
+        keep = np.zeros(len(self.input_ids), bool)
+        for start, stop in zip(self.offsets[:-1].tolist(), self.offsets[1:].tolist(), strict=True):
+            before = np.flatnonzero(~self.is_response[start:stop])
+            keep[start : start + (int(before[-1]) + 1 if len(before) else 1)] = True
+        offsets = np.concatenate([[0], np.cumsum(keep)])[self.offsets]
+        return Pool(self.input_ids[keep], np.zeros(int(keep.sum()), bool), offsets)
+
     def ids(self, i: int) -> np.ndarray:
         return self.input_ids[self.offsets[i] : self.offsets[i + 1]]
 

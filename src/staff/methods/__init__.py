@@ -86,7 +86,7 @@ class Method:
         """
         name = self.function.__name__
         given = {**self.needs, **self.asks}
-        for option in arguments.keys() - given.keys() - {"verify"}:
+        for option in arguments.keys() - given.keys() - {"verify", *self.columns}:
             if option not in self.options():
                 known = ", ".join(self.options()) or "none"
                 raise ValueError(f"{name} has no option {option!r}; its options: {known}")
@@ -98,7 +98,7 @@ class Method:
             arguments.pop(
                 "verify", None
             )  # a method that asks the target nothing may be offered it all the same
-        selection = self.function(n, budget=budget, rng=rng, **arguments, **self.fixed)
+        selection = self.function(n, budget=budget, rng=rng, **{**self.fixed, **arguments})
         assert len(selection.indices) == budget, (
             f"{name} returned {len(selection.indices)} of {budget} samples"
         )

@@ -31,10 +31,10 @@ def mods(
     """Keep a spread seed of good samples, and then the good ones that a target tuned on the seed answers
     badly (MoDS, Du et al. 2023, arXiv 2311.15653).
 
-    Good is a quality above alpha. The seed is k-center over the good samples' prompts. The target is tuned on
-    it (`--target-epochs`) and answers the prompts of all other good samples; where an answer's reward is below
-    beta the sample is necessary. k-center over those, begun with the seed, fills up to m. The seed does not
-    hang on m, so one tuned target and its answers serve every rate; at a rate that keeps no more than the
+    Good is a quality above alpha. The seed is k-center over the good samples' prompts. The target is tuned
+    on it (`--target-epochs`) and answers the prompts of all other good samples; where an answer's reward is
+    below beta the sample is necessary. k-center over those, begun with the seed, fills up to m. The seed does
+    not hang on m, so one tuned target and its answers serve every rate; at a rate that keeps no more than the
     seed it is neither tuned nor asked.
 
     With `--quality-model` quality and reward are that model's logit, of a row's own answer and of the
@@ -68,20 +68,22 @@ def mods(
     Raises:
         ValueError: a seed_share out of (0, 1], or nan among the numbers.
     """
+    if np.shape(quality) != (n,):
+        raise ValueError(f"quality must be one number a sample, ({n},); found shape {np.shape(quality)}")
     features, quality = check_features(features, n), check_scores(quality, n)
     if not 0 < seed_share <= 1:
-        raise ValueError(
-            f"seed_share is the share of the pool that is the seed, in (0, 1]; found {seed_share}"
-        )
+        raise ValueError(f"seed_share must be a share of the pool, in (0, 1]; found {seed_share}")
+    if budget in (0, n):
+        return Selection(np.arange(budget))
     good = np.flatnonzero(quality > alpha)
-    if n and len(good) in (0, n):
+    if len(good) in (0, n):
         which = "no sample" if len(good) == 0 else "every sample"
         log.warning(
             "mods: %s has a quality above alpha=%g; they go from %.3g to %.3g",
             *(which, alpha, quality.min(), quality.max()),
         )
     picks, filled = np.empty(0, np.int64), 0
-    if len(good) and budget:
+    if len(good):
         size = min(max(1, round(seed_share * n)), len(good))
         first = int(rng.integers(len(good)))
         picks = good[farthest_first(features[good], min(size, budget), [first])]
@@ -101,6 +103,6 @@ def mods(
 
 
 def _spread(features: np.ndarray, picks: np.ndarray, others: np.ndarray, budget: int) -> np.ndarray:
-    """The picks, and of the others again and again the one farthest from all, until there are m or no more."""
+    """The picks, and of the others again and again the one farthest from all, until there are m."""
     both = np.concatenate([picks, others])
     return both[farthest_first(features[both], min(budget, len(both)), np.arange(len(picks)))]

@@ -27,28 +27,29 @@ def whisper(
 
     The pool is split in two at random, and each half asks the other: every sample is a demonstration once,
     with four others, before each of three questions of the other half. A sample's score is the mean over the
-    three of (how like the answer is to the question's own, `--metric`) times (its share of the attention). The
-    attention is summed over the heads of one layer, from the tokens of the question to those of the
+    three of (how like the answer is to the question's own, `--metric`) times (its share of the attention).
+    The attention is summed over the heads of one layer, from the tokens of the question to those of the
     demonstration, and divided by the numbers of both; shares are of all demonstrations in the prompt. So a
     score hangs on the draw of halves and neighbours too: the one exception to "on the sample and the model
     alone". No model is tuned.
 
-    Where ours departs from the released code: each question is asked in a conversation of its own behind the
-    same demonstrations, since three answers in one text have to be told apart by words that a model may not
-    write (there such prompts are dropped): it reads the demonstrations three times. The last prompt of a half,
-    with fewer demonstrations, would give each a larger share: shares count times the demonstrations there are.
-    The layer is two fifths of the way up where none is given (13 of 32 there for Llama-3-8B, others by name).
+    Where ours departs from the released code: each question is asked in a conversation of its own behind
+    the same demonstrations, since three answers in one text have to be told apart by words that a model may
+    not write (there such prompts are dropped); so it reads the demonstrations three times. The last prompt of
+    a half, with fewer demonstrations, would give each a larger share: shares count times the demonstrations
+    there are. The layer is two fifths of the way up where none is given (there 13 of 32 for Llama-3-8B).
 
     Costs 3/5 n prompts of six samples each, read once to answer and up to the layer again for its attention,
-    and the answers: more than 4 passes of the model that is asked, and by the clock many more.
+    and the answers: about four passes of the model that is asked and the answers' tokens, and by the clock
+    many times that.
 
     Args:
         n: the pool's size, in samples.
         budget: m, in samples, 0 <= m <= n.
         rng: draws the halves and their order; the same for every m.
-        whispers: (conversations, layer) -> numbers; conversations (c, 1 + d) are positions, the question first
-            and its demonstrations behind it, -1 for none; the numbers (c, 1 + d) how like the answer is, and
-            the attention to each demonstration, 0 for none.
+        whispers: (conversations, layer) -> numbers; conversations (c, 1 + d) are positions, the question
+            first and its demonstrations behind it, -1 for none; the numbers (c, 1 + d) how like the answer
+            is, and the attention to each demonstration, 0 for none.
         demonstrations: d, of a prompt.
         questions: prompts behind the same demonstrations.
         layer: whose attention counts, from 0; None: two fifths of the way up.

@@ -219,6 +219,13 @@ def check_room(
         logger.warning("%s; what it makes of later ones is a guess: --max-length %d", found, limit)
 
 
+def most_positions(source: Source, trust_remote_code: bool = False) -> int | None:
+    """Positions that a model was made for, by its configuration; None for no end."""
+    from staff.models import anatomy
+
+    return anatomy.positions(without_weights(source, trust_remote_code))[0]
+
+
 def load_model(
     source: Source,
     dtype: torch.dtype,
@@ -227,6 +234,7 @@ def load_model(
     load_in: str | None = None,
     merge: bool = True,
     limits: Mapping[int | str, int] | None = None,
+    kind: str = "AutoModelForCausalLM",
 ) -> torch.nn.Module:
     """The model, in eval mode, its parameters frozen.
 
@@ -239,11 +247,13 @@ def load_model(
             it apart, as a PEFT model, to be scored in scope "lora".
         limits: place what the device does not hold on others, in CPU memory and on disk
             (`placement.place_blocks`); None: all of it is on the device.
+        kind: transformers' class for models of its kind.
 
     Raises:
         ValueError: it can't be loaded; the reason in one line.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig
+    import transformers
+    from transformers import BitsAndBytesConfig, GgufConfig
 
     from staff.models import placement
 
@@ -278,7 +288,7 @@ def load_model(
         atexit.register(shutil.rmtree, extra["offload_folder"], ignore_errors=True)
 
     def load() -> Any:
-        return AutoModelForCausalLM.from_pretrained(
+        return getattr(transformers, kind).from_pretrained(
             source.folder,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
@@ -407,6 +417,10 @@ class Size:
         in."""
         back = self.below + self.last if scope in ("linear", "lora") else self.last
         return 2 * (tokens * (self.below + self.last + back) + response_tokens * 2 * self.head)
+
+    def answering_flops(self, prompts: int, prefilled: int, generated: int) -> float:
+        """Of answers: forward over the prompts' tokens and those generated; the head meets the latter."""
+        return 2 * ((prefilled + generated) * (self.below + self.last) + (prompts + generated) * self.head)
 
     def training_flops(self, tokens: int, response_tokens: int) -> float:
         """Of one LoRA epoch: forward, and gradients of inputs; frozen weights need no third."""

@@ -354,13 +354,16 @@ def write_tables(folder: Path, coresets: Sequence[Coreset], runs: Sequence[Run])
     ]
     files.write_csv(folder / "cells.csv", ["method", "pruning_rate", "m", "verified", "folder"], lines)
     chosen = {run.path.name: run.selection.indices for run in runs}
-    n = runs[0].manifest["n"]
+    facts = runs[0].manifest
+    room = facts["n"] - sum(facts.get("dropped", {}).values()), facts.get("always", 0)
     pairs = []
     for method in dict.fromkeys(c.method for c in coresets):
-        pairs += nestedness({c.folder.name: chosen[c.folder.name] for c in coresets if c.method == method}, n)
+        pairs += nestedness(
+            {c.folder.name: chosen[c.folder.name] for c in coresets if c.method == method}, *room
+        )
     for rate in dict.fromkeys(c.pruning_rate for c in coresets):
         pairs += overlaps(
-            {c.folder.name: chosen[c.folder.name] for c in coresets if c.pruning_rate == rate}, n
+            {c.folder.name: chosen[c.folder.name] for c in coresets if c.pruning_rate == rate}, *room
         )
     header = [f.name for f in dataclasses.fields(Overlap)]
     files.write_csv(folder / "overlap.csv", header, map(dataclasses.astuple, pairs))

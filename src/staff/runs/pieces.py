@@ -26,7 +26,7 @@ from staff.models import adapters, apart, drafts, families, load
 from staff.models.files import Source, resolve, tokenizer_fingerprint
 from staff.models.finetune import train_lora
 from staff.planning import SNAPSHOTS
-from staff.runs import account, keys
+from staff.runs import account, asked, keys
 from staff.runs.aside import Aside
 from staff.runs.crew import Crew, worker_threads
 from staff.runs.store import Inputs, Ledger, RunFolder, content_of
@@ -53,8 +53,8 @@ class Pass:
 
     Attributes:
         model: a key of `keys.model_specs`.
-        quantity: "scores", what one pass gives; one of AGAINST_VALIDATION; "efforts", as a ledger keeps them;
-            "site_norms", the norm of each weight.
+        quantity: "scores", what one pass gives; one of AGAINST_VALIDATION; "prompt_features"; "efforts", as a
+            ledger keeps them; "site_norms", the norm of each weight.
         features: mean last hidden states besides.
         without_prompts: of the responses alone.
         snapshot: 1 to SNAPSHOTS, the model as it was after that part of its tuning.
@@ -157,6 +157,7 @@ class Pieces:
         self._dropped: dict[str, list[int]] = {}  # places of the rows that are not in the tokens on disk
         self._aside: str | None = None  # which rows were set aside, once they are
         self._made: dict[Need, np.ndarray] = {}  # the same for every pruning rate
+        self.answered: dict[str, np.ndarray] = {}  # and so is what methods asked while they ran
         template = config.reading.chat_template
         self._tokenizers = {base: tokenizer_fingerprint(source, template) for base, source in sources.items()}
         self._scorer: tuple[tuple[str, Path | None], Scorer] | None = None
@@ -265,12 +266,16 @@ class Pieces:
 
     def adapter(self, name: str) -> Path:
         """The folder of a tuned model's adapter, tuned if it is not there."""
+        spec, n, draws = self.specs[name], len(self.pool(name)), np.random.default_rng([self.config.seed, 1])
+        positions = np.sort(draws.choice(n, max(1, round(spec.share * n)), replace=False))
+        return self._tuned(name, positions, self._model_key(name), Stage("tune", spec.base))
+
+    def _tuned(self, name: str, positions: np.ndarray, key: keys.Key, stage: Stage) -> Path:
+        """The folder of an adapter tuned on some positions, for as long as the model of that name is."""
         config, spec, pool = self.config, self.specs[name], self.pool(name)
-        folder = self.run.piece(spec.base, self._model_key(name))
+        folder = self.run.piece(spec.base, key)
         if folder not in self._whole and files.sealed(folder) is None:
-            stage, draws = Stage("tune", spec.base), np.random.default_rng([config.seed, 1])
-            num_samples = max(1, round(spec.share * len(pool)))
-            positions = np.sort(draws.choice(len(pool), num_samples, replace=False))
+            num_samples = len(positions)
             engine, source, blocks = config.engine, self._files(spec.base), families.self_blocks(config.draft)
             cut = (blocks, config.draft_blocks) if blocks and spec.base == "draft" else None
             is_apart = config.launch.processes > 1
@@ -366,6 +371,8 @@ class Pieces:
                 quantity = self.array(dataclasses.replace(need, made=None))
                 self._made[need] = graph.derive(need.made, quantity, self.config.seed)
             return self._made[need]
+        if need.quantity == "quality":
+            return asked.quality(self)
         if need.model == "pool":
             return self.pool("target" if "target" in self.sources else "raw_draft").response_tokens()
         if need.checkpoints:
@@ -375,11 +382,17 @@ class Pieces:
             return self.scores(need.model, without_prompts=True)["loss"]
         if need.quantity in AGAINST_VALIDATION:
             return self._against_validation(need.model, need.quantity)
+        if need.quantity == "prompt_features":
+            return self._prompt_features(need.model)
         features = dataclasses.replace(need, quantity="features")
         with_features = any(
             dataclasses.replace(other, made=None) == features for other in (need, *self._wanted)
         )
         return self.scores(need.model, with_features=with_features)[need.quantity]
+
+    def asked(self, need: Need) -> Callable[..., np.ndarray]:
+        """What a method may ask by position at any time; every answer is kept on disk."""
+        return asked.asker(self, need)
 
     def loss_ratios(self) -> np.ndarray:
         """(n,) the raw draft's loss on each answer after its prompt, as a multiple of that on the answer
@@ -462,6 +475,8 @@ class Pieces:
 
     def _pool_of(self, of: Pass) -> Pool:
         pool = self.pool(of.model)
+        if of.quantity == "prompt_features":
+            return pool.prompts_alone()
         return pool.responses_alone() if of.without_prompts else pool
 
     def _counter(self, stage: Stage, total: int, done: int = 0) -> Callable[[int], None]:
@@ -594,6 +609,8 @@ class Pieces:
         scores = partial(scorer.scores, pool, features=of.features)
         if of.quantity in AGAINST_VALIDATION:
             return self._against(of, scorer, shards.folder.name), scorer.tokens_borne
+        if of.quantity == "prompt_features":
+            return partial(rds.embed_prompts, scorer, pool), scorer.tokens_borne
         if of.quantity == "efforts":
             known = files.read_arrays(shards.folder / "site_means.npz") or {}
             return partial(_efforts, scores, known.get("site_means")), scorer.tokens_borne
@@ -649,6 +666,19 @@ class Pieces:
             self.adapter(name)
         return self._pass(Pass(name, quantity), path, Stage(AGAINST_VALIDATION[quantity], name))[quantity]
 
+    def _prompt_features(self, name: str) -> np.ndarray:
+        """(n, H) mean last hidden states of the prompts, at unit length."""
+        key = {**self._scores_key(name), "part": "prompts"}
+        path = self.run.piece("prompts", key) / "prompt_features.npz"
+        arrays = files.read_arrays(path)
+        if arrays is not None:
+            remove_shards(path)
+            return arrays["prompt_features"]
+        if self.specs[name].epochs:
+            self.adapter(name)
+        stage = Stage("states", name, "over prompts")
+        return self._pass(Pass(name, "prompt_features"), path, stage)["prompt_features"]
+
     def _query(self, name: str) -> tuple[Pool, np.ndarray]:
         """The validation rows in a model's tokens, and their numbers."""
         assert self.config.validation
@@ -684,7 +714,10 @@ class Pieces:
         self, stage: Stage, name: str, pool: Pool, positions: np.ndarray, seconds: float, once: str
     ) -> None:
         tokens, response = int(pool.lengths[positions].sum()), int(pool.response_tokens()[positions].sum())
-        flops = self._size(name).scoring_flops(tokens, response, self.config.scoring.scope)
+        size = self._size(name)
+        flops = size.scoring_flops(tokens, response, self.config.scoring.scope)
+        if stage.kind == "states":  # forward alone, and not through the head
+            flops = size.answering_flops(0, tokens, 0)
         numbers = {"samples": len(positions), "tokens": tokens, "flops": flops}
         account.spend(self.run.work, stage, once=once, seconds=seconds, **numbers)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from staff.data.rows import Rows
 from staff.data.turns import label_of
 
 VALUES = ("effort", "score", "draft_effort")  # columns taken as the score, the first that is there
@@ -179,3 +181,21 @@ def _read_table(path: Path, flag: str) -> dict[str, list]:
         raise ValueError(
             f"{path}: can't be read as {path.suffix[1:]}: {' '.join(str(error).split())[:200]}"
         ) from None
+
+
+def qualities(rows: Rows, name: str) -> np.ndarray:
+    """(n,) float64 qualities in a column of the data.
+
+    Raises:
+        ValueError: a row has none that is a number from 0 on.
+    """
+    flag, found = "--quality-column ", []
+    for number, value in zip(rows.numbers, rows.column(name, flag), strict=True):
+        try:
+            found.append(float(value))
+        except ValueError:
+            found.append(math.nan)
+        if not 0 <= found[-1] < math.inf:
+            what = "qualities are numbers from 0 on: an answer of the target is worth a share of its row's"
+            raise ValueError(f"{flag}{name}: row {number} has {value!r}; {what}")
+    return np.array(found, np.float64)

@@ -18,12 +18,15 @@ def embed(
     positions: np.ndarray,
     batch_tokens: int,
     on_samples: Callable[[int], None] | None = None,
+    *,
+    weighted: bool = True,
 ) -> np.ndarray:
     """The last hidden states of each sample's prompt and response, meaned with weights that grow with the
     position (1, 2, 3, ...), at unit length: later tokens have seen more.
 
     Args:
         positions, batch_tokens, on_samples: as for `Scorer.scores`.
+        weighted: False counts every position alike.
 
     Returns:
         (k, H) float32; zeros for states that are all zero.
@@ -33,7 +36,7 @@ def embed(
         batch = collate(pool, positions[places], scorer.device)
         lengths = torch.as_tensor(pool.lengths[positions[places]], device=scorer.device)
         weights = torch.arange(1, batch.input_ids.shape[1] + 1, device=scorer.device).float()
-        weights = torch.where(weights <= lengths[:, None], weights, 0.0)
+        weights = torch.where(weights <= lengths[:, None], weights if weighted else 1.0, 0.0)
         states = scorer.states(batch).float()
         # padding is left out before it is multiplied: 0 times nan is nan
         means = (weights[..., None] * states.masked_fill(weights[..., None] == 0, 0)).sum(1)
@@ -71,9 +74,25 @@ def cosines(
         ValueError: states that are nan or infinite; the message names the positions.
     """
     embedded = embed(scorer, pool, positions, batch_tokens, on_samples)
+    return {"rds": _finite(embedded, positions) @ rows.T}
+
+
+def embed_prompts(
+    scorer: Scorer,
+    prompts: Pool,
+    positions: np.ndarray,
+    batch_tokens: int,
+    on_samples: Callable[[int], None] | None = None,
+) -> dict[str, np.ndarray]:
+    """ "prompt_features" (k, H), the mean last hidden states of each prompt, at unit length."""
+    means = embed(scorer, prompts, positions, batch_tokens, on_samples, weighted=False)
+    return {"prompt_features": _finite(means, positions)}
+
+
+def _finite(embedded: np.ndarray, positions: np.ndarray) -> np.ndarray:
     bad = np.flatnonzero(~np.isfinite(embedded).all(axis=1))
     if len(bad):
         where = f"(positions {positions[bad[:5]].tolist()})"
         cure = "the model overflows on them; try --dtype float32"
         raise ValueError(f"{len(bad)} samples have hidden states that are nan or infinite {where}: {cure}")
-    return {"rds": embedded @ rows.T}
+    return embedded
