@@ -59,23 +59,26 @@ def digest_of(example: Example) -> bytes:
 
 
 def places_of(wanted: Rows, rows: Rows) -> list[int]:
-    """Where some rows stand among others: by id, where it is there, else by their text; the first that fits.
+    """Where some rows stand among others: by id and text, else by id, else by text; the first that fits.
 
     Raises:
         ValueError: names the row that is not there.
     """
     asked = [(example.id, digest_of(example)) for example in wanted.examples()]
-    first_of: dict[str | bytes, int] = {}
+    first_of: dict[str | bytes | tuple[str, bytes], int] = {}
     for place, example in enumerate(rows.examples()):
-        first_of.setdefault(digest_of(example), place)
+        digest = digest_of(example)
+        first_of.setdefault(digest, place)
         if example.id is not None:
             first_of.setdefault(example.id, place)
+            first_of.setdefault((example.id, digest), place)  # ids may stand twice
     places = []
     for position, (label, digest) in enumerate(asked):
-        found = first_of.get(digest if label is None or label not in first_of else label)
-        if found is None:
+        known = [] if label is None else [(label, digest), label]
+        found = [first_of[name] for name in (*known, digest) if name in first_of]
+        if not found:
             raise ValueError(f"{wanted.where(position)} is not in the data, neither its id nor its text")
-        places.append(found)
+        places.append(found[0])
     return places
 
 
