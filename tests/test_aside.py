@@ -316,6 +316,36 @@ def test_rows_to_keep_are_always_in_found_by_id_or_text(models, tmp_path):
         staff.select(rows, method="random", budget=6, keep=keep, output=tmp_path / "y")
 
 
+def test_of_rows_that_share_an_id_the_one_with_the_text_is_kept(tmp_path):
+    rows = [{**row, "id": "r"} for row in make_rows(6)]
+    keep = write_rows(tmp_path / "keep.jsonl", [rows[4], {**rows[5], "response": "edited"}])
+    run = staff.select(rows, method="random", budget=2, keep=keep, output=tmp_path / "x")
+    assert run.indices.tolist() == [0, 4]  # of an edited row the first with its id
+
+
+def test_more_than_duplicates_leave_is_found_before_anything_is_begun(models, tmp_path, monkeypatch):
+    def load(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("staff.models.load.load_model", load)
+    monkeypatch.setattr("staff.models.load.load_tokenizer", load)
+    with pytest.raises(
+        ValueError, match=r"--budget 5: 5 of 6 rows, and 4 are left without 2 duplicates: keep 4 at most"
+    ):
+        staff.select(make_rows(4) + make_rows(2), budget=5, dedup="exact", output=tmp_path / "x", **models)
+    assert not (tmp_path / "x").exists()
+
+
+def test_chance_is_told_from_the_rows_that_could_be_chosen(tmp_path):
+    rows = make_rows(20) + make_rows(10)
+    keep = write_rows(tmp_path / "keep.jsonl", rows[:4])
+    told = {"methods": ["random"], "pruning_rates": [0.6, 0.8], "dedup": "exact", "keep": keep}
+    staff.select_grid(rows, output=tmp_path / "x", **told)
+    line = (tmp_path / "x" / "overlap.csv").read_text().splitlines()[1].split(",")
+    # 12 and 6 of 20, four of them always: 4 + 8 * 2 / 16 are shared by chance, of 6
+    assert float(line[4]) == pytest.approx(5 / 6)
+
+
 def test_rows_to_keep_count_in_the_share_of_their_group(tmp_path):
     rows = [{**row, "source": "aaab"[i % 4]} for i, row in enumerate(make_rows(40))]
     keep = write_rows(tmp_path / "keep.jsonl", [row for row in rows if row["source"] == "b"][:4])

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,9 +24,13 @@ from staff.comparison.run import compare
 from staff.comparison.statistics import resample, resampled_means
 from staff.comparison.tables import Difference, Judged, compare_cells, corrected, quality_table, report, tally
 from staff.files import is_alive, read_checked, write_checked
+from staff.config import SelectConfig, from_mapping
+from staff.files import read_checked, write_checked
 from staff.methods import METHODS
 from staff.models import load as models
 from staff.planning import staff_passes
+from staff.runs.account import cost_of_run
+from staff.types import Stage
 
 YAML = """
 target: ${STAFF_MODELS}/target
@@ -128,6 +133,36 @@ def test_what_a_method_costs_is_the_designs_sum_and_its_own_part_alone(finished)
     verified = run["stages"]["verify on the target"]
     assert float(row["select_flops"]) - float(without["select_flops"]) == pytest.approx(verified["flops"])
     assert float(without["select_flops"]) == float(of(rows, "ccs-draft", 0.75, 1)["select_flops"])
+
+
+def test_a_method_counts_all_that_it_would_have_done_alone():
+    parts = [
+        ("score", "draft"),
+        ("states", "draft", "over prompts"),
+        ("converse", "target", "tuned on the seed"),
+    ]
+    parts += [("tune", "target", "on the seed"), ("rate", "", "of the data"), ("rate", "", "of the target")]
+    parts += [
+        ("score", "raw_draft"),
+        ("score", "raw_draft", "without prompts"),
+        ("converse", "draft"),
+        ("dedup",),
+    ]
+    stages = {Stage(*part): {"flops": 2.0**i, "seconds": 1.0} for i, part in enumerate(parts)}
+    run = SimpleNamespace(cost=cost_of_run(stages), selection=SimpleNamespace(verified=()))
+
+    def cost(name, **settings):
+        return comparing.selection_cost(METHODS[name], from_mapping(SelectConfig, settings, "x"), run)[
+            "flops"
+        ]
+
+    assert cost("random") == 0
+    assert cost("loss") == 2**0
+    assert cost("mods") == 2**1 + 2**2 + 2**3 + 2**4 + 2**5
+    assert cost("whisper") == 2**8
+    suspects = cost("random", drop_suspects=True)
+    assert suspects == 2**6 + 2**7
+    assert cost("whisper", drop_suspects=True, dedup="exact") == 2**8 + 2**9 + suspects
 
 
 def test_cells_share_one_run_folder_and_variants_choose_otherwise(finished):

@@ -986,6 +986,13 @@ def test_the_highest_scores_are_nested_across_pruning_rates_and_random_draws_are
     assert all(row.overlap < 0.8 for row in rows)
 
 
+def test_chance_knows_what_is_always_in():
+    pair = overlap("a", np.arange(6), "b", np.arange(3), 20, held=2)
+    # two are shared whatever is drawn; of 18 others four and one
+    assert pair.chance_overlap == pytest.approx((2 + 4 / 18) / 3)
+    assert overlap("a", np.arange(2), "b", np.arange(2), 2, held=2).chance_overlap == 1
+
+
 def test_empty_coresets_have_no_overlap_to_speak_of():
     row = overlap("a", np.empty(0, int), "b", np.array([1]), 10)
     assert np.isnan(row.overlap)

@@ -110,24 +110,17 @@ def select(
                 if m is not None and len(always) > m:
                     raise ValueError(f"--keep {config.keep} has {len(always)} rows, and only {m} are kept")
             _groups(config, pool)
-<<<<<<< HEAD
             is_text = pool.layout.text is not None
-=======
             if config.quality_column:
                 qualities(pool, config.quality_column)
->>>>>>> 8af818c (mods and whisper ask a model while they run: answers, rewards and attention as pieces of the run)
             for name in config.method:
                 needs = needs_of(config, methods[name], is_text).values()
                 if is_text and any(n.quantity == "unconditional_loss" for n in needs):
                     raise ValueError(f"--method {name} weighs what prompts help, and plain texts have none")
-<<<<<<< HEAD
-            if config.drop_suspects and is_text:
-=======
-                if pool.layout.text is not None and methods[name].asks:
+                if is_text and methods[name].asks:
                     raise ValueError(f"--method {name} has prompts answered, and plain texts have none")
                 options(config, methods[name], pool)  # a column that is not there
-            if config.drop_suspects and pool.layout.text is not None:
->>>>>>> 8af818c (mods and whisper ask a model while they run: answers, rewards and attention as pieces of the run)
+            if config.drop_suspects and is_text:
                 raise ValueError("--drop-suspects weighs what prompts help, and plain texts have none")
             aside = set_aside(config, run, pool, inputs["data"])
             for coreset in coresets:
@@ -285,13 +278,7 @@ def check_settings(config: SelectConfig, data: Any, methods: Mapping[str, Method
             example = f", as in {name}={wanted}" if wanted is not None else ""
             raise ValueError(f"--option {pair}: {name} is a number{example}")
     for name in config.method:
-<<<<<<< HEAD
-        needs = methods[name].needs.values()
-=======
         needs = methods[name].all_needs()
-        if any((need.made or "").endswith("clusters") for need in needs) and find_spec("sklearn") is None:
-            raise ValueError(f"--method {name} needs scikit-learn: pip install 'staff-coreset[graph]'")
->>>>>>> 8af818c (mods and whisper ask a model while they run: answers, rewards and attention as pieces of the run)
         if not config.draft_epochs and any(need.checkpoints and need.model == "draft" for need in needs):
             raise ValueError(
                 f"--method {name} follows the draft through its tuning, and it is not tuned: give "
@@ -574,14 +561,7 @@ def _results(
             about["fidelity"] = _fidelity(selection, scores, on_target, response, values.get("loss"), groups)
             values["target_effort"] = np.full(len(pool), np.nan, np.float32)
             values["target_effort"][selection.verified] = on_target
-<<<<<<< HEAD
         if "target" in pieces.sources:
-=======
-        if any(
-            stage.model == "target" and stage.kind in ("score", "verify", "converse")
-            for stage in account.spent(run.work)
-        ):
->>>>>>> 8af818c (mods and whisper ask a model while they run: answers, rewards and attention as pieces of the run)
             target_pass = pieces.one_pass("target")
         if target_pass and need == Need("draft", "effort"):
             terms = {

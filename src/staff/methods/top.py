@@ -38,8 +38,8 @@ def top(n: int, *, budget: int, rng: np.random.Generator, scores: np.ndarray, pa
     judgement of quality and with distances; here it stands alone. Both cost nothing beside the draft's one
     pass, and are taken on the draft as it is tuned, where the papers ask the model that is trained.
 
-    LESS keeps the highest similarity of a sample's projected gradient to those of a few validation rows (Xia
-    et al. 2024, arXiv 2402.04333); the highest over the validation rows' tasks, where they name any.
+    LESS keeps the highest mean similarity of a sample's gradient to those of a few validation rows (Xia et
+    al. 2024, arXiv 2402.04333; there the highest over several tasks' means, here all rows are of one).
 
     Args:
         n: the pool's size, in samples.

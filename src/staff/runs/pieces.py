@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -45,6 +46,8 @@ from staff.scoring.shards import (
     shards_of,
 )
 from staff.types import AGAINST_VALIDATION, Need, Stage
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -662,6 +665,13 @@ class Pieces:
             return arrays[quantity]
         query, numbers = self._query(name)
         self._check_room(self.specs[name].base, query, numbers)
+        there = {self.pool(name).ids(i).tobytes() for i in range(len(self.pool(name)))}
+        twice = sum(query.ids(i).tobytes() in there for i in range(len(query)))
+        if twice:
+            what = "validation rows stand in the data too: they are most like themselves"
+            logger.warning(
+                "%d of %d %s, and a model trained on them is not judged by them", twice, len(query), what
+            )
         if self.specs[name].epochs:
             self.adapter(name)
         return self._pass(Pass(name, quantity), path, Stage(AGAINST_VALIDATION[quantity], name))[quantity]
