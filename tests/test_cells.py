@@ -162,6 +162,7 @@ def test_a_cell_added_later_reuses_what_is_there_and_a_finished_run_is_taken_as_
         methods=["loss", "el2n", "random"],
         pruning_rates=[0.25],
         validation=validation,
+        columns=FOR_MODS["columns"],
         update=True,
     )
     assert [len(run.indices) for run in more] == [36, 36, 36]
