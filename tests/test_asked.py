@@ -34,7 +34,10 @@ def judge(family, tmp_path_factory):
 @pytest.fixture
 def pool(tmp_path):
     rows = [row | {"quality": i % 5, "template": "ab"[i % 3 == 0]} for i, row in enumerate(make_rows(30))]
-    path = tmp_path / "pool.jsonl"
+    return write(tmp_path / "pool.jsonl", rows)
+
+
+def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -230,6 +233,21 @@ def test_whisper_is_metric_times_attention(family, pool, tmp_path):
         family, pool, tmp_path / "y", methods=["whisper_target"], pruning_rates=[0.9], option=["layer=1"]
     )
     assert other.cost["stages"]["answer on the target"]["passes"] > 3
+
+
+def test_whisper_on_a_few_rows_and_with_a_template_that_shows_no_demonstrations(family, tmp_path):
+    rows = make_rows(4)  # halves of two: three demonstrations a prompt are not there
+    (run,) = choose(
+        family, write(tmp_path / "few.jsonl", rows), tmp_path / "x", methods=["whisper"], budget=2
+    )
+    assert len(run.indices) == 2
+    last = (
+        "{% for m in messages[-2:] %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    )
+    (tmp_path / "last.jinja").write_text(last)
+    told = {"methods": ["whisper"], "budget": 2, "chat_template": str(tmp_path / "last.jinja")}
+    with pytest.raises(ValueError, match="row"):
+        choose(family, tmp_path / "few.jsonl", tmp_path / "y", **told)
 
 
 def test_templates_name_a_column_of_the_data(family, pool, tmp_path):

@@ -642,8 +642,9 @@ def test_whisper_refuses_nan_and_no_demonstrations():
 
         with pytest.raises(ValueError, match="1 of 12 answers or attentions are nan"):
             METHODS["whisper"].select(20, budget=3, rng=rng(), whispers=whispers)
-    with pytest.raises(ValueError, match="demonstrations and questions must be 1 or more; found 0 and 3"):
-        METHODS["whisper"].select(20, budget=3, rng=rng(), whispers=whispers, demonstrations=0)
+    for wrong in ({"demonstrations": 0}, {"questions": 1.5}, {"layer": 0.5}):
+        with pytest.raises(ValueError, match="demonstrations, questions and layer are whole numbers"):
+            METHODS["whisper"].select(20, budget=3, rng=rng(), whispers=whispers, **wrong)
 
 
 def test_what_is_asked_inside_a_group_is_asked_of_the_pools_positions():

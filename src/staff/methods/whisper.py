@@ -55,11 +55,11 @@ def whisper(
         layer: whose attention counts, from 0; None: two fifths of the way up.
 
     Raises:
-        ValueError: fewer than one demonstration or question, or nan among the numbers.
+        ValueError: no whole number of demonstrations or questions, or nan among the numbers.
     """
-    if demonstrations < 1 or questions < 1:
-        found = f"found {demonstrations} and {questions}"
-        raise ValueError(f"demonstrations and questions must be 1 or more; {found}")
+    if min(demonstrations, questions) < 1 or demonstrations % 1 or questions % 1 or (layer or 0) % 1:
+        found = f"found {demonstrations}, {questions} and {layer}"
+        raise ValueError(f"demonstrations, questions and layer are whole numbers, from 1, 1 and 0; {found}")
     halves = np.split(rng.permutation(n), [n // 2])
     conversations: list[list[int]] = []
     for own, others in (halves, halves[::-1]):

@@ -108,7 +108,12 @@ def whispers(pieces: Pieces, name: str, conversations: np.ndarray, layer: int | 
         return adapters.load_adapter(model, adapter) if adapter else model
 
     room = conversations.shape[1] * pieces.config.reading.max_length
-    how: Any = {"stage": Stage("converse", name), "room": room, "looks": True, "layer": layer}
+    how: Any = {
+        "stage": Stage("converse", name),
+        "room": room,
+        "shown": conversations[:, 1:] >= 0,
+        "layer": layer,
+    }
     found = _answers(pieces, name, make, examples, numbers, of, **how)
     like = _likeness(pieces, found["prediction"].tolist(), questions)
     pieces.answered[files.fingerprint(of)] = np.column_stack([like, found["attention"]])
@@ -176,18 +181,21 @@ def _answers(
     *,
     stage: Stage,
     room: int,
-    looks: bool = False,
+    shown: np.ndarray | None = None,
     layer: int | None = None,
 ) -> Arrays:
-    """Greedy answers to the last prompts of some conversations: prediction, answer_tokens; and where it is
-    looked at attention, (k, d), 0 behind the last demonstration.
+    """Greedy answers to the last prompts of some conversations: prediction, answer_tokens; and the attention
+    to each demonstration where some are shown, (k, d), 0 for none.
 
     Args:
         name: whose pool the conversations are of.
         numbers: the rows that messages name.
         of: what the answers are, for the key.
         room: tokens of a conversation at most, its answer included; the model may have fewer positions.
-        looks: at the attention of each last prompt to the conversation before it, at this layer.
+        shown: (k, d) which demonstrations each conversation has; at this layer it is looked at them.
+
+    Raises:
+        ValueError: a prompt has no room, or a conversation's demonstrations can't be told apart.
     """
     config, base = pieces.config, pieces.specs[name].base
     key = {"answers": of, "pool": pieces._pool_key(name), "max_new_tokens": config.max_new_tokens}
@@ -208,7 +216,13 @@ def _answers(
             logger.warning("%d of %d %s %d tokens", cut, len(openings), what, min(room, limit))
         prompts = [np.array(opening.ids, np.int32) for opening in openings]
         lengths = np.array([len(prompt) for prompt in prompts])
-        most = max(len(_ends(opening)) for opening in openings) if looks else 0
+        ends = [_ends(opening) for opening in openings]
+        for number, own, there in zip(
+            numbers, ends, [] if shown is None else shown.sum(axis=1), strict=False
+        ):
+            if len(own) != there:
+                what = f"its chat template shows {len(own)} of the {there} demonstrations before it"
+                raise ValueError(f"row {number} can't be asked as whisper does: {what}")
         size, share, prefilled, generated = load.Size(0, 0, 0), 0.0, 0, 0
 
         def make() -> tuple[Score, int]:
@@ -218,8 +232,8 @@ def _answers(
             size = load.measure(model)
             folder = pieces.run.piece("size", pieces._base_key(name))
             files.write_checked(folder / "size.json", dataclasses.asdict(size))
-            at = layer_of(model, layer) if looks else 0
-            share = (at + 1) / len(anatomy.blocks(model)) if looks else 0.0
+            at = 0 if shown is None else layer_of(model, layer)
+            share = 0.0 if shown is None else (at + 1) / len(anatomy.blocks(model))
             answerer = Answerer(model, tokenizer, end, config.max_new_tokens, ANSWER_TOKENS)
 
             def score(
@@ -230,11 +244,10 @@ def _answers(
                 found = answerer.answer([prompts[i] for i in positions])
                 made = {part: np.array(found[part]) for part in ("prediction", "answer_tokens")}
                 prefilled, generated = int(lengths[positions].sum()), int(made["answer_tokens"].sum())
-                if looks:
-                    made["attention"] = np.zeros((len(positions), most))
-                    for row, opening in zip(made["attention"], (openings[i] for i in positions), strict=True):
-                        ends = _ends(opening)
-                        row[: len(ends)] = attention_to(model, opening.ids, ends, at)
+                if shown is not None:
+                    made["attention"] = np.zeros((len(positions), shown.shape[1]))
+                    for row, i in zip(made["attention"], positions, strict=True):
+                        row[shown[i]] = attention_to(model, openings[i].ids, ends[i], at)
                 if on_samples:
                     on_samples(len(positions))
                 return made
@@ -267,10 +280,11 @@ def _judged(pieces: Pieces, examples: Sequence[Example], stage: Stage, of: keys.
     key = {"judge": pieces.inputs["quality_model"], "pool": pieces._pool_key("target"), "of": of}
     path = pieces.run.piece("rewards", {**key, **pieces._engine}) / "rewards.npz"
 
+    said = np.flatnonzero([bool(example.turns[-1].text.strip()) for example in examples])
+
     def compute() -> Arrays:
         source, engine = reward.find_judge(str(config.quality_model)), config.engine
         tokenizer = load.load_tokenizer(source, engine.trust_remote_code)
-        said = np.flatnonzero([bool(example.turns[-1].text.strip()) for example in examples])
         inputs = reward.encoded([examples[i] for i in said.tolist()], tokenizer, config.reading)
         lengths, met = np.array([len(one["input_ids"]) for one in inputs], np.int64), 0
 
@@ -289,13 +303,10 @@ def _judged(pieces: Pieces, examples: Sequence[Example], stage: Stage, of: keys.
             once = f"{path.parent.name} {places[0]}"
             account.spend(pieces.run.work, stage, once=once, seconds=seconds, **numbers)
 
-        found = np.full(len(examples), -np.inf, np.float32)
-        if len(said):
-            file = path.with_name("said.npz")
-            shards = shards_of(lengths, file, batch_tokens=config.scoring.batch_tokens)
-            made = _by_shards(pieces, make, shards, file, stage, on_shard)
-            found[said] = made["rewards"]
-        files.write_arrays(path, {"rewards": found})
-        return {"rewards": found}
+        shards = shards_of(lengths, path, batch_tokens=config.scoring.batch_tokens)
+        return _by_shards(pieces, make, shards, path, stage, on_shard)
 
-    return _kept(path, compute)["rewards"]
+    found = np.full(len(examples), -np.inf, np.float32)
+    if len(said):
+        found[said] = _kept(path, compute)["rewards"]
+    return found
