@@ -35,7 +35,7 @@ from staff.models.files import with_date
 from staff.runs import account, outputs
 from staff.runs.aside import Aside, among_all, set_aside
 from staff.runs.outputs import Run
-from staff.runs.scorefile import qualities, read_scores
+from staff.runs.scorefile import column_qualities, read_scores
 from staff.runs.store import Inputs, RunFolder, content_of, open_run
 from staff.types import AGAINST_VALIDATION, OF_ONE_PASS, Need, Progress, Selection, Stage
 
@@ -112,7 +112,7 @@ def select(
             _groups(config, pool)
             is_text = pool.layout.text is not None
             if config.quality_column:
-                qualities(pool, config.quality_column)
+                column_qualities(pool, config.quality_column)
             for name in config.method:
                 needs = needs_of(config, methods[name], is_text).values()
                 if is_text and any(n.quantity == "unconditional_loss" for n in needs):

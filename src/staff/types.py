@@ -15,9 +15,9 @@ OF_ONE_PASS = ("effort", "loss", "el2n", "entropy", "hes", "upd")
 # what is taken with --validation, and the kind of its Stage
 AGAINST_VALIDATION = {"similarity": "gradients", "similarities": "gradients_apart", "rds": "states"}
 # what a method may ask a model for by position while it runs: `Method.asks`
-ASKED = ("rewards", "whispers")
+ASKED_BY_POSITION = ("rewards", "whispers")
 QUANTITIES = (*OF_ONE_PASS, "features", "prompt_features", "unconditional_loss", *AGAINST_VALIDATION)
-QUANTITIES += ("tokens", "quality", *ASKED)
+QUANTITIES += ("tokens", "quality", *ASKED_BY_POSITION)
 MADE = ("neighbours", "clusters", "unit_clusters")
 
 

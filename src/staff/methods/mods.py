@@ -11,7 +11,7 @@ from staff.methods.features import check_features, farthest_first
 from staff.methods.strata import check_scores, highest
 from staff.types import Selection
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Rewards = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -78,7 +78,7 @@ def mods(
     good = np.flatnonzero(quality > alpha)
     if len(good) in (0, n):
         which = "no sample" if len(good) == 0 else "every sample"
-        log.warning(
+        logger.warning(
             "mods: %s has a quality above alpha=%g; they go from %.3g to %.3g",
             *(which, alpha, quality.min(), quality.max()),
         )

@@ -12,7 +12,7 @@ from staff.config import Reading
 from staff.data.turns import Example
 from staff.models.files import Source, resolve
 
-KIND = "AutoModelForSequenceClassification"
+CLASSIFIER = "AutoModelForSequenceClassification"
 
 
 def find_judge(name: str) -> Source:

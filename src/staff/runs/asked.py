@@ -20,7 +20,7 @@ from staff.data.turns import Example
 from staff.models import adapters, anatomy, load, reward
 from staff.models.answering import Answerer
 from staff.runs import account, keys
-from staff.runs.scorefile import qualities
+from staff.runs.scorefile import column_qualities
 from staff.scoring.scorer import settled_tokens
 from staff.scoring.shards import (
     Arrays,
@@ -51,7 +51,7 @@ def asker(pieces: Pieces, need: Need) -> Callable[..., np.ndarray]:
 def quality(pieces: Pieces) -> np.ndarray:
     """(n,) how good the rows' own answers are, by the column or the quality model."""
     if pieces.config.quality_column:
-        return qualities(pieces.rows, pieces.config.quality_column)
+        return column_qualities(pieces.rows, pieces.config.quality_column)
     return _judged(pieces, list(pieces.rows.examples()), Stage("rate", part="of the data"), {})
 
 
@@ -292,7 +292,7 @@ def _judged(pieces: Pieces, examples: Sequence[Example], stage: Stage, of: keys.
             nonlocal met
             pieces.free()
             how = (engine.trust_remote_code, engine.load_in)
-            model = load.load_model(source, pieces.dtype, pieces.device, *how, kind=reward.KIND)
+            model = load.load_model(source, pieces.dtype, pieces.device, *how, kind=reward.CLASSIFIER)
             met = reward.weights_met(model)
             return partial(reward.rewards_of, model, tokenizer, inputs), settled_tokens(model, "last-value")
 

@@ -183,7 +183,7 @@ def _read_table(path: Path, flag: str) -> dict[str, list]:
         ) from None
 
 
-def qualities(rows: Rows, name: str) -> np.ndarray:
+def column_qualities(rows: Rows, name: str) -> np.ndarray:
     """(n,) float64 qualities in a column of the data.
 
     Raises:
