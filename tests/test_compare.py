@@ -23,9 +23,8 @@ from staff.comparison.grid import FULL, UNTOUCHED, read_comparison
 from staff.comparison.run import compare
 from staff.comparison.statistics import resample, resampled_means
 from staff.comparison.tables import Difference, Judged, compare_cells, corrected, quality_table, report, tally
-from staff.files import is_alive, read_checked, write_checked
 from staff.config import SelectConfig, from_mapping
-from staff.files import read_checked, write_checked
+from staff.files import is_alive, read_checked, write_checked
 from staff.methods import METHODS
 from staff.models import load as models
 from staff.planning import staff_passes
