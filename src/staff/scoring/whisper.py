@@ -45,7 +45,7 @@ def attention_to(model: torch.nn.Module, ids: Sequence[int], ends: Sequence[int]
     Raises:
         ValueError: the model's attention can't be looked at.
     """
-    device = next(model.parameters()).device
+    device = anatomy.device_of(model)
     given = torch.as_tensor(np.asarray(ids, np.int64)[None], device=device)
     with torch.inference_mode(), _watched(model, anatomy.blocks(model)[layer], len(ids)) as seen:
         anatomy.inner(model)(input_ids=given, use_cache=False)
