@@ -87,6 +87,10 @@ class SelectSettings(
     draft: str | None
     scores: str | None
     validation: str | None
+    quality_model: str | None
+    quality_column: str | None
+    metric: str
+    max_new_tokens: int
     budget: int | None
     budget_tokens: int | None
     format: str
