@@ -286,7 +286,7 @@ class SelectConfig(_Checked):
     """For mods, a reward model: a sequence-classification model of one logit, a hub id or a folder."""
     quality_column: str | None = None
     """For mods, in its place: a column of the data that says how good a row is, from 0 on."""
-    metric: Metric = "rougeL"
+    likeness: Metric = "rougeL"
     """How like an answer is to a row's own, for whisper and for mods without a quality model."""
     max_new_tokens: Count = 256
     """Tokens of an answer at most, for mods and whisper."""

@@ -89,7 +89,7 @@ class SelectSettings(
     validation: str | None
     quality_model: str | None
     quality_column: str | None
-    metric: str
+    likeness: str
     max_new_tokens: int
     budget: int | None
     budget_tokens: int | None

@@ -39,7 +39,7 @@ def mods(
 
     With `--quality-model` quality and reward are that model's logit, of a row's own answer and of the
     target's. With `--quality-column` the column is the quality, 0 or more, and a target's answer is worth
-    that times its likeness to the row's own (`--metric`, as a share): no model then judges anything.
+    that times its likeness to the row's own (`--likeness`, as a share): no model then judges anything.
 
     Where ours departs: m is given, where the paper keeps all that is necessary; so the seed is a share of the
     pool, and where too few samples are necessary the other good ones fill up by the same k-center, and after

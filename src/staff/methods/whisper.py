@@ -27,7 +27,7 @@ def whisper(
 
     The pool is split in two at random, and each half asks the other: every sample is a demonstration once,
     with four others, before each of three questions of the other half. A sample's score is the mean over the
-    three of (how like the answer is to the question's own, `--metric`) times (its share of the attention).
+    three of (how like the answer is to the question's own, `--likeness`) times (its share of the attention).
     The attention is summed over the heads of one layer, from the tokens of the question to those of the
     demonstration, and divided by the numbers of both; shares are of all demonstrations in the prompt. So a
     score hangs on the draw of halves and neighbours too: the one exception to "on the sample and the model

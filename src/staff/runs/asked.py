@@ -142,9 +142,9 @@ def _with_answer(example: Example, words: str) -> Example:
 
 
 def _likeness(pieces: Pieces, answers: Sequence[str], examples: Sequence[Example]) -> np.ndarray:
-    """(k,) how like answers are to the rows' own, by --metric, 0 to 100."""
+    """(k,) how like answers are to the rows' own, by --likeness, 0 to 100."""
     references = [example.turns[-1].text for example in examples]
-    return metrics.judge_answers(answers, references)[0][pieces.config.metric]
+    return metrics.judge_answers(answers, references)[0][pieces.config.likeness]
 
 
 def _kept(path: Path, make: Callable[[], Arrays]) -> Arrays:
