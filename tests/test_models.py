@@ -319,7 +319,7 @@ def test_gradients_neither_vanish_nor_overflow_in_float16(residual, logits, scal
     expected = Scorer(model).scores(pool, range(3))["effort"]
     scorer = Scorer(model.to(torch.float16))
     np.testing.assert_allclose(scorer.scores(pool, range(3))["effort"], expected, rtol=5e-3)
-    unscaled = [scorer._effort(pool, i, scale_that_fails, None).item() for i in range(3)]
+    unscaled = [scorer._of_batch(pool, [i], scale_that_fails, None)["effort"].item() for i in range(3)]
     assert not np.allclose(unscaled, expected, rtol=0.05)
 
 
