@@ -102,6 +102,7 @@ def test_every_field_has_a_line_of_help():
             "engine",
             "spread",
             "launch",
+            "trying",
         )  # their classes explain them
         fields = [
             i

@@ -5,13 +5,13 @@ import sys
 
 import numpy as np
 import pytest
-from staff.console import HONEST, summary
 
 import staff
 from family import RESULTS, make_rows, write_pool
 from staff import graph
 from staff.config import DEFAULT_METHOD, PRESETS, SelectConfig
 from staff.methods import METHODS
+from staff.runs.summary import HONEST, summary
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import json
 import logging
 import multiprocessing
 import os
+import platform
 import random
 import re
 import resource
@@ -137,7 +138,7 @@ def test_the_lock_of_a_killed_run_holds_nobody_up_and_a_living_one_names_its_pro
     process, receive = start(folder / "pool.jsonl", tmp_path / "x", family, pause=0.5)
     receive.recv()
     said = finish(*start(folder / "pool.jsonl", tmp_path / "x", family))
-    assert f"is in use by process {process.pid}: wait for it, stop it" in said
+    assert f"is in use by process {process.pid} on {platform.node()}: wait for it, stop it" in said
     process.kill()
     process.join()
     assert (tmp_path / "x" / "work" / "holder.txt").read_text() == f"process {process.pid}\n"
@@ -415,7 +416,7 @@ def test_the_newest_whole_checkpoint_is_taken_whatever_the_clock_says(tmp_path, 
     class Killed(BaseException):
         pass
 
-    def clock_goes_back_then_kill(done, total):
+    def clock_goes_back_then_kill(done, total, figures):
         for checkpoint in (tmp_path / "b" / "checkpoints").glob("checkpoint-*"):
             at = 10**9 - int(checkpoint.name.split("-")[1])  # the newer, the older by the clock
             os.utime(checkpoint, (at, at))
@@ -429,7 +430,7 @@ def test_the_newest_whole_checkpoint_is_taken_whatever_the_clock_says(tmp_path, 
     assert kept == ["checkpoint-7", "checkpoint-8"]
     flip(tmp_path / "b" / "checkpoints" / "checkpoint-8" / "optimizer.pt")
     steps = []
-    assert tune(tmp_path / "b", lambda done, total: steps.append(done)) == ran_through
+    assert tune(tmp_path / "b", lambda done, *_: steps.append(done)) == ran_through
     assert steps[0] == 8
     assert "checkpoint-8/optimizer.pt is damaged" in caplog.text
 
@@ -501,7 +502,7 @@ def test_a_file_that_changes_while_it_is_read_is_named_and_nothing_made_of_it_is
     path.write_bytes(altered)
     said = finish(process, receive)
     assert "changed while" in said
-    assert (str(path) if name == "pool.jsonl" else f"--{name}") in said
+    assert (str(path) if name == "pool.jsonl" else f"{name}=") in said
     assert not (tmp_path / "x" / "coreset.jsonl").exists()
     path.write_bytes(content)
     assert finish(*start(data, tmp_path / "x", tmp_path / "family", checkpoint_seconds=60)) is None

@@ -39,7 +39,7 @@ from staff.data.rows import Rows
 from staff.diagnosis import diagnose
 from staff.methods import METHODS
 from staff.pipeline import QUERY
-from staff.plan import finetuning_passes
+from staff.planning import finetuning_passes
 from staff.types import AGAINST_VALIDATION, Progress
 
 logger = logging.getLogger(__name__)
