@@ -330,7 +330,7 @@ def test_more_than_duplicates_leave_is_found_before_anything_is_begun(models, tm
     monkeypatch.setattr("staff.models.load.load_model", load)
     monkeypatch.setattr("staff.models.load.load_tokenizer", load)
     with pytest.raises(
-        ValueError, match=r"--budget 5: 5 of 6 rows, and 4 are left without 2 duplicates: keep 4 at most"
+        ValueError, match=r"budget=5: 5 of 6 rows, and 4 are left without 2 duplicates: keep 4 at most"
     ):
         staff.select(make_rows(4) + make_rows(2), budget=5, dedup="exact", output=tmp_path / "x", **models)
     assert not (tmp_path / "x").exists()
