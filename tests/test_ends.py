@@ -141,7 +141,9 @@ def test_the_lock_of_a_killed_run_holds_nobody_up_and_a_living_one_names_its_pro
     assert f"is in use by process {process.pid} on {platform.node()}: wait for it, stop it" in said
     process.kill()
     process.join()
-    assert (tmp_path / "x" / "work" / "holder.txt").read_text() == f"process {process.pid}\n"
+    assert (
+        tmp_path / "x" / "work" / "holder.txt"
+    ).read_text() == f"process {process.pid} on {platform.node()}\n"
     again(tmp_path / "x")
 
 
