@@ -400,6 +400,14 @@ def test_every_answer_is_trained_where_earlier_ones_are_rendered_otherwise():
     assert "<|im_start|>user\nSecond question?<|im_end|>" in tokenizer.decode(pool.ids(0))
 
 
+def test_a_template_that_shows_the_last_turns_alone_learns_a_row_of_one_answer_or_refuses_by_name():
+    names = "{% for m in messages[-2:] %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    tokenizer = make("byte-level", names + "{% if add_generation_prompt %}assistant: {% endif %}")
+    assert trained(tokenizer, tokenise([Example((ASK, ANSWER), None)], tokenizer, 1000)) == ["The Elbe."]
+    with pytest.raises(ValueError, match="row 0.*does not show"):
+        tokenise([Example((ASK, ANSWER, AGAIN, PARIS), None)], tokenizer, 1000)
+
+
 def test_no_blank_that_nobody_wrote_stands_before_the_answer():
     for template in (
         None,

@@ -213,7 +213,7 @@ class Chat:
         """What ends an answer that others follow: it stands between it and the opening of the next turn."""
         again = "AGAIN-PROBE"
         whole = self._try([question, answer, {"role": "user", "content": again}]) or ""
-        if ANSWER not in whole or again not in whole:
+        if not all(probe in whole for probe in (QUESTION, ANSWER, again)):
             return ""
         control = control_tokens(self.tokenizer)
 
