@@ -21,7 +21,14 @@ def test_ray_s_actors_make_the_same_bytes_and_one_that_is_killed_is_replaced(
 ):
     monkeypatch.setattr(shards, "SHARD", 8)
     models = {"target": str(family / "target"), "draft": str(family / "draft"), "dtype": "float32"}
-    plain = {**models, "pruning_rate": 0.5, "num_regions": 4, "verification_budget": 3, "threads": 1}
+    plain = {
+        **models,
+        "method": "staff",
+        "pruning_rate": 0.5,
+        "num_regions": 4,
+        "verification_budget": 3,
+        "threads": 1,
+    }
     data, output, killed = write_pool(tmp_path / "pool.jsonl"), tmp_path / "x", []
     alone = staff.select(data, output=tmp_path / "alone", **plain)
 

@@ -37,10 +37,9 @@ def inner(model: nn.Module) -> nn.Module:
 
 def device_of(model: nn.Module) -> device:
     """Where a model takes its tokens and leaves its logits, though some of its blocks may lie elsewhere."""
-    head = inner(model).get_output_embeddings()
-    return (
-        inner(model).get_input_embeddings() if head is None else head
-    ).weight.device  # a classifier has none
+    head = inner(model).get_output_embeddings()  # a classifier has none
+    end: nn.Module = inner(model).get_input_embeddings() if head is None else head
+    return next(end.parameters()).device
 
 
 @contextlib.contextmanager
