@@ -404,7 +404,7 @@ def test_a_template_that_shows_the_last_turns_alone_learns_a_row_of_one_answer_o
     names = "{% for m in messages[-2:] %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     tokenizer = make("byte-level", names + "{% if add_generation_prompt %}assistant: {% endif %}")
     assert trained(tokenizer, tokenise([Example((ASK, ANSWER), None)], tokenizer, 1000)) == ["The Elbe."]
-    with pytest.raises(ValueError, match="row 0.*does not show"):
+    with pytest.raises(ValueError, match=r"row 0.*does not show"):
         tokenise([Example((ASK, ANSWER, AGAIN, PARIS), None)], tokenizer, 1000)
 
 
