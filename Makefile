@@ -13,7 +13,7 @@ DEMO_MODEL := examples/SmolLM2-135M-Instruct.gguf
 DEMO_POOL := examples/medquad/first-1000.jsonl
 
 PART := ends input layouts models
-SOAK_ends := tests/test_ends.py tests/test_kills.py tests/test_workers.py
+SOAK_ends := tests/test_ends.py tests/test_kills.py tests/test_workers.py tests/test_ray.py
 SOAK_input := tests/test_bad_input.py tests/test_right_text.py
 SOAK_models := tests/test_architectures.py
 SOAK_layouts := tests/test_gradnorm.py tests/test_finetune.py tests/test_prefix.py tests/test_draft.py

@@ -14,6 +14,7 @@ from staff.scoring import shards
 
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # as on_ray.py sets it before Ray is imported
 ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.skipif(not os.environ.get("STAFF_SOAK"), reason="half a minute: make soak PART=ends")
 
 
 def test_ray_s_actors_make_the_same_bytes_and_one_that_is_killed_is_replaced(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,6 +41,12 @@ def device_of(model: nn.Module) -> device:
     head = inner(model).get_output_embeddings()  # a classifier has none
     end: nn.Module = inner(model).get_input_embeddings() if head is None else head
     return next(end.parameters()).device
+
+
+def cache_argument(model: nn.Module) -> str | None:
+    """What a model's forward calls its cache (transformers 5.24 renamed it); None where it takes none."""
+    parameters = inspect.signature(inner(model).forward).parameters
+    return next((name for name in ("past_key_values", "cache") if name in parameters), None)
 
 
 @contextlib.contextmanager

@@ -140,7 +140,8 @@ class _Worker:
                     self.sign(cause=str(error))
                     raise
                 opened.shards.budgets.settle(bears)
-                signs = Signs(self._run.work, offer["timeout"])
+                # one that hangs is first seen, ended and told of by the driver
+                signs = Signs(self._run.work, 2 * offer["timeout"])
             looked = time.monotonic()
             if offer and not order:  # all once, or once more: a file may turn out damaged
                 order = dict.fromkeys(_order(offer["missing"]))

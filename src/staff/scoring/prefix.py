@@ -12,7 +12,6 @@ attention's output and what follows change nothing that a later token sees.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,9 +123,9 @@ def find(model: torch.nn.Module, sites: Sequence[Site], pool: Pool) -> Prefix | 
     cache is of another kind."""
     config = anatomy.text_config(model)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    takes_cache = "past_key_values" in inspect.signature(anatomy.inner(model).forward).parameters
+    argument = anatomy.cache_argument(model)
     of_blocks = {site.name.split(".")[1] if site.name.startswith("blocks.") else None for site in sites}
-    if not takes_cache or rope.get("rope_type") not in FIXED_ROPE or len(of_blocks) != 1 or None in of_blocks:
+    if not argument or rope.get("rope_type") not in FIXED_ROPE or len(of_blocks) != 1 or None in of_blocks:
         return None
     block, blocks = int(of_blocks.pop() or 0), anatomy.blocks(model)
     length = length_of(pool)
@@ -145,7 +144,7 @@ def find(model: torch.nn.Module, sites: Sequence[Site], pool: Pool) -> Prefix | 
     ids = torch.as_tensor(np.array(pool.ids(0)[:length]), dtype=torch.int64, device=device)[None]
     try:
         with torch.enable_grad():
-            anatomy.final_states(model, input_ids=ids, past_key_values=cache, use_cache=True)
+            anatomy.final_states(model, input_ids=ids, use_cache=True, **{argument: cache})
     except ValueError:  # a model with a cache of its own kind: scored without the start
         return None
     finally:

@@ -184,7 +184,8 @@ class Scorer:
         self, batch: Batch, cache: Any = None, states: dict[str, torch.Tensor] | None = None
     ) -> torch.Tensor:
         """The final hidden states, (B, T, H); their mean over each response goes into `states`."""
-        extra = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
+        held = {} if cache is None else {anatomy.cache_argument(self.model): cache}
+        extra: Any = {"use_cache": bool(held), **held}
         with attention.short_samples():
             hidden = anatomy.final_states(self.model, input_ids=batch.input_ids, **extra)
         if states is not None:
