@@ -263,6 +263,16 @@ def test_a_plan_says_what_the_run_then_does(family, tmp_path):
         assert made["verdict"].partition(":")[0] == run.cost["verdict"].partition(":")[0]
 
 
+def test_a_plain_plan_says_what_a_plain_selection_then_does(family, tmp_path):
+    given = {"data": [str(write_pool(tmp_path / "pool.jsonl", 60))], "dtype": "float32", "draft_epochs": 1}
+    given |= {"target": str(family / "target"), "draft": str(family / "draft")}
+    made = plan.make_plan(config_of(PlanConfig, **given, batch_size=1))
+    (run,) = pipeline.select(config_of(SelectConfig, **given, budget=20, output=str(tmp_path / "run")))
+    assert (len(run.selection.verified), made["sum"]["verified_share"]) == (0, 0)
+    assert made["sum"] == pytest.approx(run.cost["sum"])
+    assert made["verdict"] == run.cost["verdict"]
+
+
 def test_a_draft_of_the_targets_own_blocks_is_tokenised_and_loaded_once(family, tmp_path, monkeypatch):
     loaded, tokenised, load, tokenise = [], [], models.load_model, tokens.tokenise
     monkeypatch.setattr(models, "load_model", lambda *given: loaded.append(1) or load(*given))
