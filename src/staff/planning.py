@@ -344,7 +344,7 @@ def describe_plan(plan: Mapping[str, Any]) -> str:
         lines.append(f"verified   with --method staff {some}")
     if "fidelity" in plan:
         told = Fidelity(**plan["fidelity"])
-        some = f"{told.shown()}, from {told.samples} samples; every run tells it from those it verifies"
+        some = f"{told.shown()}, from {told.samples} samples; --method staff tells it from those it verifies"
         lines.append(f"fidelity   {told.verdict}: {some}")
     if "sum" in plan:
         lines += [f"cost       {sum_in_words(plan['sum'])}", f"           {plan['verdict']}"]
