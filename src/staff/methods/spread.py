@@ -27,8 +27,8 @@ def spread(
     Cluster after cluster of like features, the easiest first, inside each by score, up and down in turns.
     Systematic sampling (Madow and Madow 1944, Ann. Math. Stat. 15(1)): every sample is as likely to be kept
     as any other, so the coreset leans nowhere, and of rows that are alike it keeps few. The mean gradient of
-    such a coreset is nearer to the pool's than that of a random one: half to four fifths of the squared
-    distance (experiments/default), where rules that prefer hard samples double it and more.
+    such a coreset was nearer to the pool's than that of a random one: 0.53 to 0.96 of the squared distance
+    over four tasks, where STAFF's rule, which prefers hard samples, had 0.97 to 2.49 (experiments/default).
 
     Suspects are never drawn: samples whose loss is `suspect_ratio` times that of the answer alone, or more.
     A draft for which prompts hardly matter can't tell them, so there are none where the prompt takes less

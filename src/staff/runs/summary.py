@@ -35,8 +35,8 @@ def _entry(label: str, *texts: str) -> list[str]:
 
 
 HONEST = (
-    "evenly over what rows are about and how hard they are: on clean data it learns what a random choice",
-    "learns, no less; there is more to gain where rows look wrong or repeat (--preset paper is STAFF itself)",
+    "evenly over what rows are about and how hard they are: on clean data its loss could not be told from a",
+    "random choice's (few trials); it may help where rows look wrong or repeat (--method staff: the paper's)",
 )
 
 
