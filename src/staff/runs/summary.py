@@ -67,7 +67,7 @@ def summary(run: Run, config: SelectConfig) -> str:
         lines += _entry(
             "fill",
             f"{selection.filled} samples drawn at random, since the budgets left them over",
-            f"{selection.filled_from_cut} taken back from the hardest ones that were set aside",
+            f"{selection.filled_from_cut} taken back from those that were set aside",
         )
     files = f"for other trainers see {run.path / 'train'}, for every row's scores scores.parquet"
     lines += ["", _cost_table(run.cost), "", f"coreset is {coreset}; {files}"]
