@@ -7,7 +7,8 @@ import dataclasses
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -221,6 +222,5 @@ def draw_drafts(found: Mapping[str, Any], path: Path) -> bool:
     axes.set_xlabel("cost of choosing, passes of the target")
     axes.set_ylabel("rank correlation with the target, 95 %")
     axes.legend()
-    save: Callable[[Path], None] = lambda part: figure.savefig(part, format="png", dpi=120)  # noqa: E731
-    files.write_whole(path, save)
+    files.write_whole(path, partial(figure.savefig, format="png", dpi=120))
     return True

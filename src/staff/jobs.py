@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -231,8 +230,7 @@ def draw_losses(log: Path, picture: Path) -> bool:
     axes.set_xlabel("steps")
     axes.set_ylabel("mean loss over response tokens")
     axes.legend()
-    save: Callable[[Path], None] = lambda part: figure.savefig(part, format="png", dpi=120)  # noqa: E731
-    files.write_whole(picture, save)
+    files.write_whole(picture, partial(figure.savefig, format="png", dpi=120))
     return True
 
 
