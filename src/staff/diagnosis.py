@@ -25,6 +25,7 @@ from staff.data.duplicates import WORDS, find_duplicates
 from staff.data.rows import Rows
 from staff.data.turns import Example
 from staff.jobs import opened
+from staff.methods.features import at_unit_length
 from staff.models.load import load_tokenizer, resolve
 from staff.pipeline import content_of, ingredients
 from staff.runs.outputs import fingerprint_rows
@@ -308,16 +309,11 @@ def _strangers(rows: Rows, features: np.ndarray, queries: np.ndarray) -> dict[st
     others; None of too few validation rows."""
     if len(queries) < 10:
         return None
-
-    def unit(values: np.ndarray) -> np.ndarray:
-        values = values.astype(np.float64)
-        return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
-
-    of_queries = unit(queries)
+    of_queries = at_unit_length(queries.astype(np.float64))
     among = of_queries @ of_queries.T
     np.fill_diagonal(among, -np.inf)
     limit = np.quantile(among.max(1), USUAL_STRANGERS)
-    nearest = (unit(features) @ of_queries.T).max(1)
+    nearest = (at_unit_length(features.astype(np.float64)) @ of_queries.T).max(1)
     strangers = np.flatnonzero(nearest < limit)
     return {
         "rows": len(strangers),

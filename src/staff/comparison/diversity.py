@@ -8,6 +8,7 @@ import numpy as np
 
 from staff import graph
 from staff.data.metrics import UnicodeTokenizer
+from staff.methods.features import at_unit_length
 
 MAX_WORDS = 2**16  # the most frequent ones, that texts are told apart by
 NUM_ASKED = 2000  # samples of a coreset, drawn, whose nearest neighbour is looked for
@@ -46,8 +47,7 @@ def text_space(texts: Iterable[str], *, seed: int = 0) -> dict[str, np.ndarray]:
             directions = vectors.toarray()
         else:
             directions = TruncatedSVD(min(graph.PROJECTED, n), random_state=seed).fit_transform(vectors)
-        lengths = np.linalg.norm(directions, axis=1, keepdims=True)
-        directions = np.divide(directions, lengths, out=np.zeros_like(directions), where=lengths > 0)
+        directions = at_unit_length(directions)
         labels = graph.clusters(directions, seed=seed, num_clusters=max(1, min(graph.NUM_CLUSTERS, n // 10)))
     parts = {name: getattr(vectors, name) for name in ("data", "indices", "indptr")}
     return {**parts, "shape": np.array(vectors.shape), "labels": labels}
