@@ -6,6 +6,7 @@ import numpy as np
 
 from staff.methods.features import check_clusters
 from staff.methods.strata import check_scores, highest
+from staff.methods.top import loss_ratios
 from staff.types import Selection
 
 READS_PROMPTS = 0.8  # a draft whose prompts take a fifth off the loss of a quarter of the answers can tell
@@ -52,7 +53,7 @@ def spread(
     suspects = np.empty(0, np.int64)
     if loss is not None and unconditional_loss is not None:
         loss, alone = check_scores(loss, n, "loss"), check_scores(unconditional_loss, n, "unconditional_loss")
-        ratios = np.divide(loss, alone, out=np.ones(n), where=alone > 0)
+        ratios = loss_ratios(loss, alone)
         if n and np.quantile(ratios, 0.25) <= READS_PROMPTS:
             suspects = np.flatnonzero(ratios >= suspect_ratio)
     trusted = order[~np.isin(order, suspects)]

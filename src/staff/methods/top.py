@@ -85,6 +85,13 @@ def perplexity(
     return top(n, budget=budget, rng=rng, scores=scores, part=part)
 
 
+def loss_ratios(loss: np.ndarray, alone: np.ndarray) -> np.ndarray:
+    """(n,) float64 losses on answers after their prompts, as multiples of those on the answers alone; 1 where
+    the answer alone costs nothing."""
+    loss, alone = loss.astype(np.float64), alone.astype(np.float64)
+    return np.divide(loss, alone, out=np.ones_like(loss), where=alone > 0)
+
+
 def ifd(
     n: int, *, budget: int, rng: np.random.Generator, scores: np.ndarray, unconditional_loss: np.ndarray
 ) -> Selection:

@@ -23,6 +23,7 @@ from staff.config import SelectConfig, flat, from_mapping, memory_limits
 from staff.data import rows as reading
 from staff.data.tokens import Pool, in_common, tokenise
 from staff.data.turns import Example
+from staff.methods.top import loss_ratios
 from staff.models import adapters, apart, drafts, families, load
 from staff.models.files import Source, resolve, tokenizer_fingerprint
 from staff.models.finetune import train_lora
@@ -112,11 +113,6 @@ def open_offer(run: RunFolder, offer: Mapping[str, Any]) -> Opened:
 
 
 _joined: tuple[str, Pieces] | None = None
-
-
-def _ratio(loss: np.ndarray, alone: np.ndarray) -> np.ndarray:
-    loss, alone = loss.astype(np.float64), alone.astype(np.float64)
-    return np.divide(loss, alone, out=np.ones_like(loss), where=alone > 0)
 
 
 class Pieces:
@@ -401,7 +397,7 @@ class Pieces:
         """(n,) the raw draft's loss on each answer after its prompt, as a multiple of that on the answer
         alone."""
         loss, alone = (self.array(Need("raw_draft", name)) for name in ("loss", "unconditional_loss"))
-        return _ratio(loss, alone)
+        return loss_ratios(loss, alone)
 
     def of_others(self, examples: Iterable[Example], key: str, ratios: bool = False) -> dict[str, np.ndarray]:
         """The raw draft's features of rows that are not the pool's, and with `ratios` their loss ratios.
@@ -425,7 +421,7 @@ class Pieces:
             arrays = {"places": np.delete(np.arange(len(pool) + len(dropped)), dropped)}
             arrays["features"] = whole["features"]
             if ratios:
-                arrays["ratios"] = _ratio(
+                arrays["ratios"] = loss_ratios(
                     whole["loss"], scorer.scores(pool.responses_alone(), every, most)["loss"]
                 )
             self.inputs.check("draft")
