@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from staff.methods.strata import split
 from staff.methods.verification import default_regions, default_verified
 from staff.timing import Look, Speed, look_at_models, one_pass
 from staff.types import AGAINST_VALIDATION, Progress, Selection, Stage
+
+if TYPE_CHECKING:
+    from staff.data.rows import Rows
 
 SNAPSHOTS = 4  # of a draft's tuning, that loss trajectories are taken over
 
@@ -232,10 +235,14 @@ def pretend(
 
 
 def foretold(
-    config: PlanConfig | SelectConfig, efforts: tuple[np.ndarray, np.ndarray], groups: list[str] | None
-) -> Selection:
+    config: PlanConfig | SelectConfig, looks: Mapping[str, Look], rows: Rows, seed: int
+) -> Selection | None:
     """What STAFF would make of such efforts: which regions hold enough to be verified, and how many samples
-    the target then scores."""
+    the target then scores; None where no model scored any."""
+    efforts = pretend(looks, len(rows), np.random.default_rng(seed))
+    if efforts is None:
+        return None
+    groups = None if config.group_by is None else rows.column(config.group_by)
     method, (scores, target), given = METHODS["staff"], efforts, flat(config)
     told: dict[str, Any] = {name: given[name] for name in method.options() if name in given}
     told |= {"budget": 0, "rng": np.random.default_rng(config.seed)}
@@ -243,6 +250,28 @@ def foretold(
     if groups is None:
         return method.select(len(scores), **told)
     return select_by_group(method, groups, len(scores), **told)
+
+
+def job_of(
+    config: PlanConfig | SelectConfig,
+    target: Look,
+    n: int,
+    chosen: Selection | None,
+    *,
+    target_epochs: float,
+    epochs: float,
+) -> Job:
+    """What is to be done with a pool of n samples; verified as `foretold` has it, else at its most."""
+    most = most_verified(n, config.num_regions, config.verification_budget, config.hard_cutoff)
+    return Job(
+        tokens=target.tokens,
+        response_share=target.response / target.tokens,
+        draft_epochs=config.draft_epochs,
+        draft_share=config.draft_share,
+        target_epochs=target_epochs,
+        epochs=epochs,
+        verified_share=(len(chosen.verified) if chosen else most) / n,
+    )
 
 
 def faithful(looks: Mapping[str, Look], n: int) -> Fidelity:
@@ -277,20 +306,9 @@ def make_plan(config: PlanConfig, on_progress: Progress | None = None, data: Any
     rows = formats.read(list(config.data) if data is None else data, **config.reading.keywords())
     rows, looks = look_at_models(config, rows, tell)
     target, n = looks["target"], len(rows)
-    groups = None if config.group_by is None else rows.column(config.group_by)
-    efforts = pretend(looks, n, np.random.default_rng(config.seed))
-    chosen = foretold(config, efforts, groups) if efforts else None
+    chosen = foretold(config, looks, rows, config.seed)
     most = most_verified(n, config.num_regions, config.verification_budget, config.hard_cutoff)
-    verified = len(chosen.verified) if chosen else most
-    job = Job(
-        tokens=target.tokens,
-        response_share=target.response / target.tokens,
-        draft_epochs=config.draft_epochs,
-        draft_share=config.draft_share,
-        target_epochs=config.epochs,
-        epochs=config.epochs,
-        verified_share=verified / n,
-    )
+    job = job_of(config, target, n, chosen, target_epochs=config.epochs, epochs=config.epochs)
     speeds = {label: seen.speed for label, seen in looks.items()}
     passes = {label: one_pass(seen, config.scoring.scope) for label, seen in looks.items()}
     made: dict[str, Any] = {
@@ -317,7 +335,7 @@ def make_plan(config: PlanConfig, on_progress: Progress | None = None, data: Any
         }
         made["sum"] = {**terms, "passes": staff_passes(**terms)}
         made["verdict"] = verdict(made["sum"]["passes"], **terms)
-        if efforts:
+        if chosen:
             made["fidelity"] = faithful(looks, n).as_dict()
     return made
 

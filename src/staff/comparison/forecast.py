@@ -6,8 +6,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from staff.comparison.grid import (
     UNTOUCHED,
     Comparison,
@@ -19,7 +17,7 @@ from staff.comparison.grid import (
 )
 from staff.config import PlanConfig, SelectConfig, flat, from_mapping, names_of
 from staff.data import rows as formats
-from staff.planning import Job, foretold, most_verified, pretend, stages
+from staff.planning import foretold, job_of, stages
 from staff.timing import Look, look_at_models
 from staff.types import Progress, Stage
 
@@ -108,19 +106,9 @@ def _selecting(
         variant: Variant = comparison.variants[name]
         config = select_config(comparison, task, name, 0, "x")
         rows, looks = known[str(config.draft)]
+        chosen = foretold(config, looks, rows, 0) if variant.method.verify else None
         target, n = looks["target"], len(rows)
-        efforts = pretend(looks, n, np.random.default_rng(0)) if variant.method.verify else None
-        groups = None if config.group_by is None else rows.column(config.group_by)
-        most = most_verified(n, config.num_regions, config.verification_budget, config.hard_cutoff)
-        job = Job(
-            tokens=target.tokens,
-            response_share=target.response / target.tokens,
-            draft_epochs=config.draft_epochs,
-            draft_share=config.draft_share,
-            target_epochs=config.target_epochs,
-            epochs=0.0,
-            verified_share=(len(foretold(config, efforts, groups).verified) if efforts else most) / n,
-        )
+        job = job_of(config, target, n, chosen, target_epochs=config.target_epochs, epochs=0.0)
         speeds = {label: seen.speed for label, seen in looks.items()}
         parts |= stages(variant.method, job, speeds) or {}
     return parts
