@@ -21,7 +21,7 @@ import numpy as np
 from staff import files
 from staff.config import DiagnoseConfig, SelectConfig, check_named, flags_of
 from staff.data import rows as reading
-from staff.data.duplicates import WORDS, find_duplicates
+from staff.data.duplicates import find_duplicates, words_of
 from staff.data.rows import Rows
 from staff.data.turns import Example
 from staff.jobs import opened
@@ -181,7 +181,7 @@ def _sources(rows: Rows) -> dict[str, dict[str, float]]:
 
 def _grams(example: Example) -> set[int]:
     """Hashes of a row's groups of GRAM words; of its whole text where that is shorter."""
-    words = WORDS.findall("\n".join(turn.text for turn in example.turns).casefold())
+    words = words_of("\n".join(turn.text for turn in example.turns))
     groups = {" ".join(words[i : i + GRAM]) for i in range(max(len(words) - GRAM + 1, 1))}
     return {zlib.crc32(group.encode(errors="replace")) for group in groups}
 

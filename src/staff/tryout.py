@@ -34,7 +34,7 @@ from staff.config import (
     unnamed,
 )
 from staff.data import rows as reading
-from staff.data.duplicates import WORDS, digest_of
+from staff.data.duplicates import digest_of, words_of
 from staff.data.rows import Rows
 from staff.diagnosis import diagnose
 from staff.methods import METHODS
@@ -197,7 +197,7 @@ def _split(config: SelectConfig, pool: Rows, output: Path) -> tuple[Path, Path]:
     rows = reading.read(config.validation, **_plain_reading(config))
 
     def plain(example: Any) -> str:
-        return " ".join(WORDS.findall("\n".join(turn.text for turn in example.turns).casefold()))
+        return " ".join(words_of("\n".join(turn.text for turn in example.turns)))
 
     places = {plain(example): place for place, example in enumerate(rows.examples())}
     both = [(places[text], i) for i, e in enumerate(pool.examples()) if (text := plain(e)) in places]
@@ -467,6 +467,12 @@ def _is_number(text: str) -> bool:
     return True
 
 
+def _best(table: Iterable[Mapping[str, Any]], left: Sequence[str]) -> Mapping[str, Any]:
+    """Of the ways that are left, random apart, that of the largest margin."""
+    rows = [row for row in table if row["way"] in left and row["way"] != RANDOM]
+    return max(rows, key=lambda row: row["margin"])
+
+
 def _decided(
     config: SelectConfig,
     judge: Callable[..., np.ndarray],
@@ -494,9 +500,7 @@ def _decided(
         low, high = margin - ERRORS * error, margin + ERRORS * error
         table.append({**row, "low": low, "high": high, "loss_margin": loss, "passes": max(passes)})
     untouched = next(folder / f["folder"] for cell, f in done.items() if cell.method == UNTOUCHED)
-    best = max(
-        (row for row in table if row["way"] in left and row["way"] != RANDOM), key=lambda row: row["margin"]
-    )
+    best = _best(table, left)
     shown = f"{best['way']} lies {best['margin']:+.3g} from random, {ERRORS:g} standard errors are "
     shown += f"{ERRORS * best['error']:.3g} ({best['seeds']} seeds)"
     is_above = best["margin"] > ERRORS * best["error"]
@@ -514,10 +518,7 @@ def _decided(
 
 def _larger(config: SelectConfig, about: Mapping[str, Any], left: Sequence[str]) -> list[str]:
     """What a try-out would cost that could tell the best way from random, were its margin as it looks."""
-    best = max(
-        (row for row in about["ways"] if row["way"] in left and row["way"] != RANDOM),
-        key=lambda r: r["margin"],
-    )
+    best = _best(about["ways"], left)
     if best["margin"] <= 0 or not best["error"]:
         return []
     times = (ERRORS * best["error"] / best["margin"]) ** 2

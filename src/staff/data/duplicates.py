@@ -82,6 +82,11 @@ def places_of(wanted: Rows, rows: Rows) -> list[int]:
     return places
 
 
+def words_of(text: str) -> list[str]:
+    """The words of a text, without case, that texts are told alike by."""
+    return WORDS.findall(text.casefold())
+
+
 class NearIndex:
     """The rows seen so far that are unlike one another; 4 bytes a word, and a sketch each."""
 
@@ -96,7 +101,7 @@ class NearIndex:
 
     def find_or_add(self, number: int, text: str) -> int | None:
         """The first row that a text is like; None where there is none, and the text is now one of them."""
-        words = WORDS.findall(text.casefold()) or [text]
+        words = words_of(text) or [text]
         triples = {" ".join(words[i : i + SHINGLE]) for i in range(max(len(words) - SHINGLE + 1, 1))}
         own = np.array(sorted({zlib.crc32(t.encode(errors="replace")) for t in triples}), np.uint32)
         sketch = self._empty.copy()
