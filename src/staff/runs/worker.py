@@ -101,7 +101,8 @@ class _Worker:
         self._run = RunFolder.joined(path, workers_folder(path / "work") / f"{self._name}.hashes")
         account.write_to(self._name)
         self._who = {"host": host, "process": os.getpid()}
-        self._sign: dict[str, Any] = {"offer": None, "shard": None, "done": 0, "cause": "", "count": 0}
+        self._sign: dict[str, Any] = {"offer": None, "shard": None, "makes_it": False, "done": 0}
+        self._sign |= {"cause": "", "count": 0}
         self._signed = 0.0
         self._said = _Said()
         logging.getLogger("staff").addHandler(self._said)
@@ -161,13 +162,15 @@ class _Worker:
             if path.exists():
                 del order[number]
             elif not path.with_suffix(".failed").exists():
-                self.sign(offer=offer, shard=number, done=0)
-                at_it = [
+                self.sign(offer=offer, shard=number, makes_it=False, done=0)
+                ahead = [
                     name
                     for name, sign in signs.look().items()
                     if not sign["hung"] and (sign["offer"], sign["shard"]) == (offer, number)
+                    if sign["makes_it"] or name < self._name
                 ]
-                if min(at_it, default=self._name) == self._name:
+                if not ahead:
+                    self.sign(makes_it=True)
                     return number
         return None
 
