@@ -19,6 +19,7 @@ from typing import Any
 from staff import config as configs
 from staff import flags
 from staff.bars import Bars
+from staff.data.layouts import visible
 from staff.runs import summary as console
 
 FAILED = 2  # something that the user can mend
@@ -264,14 +265,14 @@ def report(arguments: Sequence[str]) -> None:
         from staff.runs import reports
 
         page = reports.report_run(given.folder)
-    print(console.visible(f"page       {page}"))
+    print(visible(f"page       {page}"))
 
 
 def _say(given: argparse.Namespace, text: str, values: dict[str, Any]) -> None:
     if given.json:
         print(json.dumps(values, ensure_ascii=False))
     elif not getattr(given, "quiet", False):
-        print(console.visible(text))
+        print(visible(text))
 
 
 def methods(arguments: Sequence[str]) -> None:
@@ -492,7 +493,7 @@ def main() -> None:
     except ValueError as error:
         if os.environ.get("STAFF_TRACEBACK"):
             raise
-        print(console.visible(f"staff: {error}"), file=sys.stderr)
+        print(visible(f"staff: {error}"), file=sys.stderr)
         sys.exit(FAILED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

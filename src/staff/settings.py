@@ -72,6 +72,19 @@ class LaunchSettings(TypedDict, total=False):
     accelerate_config: str | None
 
 
+class VerifyingSettings(TypedDict, total=False):
+    """How a draft scores and what of it the target verifies; `staff select --help` explains each."""
+
+    draft_epochs: float
+    draft_share: float
+    draft_blocks: str
+    num_regions: int | None
+    verification_budget: int | None
+    verification: str
+    verification_error: float
+    hard_cutoff: float
+
+
 class SelectSettings(
     ReadingSettings,
     ScoringSettings,
@@ -79,6 +92,7 @@ class SelectSettings(
     EngineSettings,
     SpreadSettings,
     LaunchSettings,
+    VerifyingSettings,
     total=False,
 ):
     """What `staff select` takes as flags, under the same names; `staff select --help` explains each."""
@@ -111,15 +125,7 @@ class SelectSettings(
     metric_command: str | None
     answer_tokens: int
     preset: str
-    draft_epochs: float
-    draft_share: float
     target_epochs: float
-    draft_blocks: str
-    num_regions: int | None
-    verification_budget: int | None
-    verification: str
-    verification_error: float
-    hard_cutoff: float
     allocation: str
     pick: str
     seed: int
@@ -159,19 +165,13 @@ class InspectSettings(ReadingSettings, total=False):
     trust_remote_code: bool
 
 
-class PlanSettings(ReadingSettings, ScoringSettings, TrainingSettings, EngineSettings, total=False):
+class PlanSettings(
+    ReadingSettings, ScoringSettings, TrainingSettings, EngineSettings, VerifyingSettings, total=False
+):
     """What `staff plan` takes as flags."""
 
     draft: str | None
     pruning_rate: float | Sequence[float]
     epochs: float
-    draft_epochs: float
-    draft_share: float
-    draft_blocks: str
-    num_regions: int | None
-    verification_budget: int | None
-    verification: str
-    verification_error: float
-    hard_cutoff: float
     group_by: str | None
     seed: int

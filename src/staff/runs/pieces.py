@@ -452,17 +452,28 @@ class Pieces:
         if snapshot is not None:
             key["snapshot"] = [snapshot, SNAPSHOTS]
         path = self.run.piece("scores", key) / "scores.npz"
-        arrays = files.read_arrays(path)
-        if arrays is not None and (not with_features or "features" in arrays):
-            remove_shards(path)
-            return arrays
-        # before the clock of scoring starts, so that its seconds are not counted as scoring
-        if self.specs[name].epochs:
-            self.adapter(name)
+        known = self._whole_pass(path, ("features",) * with_features)
+        if known is not None:
+            return known
+        self._tune_first(name)
         of = Pass(name, features=with_features, without_prompts=without_prompts, snapshot=snapshot)
         part, prefix = "without prompts" * without_prompts, "features-shard" if with_features else "shard"
         stage = Stage("score", name, part, f"{snapshot}/{SNAPSHOTS}" if snapshot is not None else "")
         return self._pass(of, path, stage, prefix)
+
+    @staticmethod
+    def _whole_pass(path: Path, names: Iterable[str] = ()) -> dict[str, np.ndarray] | None:
+        """What a pass left that was made before, with these arrays in it; its shards go."""
+        arrays = files.read_arrays(path)
+        if arrays is None or not arrays.keys() >= set(names):
+            return None
+        remove_shards(path)
+        return arrays
+
+    def _tune_first(self, name: str) -> None:
+        """Have a model's adapter before the clock of scoring starts: its seconds don't count as that."""
+        if self.specs[name].epochs:
+            self.adapter(name)
 
     def _pass(self, of: Pass, path: Path, stage: Stage, prefix: str = "shard") -> dict[str, np.ndarray]:
         """A pass over the whole pool, in one file."""
@@ -655,10 +666,8 @@ class Pieces:
         or its states (RDS+)."""
         key = {**self._scores_key(name), "validation": self.inputs["validation"]}
         path = self.run.piece(quantity, key) / f"{quantity}.npz"
-        arrays = files.read_arrays(path)
-        if arrays is not None:
-            remove_shards(path)
-            return arrays[quantity]
+        if (known := self._whole_pass(path)) is not None:
+            return known[quantity]
         query, numbers = self._query(name)
         self._check_room(self.specs[name].base, query, numbers)
         there = {self.pool(name).ids(i).tobytes() for i in range(len(self.pool(name)))}
@@ -668,20 +677,16 @@ class Pieces:
             logger.warning(
                 "%d of %d %s, and a model trained on them is not judged by them", twice, len(query), what
             )
-        if self.specs[name].epochs:
-            self.adapter(name)
+        self._tune_first(name)
         return self._pass(Pass(name, quantity), path, Stage(AGAINST_VALIDATION[quantity], name))[quantity]
 
     def _prompt_features(self, name: str) -> np.ndarray:
         """(n, H) mean last hidden states of the prompts, at unit length."""
         key = {**self._scores_key(name), "part": "prompts"}
         path = self.run.piece("prompts", key) / "prompt_features.npz"
-        arrays = files.read_arrays(path)
-        if arrays is not None:
-            remove_shards(path)
-            return arrays["prompt_features"]
-        if self.specs[name].epochs:
-            self.adapter(name)
+        if (known := self._whole_pass(path)) is not None:
+            return known["prompt_features"]
+        self._tune_first(name)
         stage = Stage("states", name, "over prompts")
         return self._pass(Pass(name, "prompt_features"), path, stage)["prompt_features"]
 

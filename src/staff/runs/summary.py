@@ -1,4 +1,4 @@
-"""Every word for people: progress, summaries, tables."""
+"""What a finished selection has to say to people: its summary, and the table of several."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from staff.config import DEFAULT_METHOD, SelectConfig, flags_of
-from staff.data.layouts import visible as visible
+from staff.data.layouts import visible
 from staff.data.turns import build
 from staff.methods.fidelity import ADVICE, Fidelity, within
 from staff.planning import sum_in_words
