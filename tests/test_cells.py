@@ -277,7 +277,7 @@ def test_a_method_with_groups_of_its_own_makes_none_where_the_user_has_some(fami
     [
         ({"method": "less"}, "validation=FILE"),
         ({"method": "rds"}, "validation=FILE"),
-        ({"option": ["num_strata=3"]}, "the options of staff are"),
+        ({"option": ["num_strata=3"]}, "the options of staff, there are"),
         ({"method": "ccs", "option": ["num_strata"]}, "give name=value"),
     ],
 )

@@ -169,6 +169,21 @@ def test_equal_seeds_give_equal_findings_and_a_killed_look_goes_on(looked, monke
     monkeypatch.undo()
     assert first["rows"] == 40
     assert diagnose(config_of(DiagnoseConfig, **again)) == first
+    # a pass over 40 of 68 rows, one of their answers alone, both of exchanged ones, one over query rows
+    assert 2 * 40 / 68 < first["passes"] < (4 * 40 + 20) / 68
+
+
+def test_blocks_of_the_target_look_at_a_pool(looked, family):
+    folder, settings, _ = looked
+    own = {**settings, "model": "self:2", "rows": 40, "output": str(folder / "self.json")}
+    with pytest.raises(ValueError, match="self:2: say whose blocks these are with --target"):
+        diagnose(config_of(DiagnoseConfig, **own))
+    own["target"] = str(family / "target")
+    first, last = (
+        diagnose(config_of(DiagnoseConfig, **own, draft_blocks=which))["answers"]
+        for which in ("first", "last")
+    )
+    assert first["curve"] != last["curve"]
 
 
 def test_texts_without_prompts_have_no_answers_to_doubt(family, tmp_path):

@@ -1,6 +1,7 @@
 """A try-out says which way of choosing helps: by hand where it decides, and once through on tiny models."""
 
 import csv
+import dataclasses
 import json
 import sys
 
@@ -9,11 +10,12 @@ import pytest
 
 import staff
 from family import config_of, make_rows, run_staff, write_pool
-from staff import tryout
+from staff import pipeline, tryout
+from staff.comparison.grid import select_config
 from staff.comparison.statistics import paired_margin
 from staff.config import SelectConfig
 from staff.data.rows import read
-from staff.tryout import halves, plan_tries, rounds_of, settled, try_ways
+from staff.tryout import Tries, halves, plan_tries, rounds_of, settled, try_ways
 
 
 def config(folder, family=None, **settings):
@@ -65,14 +67,20 @@ def test_the_worse_half_goes_until_one_is_left_beside_random():
 
 def test_what_a_try_out_costs_is_known_before_and_too_little_buys_none(files):
     own = config(files, try_cost=0.5, full_epochs=3, answer_tokens=10)
-    plan = plan_tries(own, ("random", "dedup"), n=4_000, rate=0.5, judges=50)
-    # two ways, two seeds each, twice; a step of eight rows costs 2 x 8 / 4000 of a pass
-    assert plan.ways == ("random", "dedup")
-    assert plan.share <= 0.5
-    cells = 2 * sum(plan.rounds)
+    plan = plan_tries(own, ("random", "dedup"), n=4_000, share=0.5, judges=50)
+    # two ways, two seeds each, twice, and the full data; a step of eight rows costs 2 x 8 / 4000 of a pass
+    assert (plan.ways, plan.full) == (("random", "dedup"), True)
+    assert plan.predicted["share"] <= 0.5
+    cells = 2 * sum(plan.rounds) + 2
     by_hand = cells * plan.steps * 16 / 4_000 + (cells + 1) * 50 / 4_000 * (2 + 10 / 200)
-    assert plan.passes == pytest.approx(by_hand)
+    assert plan.predicted["passes"] == pytest.approx(by_hand)
+    looked = {"passes": 1.5}  # of a draft of a fifth of the target's cost
+    dearer = plan_tries(own, ("random", "dedup"), 4_000, 0.5, 50, looked, 0.2)
+    assert dearer.predicted["looking"] == pytest.approx(0.3)
+    assert dearer.steps < plan.steps
     assert plan_tries(config(files, try_cost=0.01), ("random", "dedup"), 4_000, 0.5, 50) is None
+    short = plan_tries(config(files, try_cost=0.11), ("random", "dedup"), 4_000, 0.5, 50)
+    assert (short.ways, short.full) == (("random", "dedup"), False)  # the full data goes first
     small = plan_tries(config(files, try_cost=1.0), ("random", "dedup"), 40, 0.5, 4)
     assert small is None or small.steps <= 9  # never more than the coreset's own training: 3 epochs of 3
 
@@ -94,11 +102,30 @@ def test_rows_of_the_validation_file_in_the_pool_are_named(files):
         ({"pruning_rate": []}, "how much to keep"),
         ({"method": ["auto", "staff"]}, "auto stands alone"),
         ({"ways": ["dedupe"]}, "did you mean 'dedup'"),
+        ({"ways": ["length"], "option": ["par=bottom"]}, "options of random, length, did you mean 'part'"),
+        (
+            {"option": ["num_strata=3"]},
+            "give name=value; of the options of random, less, rds, there are part",
+        ),
     ],
 )
 def test_what_is_missing_or_wrong_is_said_before_any_work(files, settings, message):
     with pytest.raises(ValueError, match=message):
         try_ways(config(files, target="x", **settings))
+
+
+def test_a_try_out_has_the_coresets_that_would_be_selected(files, family):
+    asked = {"budget_tokens": 900, "pruning_rate": [], "option": ["part=bottom"], "validation": None}
+    own = config(files, family, **asked, ways=["length"])
+    plan = Tries(("random", "length"), (2,), full=False, steps=1, predicted={})
+    compared = tryout._comparison(own, plan, files / "few.jsonl", files / "few.jsonl", files / "tries")
+    chosen = select_config(compared, compared.tasks["tryout"], "length", 42, str(files / "tried"))
+    methods = {name: variant.method for name, variant in compared.variants.items()}
+    tried = {run.manifest["method"]: run for run in pipeline.select(chosen, methods=methods)}
+    (alone,) = pipeline.select(dataclasses.replace(settled(own, {"chosen": "length"}), validation=None))
+    assert tried["length"].indices.tolist() == alone.indices.tolist()
+    assert 600 < alone.manifest["kept_tokens"] <= 900
+    assert settled(own, {"chosen": "dedup"}).option == ()
 
 
 def judge_by(folder, code):
@@ -138,7 +165,7 @@ def tried(family, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tried")
     write_pool(folder / "pool.jsonl", 48)
     (folder / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(90)[70:]))
-    settings = {"ways": ["length"], "try_cost": 2.5, "metric": "loss", "seed": 3}
+    settings = {"ways": ["length"], "try_cost": 4.5, "metric": "loss", "seed": 3}
     own = config(folder, family, method="auto", **settings)
     return folder, own, try_ways(own)
 
@@ -152,16 +179,26 @@ def test_ways_are_tried_at_equal_updates_and_the_table_says_what_came_out(tried)
         cells = [row for row in csv.DictReader(file) if row["seed"]]
     assert {row["finetune_steps"] for row in cells} == {str(about["steps"])}
     assert {row["seed"] for row in cells} == {str(300 + i) for i in range(length["seeds"])}
-    of = {
-        way: np.mean([float(r["loss"]) for r in cells if r["method"] == way]) for way in ("random", "length")
+    losses = {
+        way: [float(row["loss"]) for row in cells if row["method"] == way] for way in ("random", "length")
     }
+    of = {way: np.mean(values) for way, values in losses.items()}
     assert length["margin"] == pytest.approx(of["random"] - of["length"])  # a lower loss is better
     assert length["mean"] == pytest.approx(-of["length"])
+    full = [float(row["loss"]) for row in cells if row["method"] == "full data"]
+    assert about["full"]["seeds"] == len(full) == 2
+    assert about["full"]["margin"] == pytest.approx(np.mean(losses["random"][:2]) - np.mean(full))
+    with open(folder / "x" / "tryout.csv") as file:
+        assert [row["way"] for row in csv.DictReader(file)] == ["random", "length", "full data"]
     is_above = length["margin"] > 2 * length["error"]
     assert about["chosen"] == ("length" if is_above else "random")
     assert json.loads((folder / "x" / "tryout.json").read_text()) == about
-    assert about["predicted"]["share"] <= 2.5
-    assert about["counted"]["training"] > 0
+    assert about["predicted"]["share"] <= 4.5
+    counted, predicted = about["counted"], about["predicted"]
+    assert counted["training"] > 0
+    assert counted["passes"] == pytest.approx(sum(counted[name] for name in counted if name[-3:] == "ing"))
+    assert counted["looking"] == pytest.approx(predicted["looking"], rel=0.2)
+    assert counted["looking"] > 0
     judges = (folder / "x" / "judge.jsonl").read_text().splitlines()
     queries = (folder / "x" / "query.jsonl").read_text().splitlines()
     assert sorted(judges + queries) == sorted((folder / "few.jsonl").read_text().splitlines())
@@ -192,7 +229,7 @@ def test_a_finished_try_out_is_taken_up_and_the_choice_holds_for_every_rate(trie
         ),
         *("--target", family / "target", "--draft", family / "draft", "--pruning-rate", "0.5", "0.25"),
         *("--output", folder / "x", "--max-length", "96", "--answer-tokens", "2", "--learning-rate", "1e-2"),
-        *("--ways", "length", "--try-cost", "2.5", "--metric", "loss", "--seed", "3"),
+        *("--ways", "length", "--try-cost", "4.5", "--metric", "loss", "--seed", "3"),
     )
     assert told.returncode == 0, told.stderr
     assert f"take       {about['chosen']}" in told.stdout

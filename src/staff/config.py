@@ -510,13 +510,17 @@ class DiagnoseConfig(_Checked):
     data: tuple[str, ...] = ()
     """The pool, in any format that `staff select` reads."""
     model: str = ""
-    """The draft that looks at it: a hub id, a folder or a .gguf file."""
+    """The draft that looks at it: a hub id, a folder or a .gguf file; or self:N, N of the target's own
+    blocks."""
+    draft_blocks: Literal["first", "even", "last", "ends"] = "first"
+    """Which blocks self:N keeps: the first, spread evenly, the last, or half from either end."""
     validation: str | None = None
     """A few rows of the task as it will be judged: which rows of the pool are unlike them?"""
     test: str | None = None
     """The file that models will be judged on: which rows of it stand in the pool?"""
     target: str | None = None
-    """The model the coreset is for: lengths are told in its tokens too; no weights of it are loaded."""
+    """The model the coreset is for: lengths are told in its tokens too; its weights are loaded for self:N
+    alone."""
     output: str = "diagnosis.json"
     """The file that the findings are written to."""
     rows: Annotated[int, Range(20)] = 2_000

@@ -26,8 +26,10 @@ from staff.data.rows import Rows
 from staff.data.turns import Example
 from staff.jobs import opened
 from staff.methods.features import at_unit_length
+from staff.models.families import self_blocks
 from staff.models.load import load_tokenizer, resolve
 from staff.pipeline import content_of, ingredients
+from staff.runs.account import spent
 from staff.runs.outputs import fingerprint_rows
 from staff.runs.store import Inputs, open_run
 from staff.types import Need, Progress
@@ -44,6 +46,8 @@ MANY = 0.05  # share of repeated or wrong rows from which something is to be gai
 RIGHT = 0.5  # share of wrong ones among the suspects, at best, from which it pays to leave them out
 MOST_SOURCES = 30  # values of a column that parts a pool into kinds
 SHOWN = 5
+SIGNS = ("leak", "copies", "suspects", "mixed")
+FINDINGS = 1  # raised when the same pool would give other findings
 
 
 def diagnose(config: DiagnoseConfig, on_progress: Progress | None = None) -> dict[str, Any]:
@@ -52,7 +56,7 @@ def diagnose(config: DiagnoseConfig, on_progress: Progress | None = None) -> dic
     Returns:
         n, rows (looked at by the model), copies, lengths, scripts, sources, answers, strangers, validation,
         test (None for what was not asked for), `signs`, those of leak, copies, suspects and mixed that there
-        are, and `advice`, a sentence each.
+        are, `advice`, a sentence each, and what it took: flops, and passes of the model over the whole pool.
 
     Raises:
         ValueError: something that the user can mend.
@@ -61,18 +65,23 @@ def diagnose(config: DiagnoseConfig, on_progress: Progress | None = None) -> dic
     output = Path(config.output)
     if output.suffix != ".json":
         raise ValueError(f"--output {output}: findings are written as JSON; name a file that ends in .json")
-    unfinished = output.with_suffix(".unfinished")
-    config, pool, source = opened(config, unfinished, [output])
+    unfinished, is_cut = output.with_suffix(".unfinished"), self_blocks(config.model) is not None
+    model = (config.target or "") if is_cut else config.model
+    if not model:
+        raise ValueError(f"--model {config.model}: say whose blocks these are with --target")
+    dated, pool, source = opened(dataclasses.replace(config, model=model), unfinished, [output])
+    config = dataclasses.replace(dated, model=config.model)
     with open_run(unfinished, "scores", on_progress) as run:
         drawn = np.sort(np.random.default_rng(config.seed).permutation(len(pool))[: config.rows])
         some = dataclasses.replace(pool, numbers=pool.numbers[drawn])
         contents = {"draft": partial(content_of, run, source)}
-        inputs = Inputs(contents, {"draft": f"--model {config.model}"})
+        inputs = Inputs(contents, {"draft": f"--model {model}"})
         inputs["data"] = fingerprint_rows(some)
-        stand_in = SelectConfig(seed=config.seed, reading=config.reading, engine=config.engine)
+        shared: dict[str, Any] = {name: getattr(config, name) for name in ("seed", "reading", "engine")}
+        stand_in = SelectConfig(draft=config.model, draft_blocks=config.draft_blocks, **shared)
         beside = {name: _others(config, name) for name in ("validation", "test")}
         contents_of = {name: fingerprint_rows(rows) for name, rows in beside.items() if rows}
-        made_of = files.fingerprint([ingredients(config), dict(inputs), len(pool), contents_of])
+        made_of = files.fingerprint([FINDINGS, ingredients(config), dict(inputs), len(pool), contents_of])
         if before := _finished(output, made_of):
             return before
         run.begin(ingredients(stand_in), inputs, update=True)
@@ -87,8 +96,7 @@ def diagnose(config: DiagnoseConfig, on_progress: Progress | None = None) -> dic
         some = pieces.usable_rows()
         found["lengths"] = _lengths(pieces.pool("raw_draft"))
         if config.target:
-            tokens = _tokens(config, some, load_tokenizer(resolve(config.target, "--target")))
-            found["target_lengths"] = _lengths(tokens)
+            found["target_lengths"] = _lengths(tokens_of(config, some, config.target, "--target"))
         features = pieces.array(wanted[1])
         found["answers"] = None
         if some.layout.text is None:
@@ -99,6 +107,8 @@ def diagnose(config: DiagnoseConfig, on_progress: Progress | None = None) -> dic
         if queries:
             of_queries = pieces.of_others(queries.examples(), fingerprint_rows(queries))["features"]
         found["strangers"] = None if of_queries is None else _strangers(some, features, of_queries)
+        found["flops"] = sum(numbers.get("flops", 0.0) for numbers in spent(run.work).values())
+        found["passes"] = found["flops"] / pieces.one_pass("raw_draft") * len(some) / len(pool)
         pieces.free()
         found["signs"] = _signs(found)
         found["advice"] = _advice(found, config)
@@ -225,11 +235,13 @@ def copied_rows(pool: Rows, others: Rows, seed: int = 0) -> dict[str, Any]:
 # ---- what the model makes of it ----
 
 
-def _tokens(config: DiagnoseConfig, rows: Rows, tokenizer: Any) -> Any:
+def tokens_of(config: Any, rows: Rows, model: str, flag: str) -> Any:
+    """Rows in the tokens of a model, read as a configuration says; those that can't be used are left out."""
     from staff.data.chat import template_of
     from staff.data.tokens import tokenise
 
     how = dataclasses.replace(config.reading, on_bad_row="skip", on_long="cut-prompt")
+    tokenizer = load_tokenizer(resolve(model, flag), config.engine.trust_remote_code)
     tokenizer.chat_template = template_of(tokenizer, how)
     return tokenise(rows.examples(), tokenizer, how.max_length, None, how)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
 from importlib.util import find_spec
@@ -265,18 +265,7 @@ def check_settings(config: SelectConfig, data: Any, methods: Mapping[str, Method
         if name not in methods:
             raise ValueError(f"--method must be one of {', '.join(methods)}; found {name!r}")
     check_whole(unnamed(config, "data") * (data is None) + missing(config, methods))
-    known = {name: value for method in config.method for name, value in methods[method].options().items()}
-    for pair in config.option:
-        name, _, text = pair.partition("=")
-        if "=" not in pair or name not in known:
-            of = f"the options of {', '.join(config.method)} are {', '.join(sorted(known)) or 'none'}"
-            raise ValueError(f"--option {pair}: give name=value; {of}")
-        wanted = known[name]
-        is_number = isinstance(yaml_value(text), (int, float)) and not isinstance(yaml_value(text), bool)
-        is_column = any(name in methods[method].columns for method in config.method)
-        if (isinstance(wanted, (int, float)) or (wanted is None and not is_column)) and not is_number:
-            example = f", as in {name}={wanted}" if wanted is not None else ""
-            raise ValueError(f"--option {pair}: {name} is a number{example}")
+    given_options(config.option, {name: methods[name] for name in config.method})
     for name in config.method:
         needs = methods[name].all_needs()
         if not config.draft_epochs and any(need.checkpoints and need.model == "draft" for need in needs):
@@ -309,6 +298,28 @@ def check_settings(config: SelectConfig, data: Any, methods: Mapping[str, Method
         if path and not Path(path).is_file():
             raise ValueError(f"--{flag} {path}: there is no such file")
     hub.check_names(outputs.hub_names(config), config.public)
+
+
+def given_options(pairs: Sequence[str], methods: Mapping[str, Method]) -> dict[str, Any]:
+    """Options of some methods by name, from what was given as name=value.
+
+    Raises:
+        ValueError: none of the methods has it, or it is no number where one is asked.
+    """
+    known = {name: value for method in methods.values() for name, value in method.options().items()}
+    found = {}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        if "=" not in pair or name not in known:
+            of = f"of the options of {', '.join(methods)}, {meant(name, sorted(known) or ['none'])}"
+            raise ValueError(f"--option {pair}: give name=value; {of}")
+        wanted, found[name] = known[name], yaml_value(text)
+        is_number = isinstance(found[name], (int, float)) and not isinstance(found[name], bool)
+        is_column = any(name in method.columns for method in methods.values())
+        if (isinstance(wanted, (int, float)) or (wanted is None and not is_column)) and not is_number:
+            example = f", as in {name}={wanted}" if wanted is not None else ""
+            raise ValueError(f"--option {pair}: {name} is a number{example}")
+    return found
 
 
 def missing(config: SelectConfig, methods: Mapping[str, Method] = METHODS) -> list[str]:
@@ -519,9 +530,7 @@ def options(config: SelectConfig, method: Method, pool: rows.Rows) -> dict[str, 
     names a column its values."""
     known = method.options()
     values = {name: getattr(config, name) for name in known if hasattr(config, name)}
-    for name, value in (pair.split("=", 1) for pair in config.option):
-        if name in known:
-            values[name] = yaml_value(value)
+    values |= given_options([pair for pair in config.option if pair.partition("=")[0] in known], {"": method})
     for name in method.columns:
         named = values.get(name, method.fixed.get(name))
         if named is not None:

@@ -9,6 +9,7 @@ import math
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from staff import files
 from staff.comparison.evaluate import read_examples
-from staff.comparison.grid import UNTOUCHED, Cell, Comparison, Task, Variant
+from staff.comparison.grid import FULL, UNTOUCHED, Cell, Comparison, Task, Variant
 from staff.comparison.run import WHERE, Figures, compare, finished_cells
 from staff.comparison.statistics import paired_margin
 from staff.comparison.tables import LOWER
@@ -36,9 +37,9 @@ from staff.config import (
 from staff.data import rows as reading
 from staff.data.duplicates import digest_of, words_of
 from staff.data.rows import Rows
-from staff.diagnosis import diagnose
+from staff.diagnosis import SIGNS, diagnose, tokens_of
 from staff.methods import METHODS
-from staff.pipeline import QUERY
+from staff.pipeline import QUERY, given_options
 from staff.planning import finetuning_passes
 from staff.types import AGAINST_VALIDATION, Progress
 
@@ -52,8 +53,13 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 PAIR = 2  # seeds that a round adds
 FEWEST_STEPS = 10  # of a fine-tuning that says anything
+MOST_WAYS = 6  # that are tried, where none are named
 ERRORS = 2.0  # standard errors that the margin must lie beyond
 JUDGED_FOR = 600  # seconds that a user's judge may take for one model's answers
+
+
+def _method_of(way: str) -> str:
+    return str(WAYS.get(way, {"method": way})["method"])
 
 
 def halves(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
@@ -70,16 +76,17 @@ class Tries:
     Attributes:
         ways: candidates, random first, in the order in which they are given up where they are too many.
         rounds: how many ways each round has; every round adds PAIR seeds to those before it.
+        full: is the model of PAIR seeds of the full data beside them?
         steps: of each fine-tuning.
-        passes: predicted, in scoring passes of the target over the pool (U).
-        share: the same of one full fine-tuning.
+        predicted: what looking, choosing, training and judging take, in scoring passes of the target over the
+            pool (U), all of it as passes, and as a share of one full fine-tuning.
     """
 
     ways: tuple[str, ...]
     rounds: tuple[int, ...]
+    full: bool
     steps: int
-    passes: float
-    share: float
+    predicted: Mapping[str, float]
 
 
 def try_ways(
@@ -92,29 +99,33 @@ def try_ways(
 
     Returns:
         what tryout.json holds: chosen, reasons (sentences), ways (a row each: way, seeds, mean, margin to
-        random, error, loss_margin, passes), untouched, metric, steps, share and passes predicted and counted.
+        random, error, loss_margin, passes), full (such a row of the full data, or None), untouched, metric,
+        steps; predicted and counted, each with looking, choosing, training, judging, passes and share.
 
     Raises:
         ValueError: something that the user can mend.
     """
     output = Path(config.output or "")
-    pool, rate = _checked_pool(config)
+    pool, share = _checked_pool(config)
     files.check_mark(output, "run")
     files.mark(output, "run")
     queries, judges = _split(config, pool, output)
     found = None
-    if config.draft and not config.draft.startswith("self"):
-        told: dict[str, Any] = {name: getattr(config, name) for name in ("data", "reading", "engine", "seed")}
+    if config.draft:
+        shared = ("data", "target", "draft_blocks", "reading", "engine", "seed")
+        told: dict[str, Any] = {name: getattr(config, name) for name in shared}
         told |= {"validation": str(queries), "output": str(output / "diagnosis.json"), "model": config.draft}
         found = diagnose(DiagnoseConfig(**told), on_progress)
         if not {"copies", "suspects", "mixed"} & set(found["signs"]):
             logger.warning("a clean pool of one task: a tie with random is to be expected")
-    ways = _candidates(config, found)
+    ways = _candidates(config, found["signs"] if found else ())[:MOST_WAYS]
+    _options(config, ways)
     num_judges = len(reading.read(judges, **_plain_reading(config)))
-    plan = plan_tries(config, ways, len(pool), rate, num_judges, found)
+    sizes = len(pool), share, num_judges, found, _relative_cost(config)
+    plan = plan_tries(config, ways, *sizes)
     about: dict[str, Any] = {"metric": config.trying.metric_command or config.trying.metric, "ways": []}
     if plan is None:
-        least = _least(config, ways, len(pool), rate, num_judges, found)
+        least = _least(config, ways, *sizes)
         reason = (
             f"--try-cost {config.trying.try_cost:g} of a full fine-tuning is less than two seeds of two ways "
             f"take, which would be {least:.2g}: random, without a try"
@@ -124,20 +135,20 @@ def try_ways(
     logger.warning(
         "trying %s in %d fine-tunings of %d steps: %.2f passes of the target, %.0f %% of a full fine-tuning",
         ", ".join(plan.ways),
-        sum(plan.rounds) * PAIR,
+        (sum(plan.rounds) + plan.full) * PAIR,
         plan.steps,
-        plan.passes,
-        100 * plan.share,
+        plan.predicted["passes"],
+        100 * plan.predicted["share"],
     )
-    comparison = _comparison(config, plan, rate, judges, queries, output / "tryouts")
+    comparison = _comparison(config, plan, judges, queries, output / "tryouts")
     left = list(plan.ways)
     seeds: tuple[int, ...] = ()
-    judge = partial(_values, config, rate, comparison.output)
+    judge = partial(_values, config, comparison.output)
     for number in range(len(plan.rounds)):
         seeds = tuple((config.seed * 100 + i) % 2**32 for i in range(PAIR * (number + 1)))
         some = {way: comparison.variants[way] for way in left}
         compare(
-            dataclasses.replace(comparison, variants=some, seeds=seeds),
+            dataclasses.replace(comparison, variants=some, seeds=seeds, full=plan.full and not number),
             update=update,
             on_progress=on_progress,
         )
@@ -145,10 +156,12 @@ def try_ways(
         if number + 1 < len(plan.rounds):
             best = sorted(margins, key=lambda way: -float(margins[way].mean()))
             left = [RANDOM, *best[: plan.rounds[number + 1] - 1]]
-    done, tokens = finished_cells(dataclasses.replace(comparison, seeds=seeds))
-    about |= {"steps": plan.steps, "predicted": {"passes": plan.passes, "share": plan.share}}
-    about["counted"] = _counted(config, comparison.output, done, tokens)
+    done, tokens = finished_cells(dataclasses.replace(comparison, seeds=seeds, full=plan.full))
+    about |= {"steps": plan.steps, "predicted": plan.predicted}
+    about["counted"] = _counted(config, comparison.output, done, tokens, found)
     about |= _decided(config, judge, comparison.output, plan, done, left)
+    if not plan.full:
+        about["reasons"].append("--try-cost is too short for a model of the full data beside them")
     if about["chosen"] == RANDOM:
         about["reasons"] += _larger(config, about, left)
     return _written(output, about)
@@ -157,30 +170,46 @@ def try_ways(
 def settled(config: SelectConfig, about: Mapping[str, Any]) -> SelectConfig:
     """The settings of the selection that a try-out (`try_ways`) ends with, all pruning rates by one way."""
     way = about["chosen"]
-    query = str(Path(config.output or "") / QUERY)
-    return dataclasses.replace(config, **{"method": (way,), "validation": query, **WAYS.get(way, {})})
+    query, known = str(Path(config.output or "") / QUERY), METHODS[_method_of(way)].options()
+    own = tuple(pair for pair in config.option if pair.partition("=")[0] in known)
+    told = {"method": (way,), "validation": query, "option": own, **WAYS.get(way, {})}
+    return dataclasses.replace(config, **told)
 
 
 # ---- what goes in ----
 
 
 def _checked_pool(config: SelectConfig) -> tuple[Rows, float]:
-    """The pool, and the pruning rate to try: the highest, where what is chosen matters most."""
+    """The pool, and what share of it is kept at the pruning rate to try, about."""
     missing = unnamed(config, "data", "output", "target")
     if not config.validation:
         missing.append(
             "give rows of the task as it will be judged with --validation FILE: half of them judge"
         )
-    if not config.pruning_rate and config.budget is None:
-        missing.append("say how much to keep with --pruning-rate or --budget")
+    if not config.pruning_rate and config.budget is None and config.budget_tokens is None:
+        missing.append("say how much to keep with --pruning-rate, --budget or --budget-tokens")
     check_whole(missing)
     if config.method not in ((AUTO,), (DEFAULT_METHOD,)):
         raise ValueError(f"--method {AUTO} stands alone; what it tries is named with --ways")
+    _options(config, _candidates(config, SIGNS))
     pool = reading.read(list(config.data), **config.reading.keywords())
-    rate = max(config.pruning_rate) if config.pruning_rate else 1 - (config.budget or 0) / len(pool)
-    if not 0 <= rate < 1:
+    if config.budget_tokens is not None:
+        tokens = int(tokens_of(config, pool, config.target, "--target").lengths.sum())
+        return pool, min(1.0, config.budget_tokens / tokens)
+    share = (config.budget or 0) / len(pool) if (rate := _rate(config)) is None else 1 - rate
+    if not 0 < share <= 1:
         raise ValueError(f"--budget {config.budget}: of {len(pool)} rows at least one is to be kept")
-    return pool, rate
+    return pool, share
+
+
+def _rate(config: SelectConfig) -> float | None:
+    """The pruning rate to try: the highest, where what is chosen matters most; None where it is a budget."""
+    return max(config.pruning_rate, default=None)
+
+
+def _options(config: SelectConfig, ways: Iterable[str]) -> dict[str, Any]:
+    """Those given with --option; each is one of some way's method."""
+    return given_options(config.option, {name: METHODS[name] for name in map(_method_of, ways)})
 
 
 def _plain_reading(config: SelectConfig) -> dict[str, Any]:
@@ -221,24 +250,21 @@ def _split(config: SelectConfig, pool: Rows, output: Path) -> tuple[Path, Path]:
     return paths
 
 
-def _candidates(config: SelectConfig, found: Mapping[str, Any] | None) -> tuple[str, ...]:
+def _candidates(config: SelectConfig, signs: Iterable[str]) -> tuple[str, ...]:
     """Ways to try, random first: those named, else what fits what was found in the pool."""
     for way in config.trying.ways:
         if way not in METHODS and way not in WAYS:
             raise ValueError(f"--ways: there is no {way!r}; {meant(way, [*WAYS, *METHODS])}")
     if config.trying.ways:
         return tuple(dict.fromkeys((RANDOM, *config.trying.ways)))
-    signs = () if found is None else found["signs"]
     likely = ["less", "rds"] if "mixed" in signs else []
     likely += ["drop-suspects"] if "suspects" in signs else []
     likely += ["dedup"] if "copies" in signs else []
     others = ["dedup", *(["coverage", DEFAULT_METHOD, "staff"] if config.draft else [])]
-    return tuple(dict.fromkeys((RANDOM, *likely, *others)))[:6]
+    return tuple(dict.fromkeys((RANDOM, *likely, *others)))
 
 
-def _comparison(
-    config: SelectConfig, plan: Tries, rate: float, judges: Path, queries: Path, output: Path
-) -> Comparison:
+def _comparison(config: SelectConfig, plan: Tries, judges: Path, queries: Path, output: Path) -> Comparison:
     """The try-outs as a comparison of one task, whose test rows are the judging ones."""
     usual = flat(SelectConfig())
     own = {
@@ -246,22 +272,23 @@ def _comparison(
         "target",
         "method",
         "pruning_rate",
-        "budget",
         "output",
         "seed",
         "validation",
         "push_to_hub",
     }
-    own |= {"budget_tokens", "option", "public", "license", "format", *names_of(Trying)}
+    own |= {"option", "public", "license", "format", *names_of(Trying)}
     given = {name: value for name, value in flat(config).items() if name not in own and value != usual[name]}
 
     def of(kind: type, **more: Any) -> dict[str, Any]:
         return {name: value for name, value in given.items() if name in names_of(kind)} | more
 
-    variants = {}
+    variants, options = {}, _options(config, _candidates(config, SIGNS))
     for way in plan.ways:
-        settings = dict(WAYS.get(way, {}))
-        variants[way] = Variant(way, METHODS[settings.pop("method", way)], settings)
+        settings = {name: value for name, value in WAYS.get(way, {}).items() if name != "method"}
+        method = METHODS[_method_of(way)]
+        fixed = {name: value for name, value in options.items() if name in method.options()}
+        variants[way] = Variant(way, dataclasses.replace(method, fixed={**method.fixed, **fixed}), settings)
     answer = min(config.trying.answer_tokens, config.reading.max_length - 1)
     judging = {name: value for name, value in of(EvaluateConfig).items() if name not in WHERE}
     task = Task(
@@ -273,7 +300,7 @@ def _comparison(
         evaluate={**judging, "max_new_tokens": answer},
         metrics=tuple(dict.fromkeys((config.trying.metric, "loss"))),
     )
-    return Comparison(output, config.target, {NAME: task}, variants, (rate,), (), full=False)
+    return Comparison(output, config.target, {NAME: task}, variants, (_rate(config),), (), full=False)
 
 
 # ---- what it costs ----
@@ -287,20 +314,24 @@ def rounds_of(num_ways: int) -> tuple[int, ...]:
     return (*rounds, 2) if len(rounds) == 1 else tuple(rounds)
 
 
-def _selecting(config: SelectConfig, ways: Iterable[str]) -> float:
-    """What choosing costs at most, in U: a pass of the draft for what its needs share, one for each other."""
-    from staff.models.load import resolve
+def _relative_cost(config: SelectConfig) -> float:
+    """r, the cost of a token in the draft over that in the target, by their configurations; 0 without one."""
+    from staff.models import drafts, families, load
 
-    if not config.draft:
-        return 0.0
-    sizes = [
-        sum(path.stat().st_size for path in resolve(name, "").files())
-        for name in (config.draft, config.target)
-        if not name.startswith("self")
-    ]
-    r = min(1.0, sizes[0] / sizes[-1]) if len(sizes) > 1 else 0.5
-    names = [WAYS.get(way, {"method": way})["method"] for way in ways]
-    needs = {need for name in names for need in METHODS[name].needs.values()}
+    def cost(name: str, blocks: int | None = None) -> float:
+        model = load.without_weights(load.resolve(name), config.engine.trust_remote_code)
+        size = load.measure(drafts.cut(model, blocks, config.draft_blocks) if blocks else model)
+        return size.scoring_flops(2, 1, config.scoring.scope)
+
+    blocks = families.self_blocks(config.draft)
+    draft = config.target if blocks else config.draft
+    return cost(draft, blocks) / cost(config.target) if draft else 0.0
+
+
+def _selecting(ways: Iterable[str], r: float) -> float:
+    """What choosing costs at most, in U: a pass of the draft for what its needs share, one for each other."""
+    methods = [METHODS[_method_of(way)] for way in ways]
+    needs = {need for method in methods for need in method.needs.values()}
     passes = {(need.model, need.quantity if need.quantity in AGAINST_VALIDATION else "") for need in needs}
     passes |= {("raw_draft", ""), ("raw_draft", "alone")} if "drop-suspects" in ways else set()
     total = 0.0
@@ -309,7 +340,7 @@ def _selecting(config: SelectConfig, ways: Iterable[str]) -> float:
         total += (0.0 if model == "pool" else 1.0 if "target" in model else r) * (
             3 if quantity.startswith("simil") else 1
         )
-    return total + 0.1 * any(METHODS[name].verify for name in names)
+    return total + 0.1 * any(method.verify for method in methods)
 
 
 def _judging(config: SelectConfig, n: int, judges: int, found: Mapping[str, Any] | None) -> float:
@@ -323,80 +354,102 @@ def plan_tries(
     config: SelectConfig,
     ways: Sequence[str],
     n: int,
-    rate: float,
+    share: float,
     judges: int,
     found: Mapping[str, Any] | None = None,
+    r: float = 0.0,
 ) -> Tries | None:
     """What --try-cost buys: as many of the ways as it bears, at as many steps as the coreset's own training
-    has at most; None where it is less than two seeds of two ways."""
+    has at most, the full data beside them where that leaves the steps their least; None where it is less than
+    two seeds of two ways."""
     full = finetuning_passes(config.trying.full_epochs)
-    batch = config.training.batch_size
-    most = max(1, round(config.trying.full_epochs * -(-round((1 - rate) * n) // batch)))
-    fewest = min(FEWEST_STEPS, most)
-    judging = _judging(config, n, judges, found)
+    fewest, most = _steps(config, n, share)
+    judging, step = _judging(config, n, judges, found), 2 * config.training.batch_size / n
+    parts = {"looking": r * found["passes"] if found else 0.0}
     for count in range(len(ways), 1, -1):
-        some, step = tuple(ways[:count]), 2 * batch / n
-        for rounds in dict.fromkeys((rounds_of(count), (count,))):
-            cells = sum(rounds) * PAIR
-            fixed = _selecting(config, some) + judging * (cells + 1)
-            steps = min(most, int((config.trying.try_cost * full - fixed) / (cells * step)))
+        some = tuple(ways[:count])
+        parts["choosing"] = _selecting(some, r)
+        left = config.trying.try_cost * full - sum((parts["looking"], parts["choosing"], judging))
+        for rounds, beside in product(dict.fromkeys((rounds_of(count), (count,))), (True, False)):
+            cells = PAIR * (sum(rounds) + beside)
+            steps = min(most, int((left / cells - judging) / step))
+            if steps < fewest:
+                continue
             # with money left over, the last two meet over more seeds
-            while steps == most and len(rounds) < 8:
-                wider = fixed + (judging + most * step) * cells + 2 * PAIR * (judging + most * step)
-                if rounds[-1] != 2 or wider > config.trying.try_cost * full:
+            more = 2 * PAIR
+            while steps == most and len(rounds) < 8 and rounds[-1] == 2:
+                if (cells + more) * (judging + steps * step) > left:
                     break
-                rounds, cells = (*rounds, 2), cells + 2 * PAIR
-                fixed += 2 * PAIR * judging
-            if steps >= fewest:
-                passes = fixed + cells * steps * step
-                return Tries(some, rounds, steps, passes, passes / full)
+                rounds, cells = (*rounds, 2), cells + more
+            parts |= {"training": cells * steps * step, "judging": judging * (cells + 1)}
+            return Tries(some, rounds, beside, steps, _summed(config, parts))
     return None
+
+
+def _steps(config: SelectConfig, n: int, share: float) -> tuple[int, int]:
+    """Steps of a fine-tuning at least and at most: what says anything, and the coreset's own training."""
+    batches = -(-round(share * n) // config.training.batch_size)
+    most = max(1, round(config.trying.full_epochs * batches))
+    return min(FEWEST_STEPS, most), most
+
+
+def _summed(config: SelectConfig, parts: Mapping[str, float]) -> dict[str, float]:
+    """Parts of the cost in U, their sum, and that as a share of one full fine-tuning."""
+    passes = sum(parts.values())
+    return {**parts, "passes": passes, "share": passes / finetuning_passes(config.trying.full_epochs)}
 
 
 def _least(
     config: SelectConfig,
     ways: Sequence[str],
     n: int,
-    rate: float,
+    share: float,
     judges: int,
     found: Mapping[str, Any] | None,
+    r: float,
 ) -> float:
     """The share of a full fine-tuning that two seeds of two ways take."""
-    full, batch = finetuning_passes(config.trying.full_epochs), config.training.batch_size
-    cells = 2 * PAIR
-    passes = _selecting(config, ways[:2]) + _judging(config, n, judges, found) * (cells + 1)
-    return (passes + cells * FEWEST_STEPS * 2 * batch / n) / full
+    cells, looking = 2 * PAIR, r * found["passes"] if found else 0.0
+    passes = looking + _selecting(ways[:2], r) + _judging(config, n, judges, found) * (cells + 1)
+    passes += cells * _steps(config, n, share)[0] * 2 * config.training.batch_size / n
+    return passes / finetuning_passes(config.trying.full_epochs)
 
 
 def _counted(
-    config: SelectConfig, folder: Path, done: Mapping[Cell, Figures], tokens: int
+    config: SelectConfig,
+    folder: Path,
+    done: Mapping[Cell, Figures],
+    tokens: int,
+    found: Mapping[str, Any] | None,
 ) -> dict[str, float]:
-    """What the try-outs took, in U: every way's choosing once, each fine-tuning, each judging by its tokens.
+    """What the try-outs took, in U: the diagnosis, every way's choosing once, each fine-tuning, each judging
+    by its tokens.
 
     Args:
         tokens: of the pool.
     """
     choosing: dict[str, float] = {}
-    training = judging = 0.0
+    looking = training = judging = 0.0
     for cell, figures in done.items():
         choosing[cell.method] = max(choosing.get(cell.method, 0.0), figures.get("select_passes") or 0.0)
         training += figures.get("finetune_passes") or 0.0
+        if found and figures.get("finetune_passes"):
+            looking = found["flops"] * figures["finetune_passes"] / figures["finetune_flops"]
         examples = read_examples(folder / figures["folder"] / "scores.jsonl")
         said = 2 * sum(examples["prompt_tokens"]) + 2 * sum(examples["answer_tokens"])
         judging += said / tokens
-    passes = sum(choosing.values()) + training + judging
-    parts = {"choosing": sum(choosing.values()), "training": training, "judging": judging}
-    return {**parts, "passes": passes, "share": passes / finetuning_passes(config.trying.full_epochs)}
+    parts = {"looking": looking, "choosing": sum(choosing.values())}
+    return _summed(config, {**parts, "training": training, "judging": judging})
 
 
 # ---- what came out ----
 
 
 def _values(
-    config: SelectConfig, rate: float, folder: Path, way: str, seeds: Sequence[int], metric: str = ""
+    config: SelectConfig, folder: Path, way: str, seeds: Sequence[int], metric: str = ""
 ) -> np.ndarray:
     """(S, N) of a way, higher is better: a row a seed, a column a judging row."""
-    cells = [folder / Cell(NAME, way, rate, seed).folder for seed in seeds]
+    cells = [folder / Cell(NAME, way, None if way == FULL else _rate(config), seed).folder for seed in seeds]
     return np.stack([_judged(config, cell, metric) for cell in cells])
 
 
@@ -482,10 +535,9 @@ def _decided(
     left: Sequence[str],
 ) -> dict[str, Any]:
     """The table, the choice and its reasons."""
-    seeds_of = {way: [int(c.seed or 0) for c in done if c.method == way] for way in plan.ways}
     table: list[dict[str, Any]] = []
-    for way in plan.ways:
-        seeds = seeds_of[way]
+    for way in (*plan.ways, FULL) if plan.full else plan.ways:
+        seeds = [int(cell.seed or 0) for cell in done if cell.method == way]
         own = judge(way, seeds)
         margin, error = paired_margin(own - judge(RANDOM, seeds))
         loss, _ = paired_margin(judge(way, seeds, "loss") - judge(RANDOM, seeds, "loss"))
@@ -499,6 +551,7 @@ def _decided(
         }
         low, high = margin - ERRORS * error, margin + ERRORS * error
         table.append({**row, "low": low, "high": high, "loss_margin": loss, "passes": max(passes)})
+    full = table.pop() if plan.full else None
     untouched = next(folder / f["folder"] for cell, f in done.items() if cell.method == UNTOUCHED)
     best = _best(table, left)
     shown = f"{best['way']} lies {best['margin']:+.3g} from random, {ERRORS:g} standard errors are "
@@ -512,6 +565,7 @@ def _decided(
         "chosen": chosen,
         "reasons": reasons,
         "ways": table,
+        "full": full,
         "untouched": float(_judged(config, untouched).mean()),
     }
 
@@ -530,9 +584,8 @@ def _larger(config: SelectConfig, about: Mapping[str, Any], left: Sequence[str])
 
 def _written(output: Path, about: dict[str, Any]) -> dict[str, Any]:
     columns = ("way", "seeds", "mean", "margin", "error", "low", "high", "loss_margin", "passes")
-    files.write_csv(
-        output / "tryout.csv", columns, ([row[name] for name in columns] for row in about["ways"])
-    )
+    rows = [*about["ways"], *([about["full"]] if about.get("full") else [])]
+    files.write_csv(output / "tryout.csv", columns, ([row[name] for name in columns] for row in rows))
     files.write_json(output / "tryout.json", about)
     return about
 
@@ -543,7 +596,7 @@ def describe_tries(about: Mapping[str, Any], output: str) -> str:
     if about["ways"]:
         lines += ["", f"{'way':18}{'seeds':>6}{about['metric'][:12]:>14}{'to random':>11}  between (2 s.e.)"]
         lines[-1] += f"{'by loss':>16}{'choosing':>10}"
-        for row in about["ways"]:
+        for row in (*about["ways"], *([about["full"]] if about["full"] else [])):
             lines.append(
                 f"{row['way']:18}{row['seeds']:6}{row['mean']:14.3f}{row['margin']:+11.3f}  "
                 f"{row['low']:+.3f} to {row['high']:+.3f}{row['loss_margin']:+12.3f}{row['passes']:10.2f}"
@@ -553,7 +606,7 @@ def describe_tries(about: Mapping[str, Any], output: str) -> str:
         lines += [
             "",
             f"cost       {took['passes']:.2f} passes of the target ({thought['passes']:.2f} predicted), "
-            f"{took['share']:.0%} of one full fine-tuning: choosing {took['choosing']:.2f}, training "
-            f"{took['training']:.2f}, judging {took['judging']:.2f}",
+            f"{took['share']:.0%} of one full fine-tuning: "
+            + ", ".join(f"{name} {took[name]:.2f}" for name in took if name not in ("passes", "share")),
         ]
     return "\n".join([*lines, "", f"the try-out is in {output}: tryout.json, tryout.csv, tryouts/"])

@@ -108,13 +108,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that a comparison's YAML says."""
+    """All that a comparison's YAML says; a pruning rate of None where a budget of the selection's settings
+    stands in its place."""
 
     output: Path
     target: str
     tasks: Mapping[str, Task]
     variants: Mapping[str, Variant]
-    pruning_rates: tuple[float, ...]
+    pruning_rates: tuple[float | None, ...]
     seeds: tuple[int, ...]
     full: bool = True
     untouched: bool = True
@@ -213,7 +214,8 @@ def select_config(comparison: Comparison, task: Task, name: str, seed: int, outp
     rate."""
     variant = comparison.variants[name]
     values = {**task.select, **variant.settings, "data": list(task.train), "target": comparison.target}
-    values |= {"method": comparison.group(name), "pruning_rate": list(comparison.pruning_rates)}
+    rates = [rate for rate in comparison.pruning_rates if rate is not None]
+    values |= {"method": comparison.group(name), "pruning_rate": rates}
     values |= {"seed": seed, "output": output}
     return from_mapping(SelectConfig, values, f"select of {task.name}")
 

@@ -420,8 +420,8 @@ def _diversity(grid: Grid, cell: Cell) -> dict[str, float]:
 def _chosen_rows(grid: Grid, cell: Cell) -> np.ndarray | None:
     """(m,) row numbers of a cell's coreset; None where they are not there."""
     folder = grid.place("selections", _selection_name(grid, cell))
-    # the run's own folder where it made one coreset alone
-    for place in (folder / f"{cell.method}-{cell.pruning_rate:g}", folder):
+    name = cell.method if cell.pruning_rate is None else f"{cell.method}-{cell.pruning_rate:g}"
+    for place in (folder / name, folder):  # the run's own folder where it made one coreset alone
         manifest = read_checked(place / "manifest.json") or {}
         if (manifest.get("method"), manifest.get("pruning_rate")) == (cell.method, cell.pruning_rate):
             return np.load(place / "indices.npy", allow_pickle=False)
