@@ -3,7 +3,7 @@
 # make chromium: Debian's browser, which the tests of the pages drive; without one they are skipped
 # make gpu: tests and benchmarks that need a GPU; skipped, with the reason, where there is none
 # make soak: kills, full disks, damaged input, every layout and every class of transformers, many times over; one part alone:
-# PART=ends, input, layouts or models
+# PART=ends, input, layouts, processes or models
 # make trainers: TRL, LLaMA-Factory and Axolotl on what they are handed
 # make docs: the site, in site/; make dist: wheel and sdist, looked at, installed into a new environment and run there
 # make newest: the tests with the newest transformers, peft and trl, whatever constraints.txt says
@@ -12,9 +12,10 @@ BIN := .venv/bin
 DEMO_MODEL := examples/SmolLM2-135M-Instruct.gguf
 DEMO_POOL := examples/medquad/first-1000.jsonl
 
-PART := ends input layouts models
+PART := ends input layouts processes models
 SOAK_ends := tests/test_ends.py tests/test_kills.py tests/test_workers.py tests/test_ray.py
 SOAK_input := tests/test_bad_input.py tests/test_right_text.py
+SOAK_processes := tests/test_apart.py
 SOAK_models := tests/test_architectures.py
 SOAK_layouts := tests/test_gradnorm.py tests/test_finetune.py tests/test_prefix.py tests/test_draft.py
 

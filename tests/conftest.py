@@ -19,6 +19,13 @@ def pytest_collection_finish():
     os.fsync = lambda file: None
 
 
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    """What earlier files' tests imported is no garbage either: each collection would look at all of it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def family(tmp_path_factory):
     """A folder with a draft and a target of one family."""

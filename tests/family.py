@@ -1,6 +1,7 @@
 """A family of tiny models on disk, tokenizer and chat template included, and a pool file for them."""
 
 import contextlib
+import gc
 import json
 import logging
 import multiprocessing
@@ -122,6 +123,7 @@ def start(
     def work():
         import staff
 
+        gc.freeze()  # a collection would write to every page that is shared with the parent
         models = {"target": str(family / "target"), "draft": str(family / "draft")}
         if before:
             before()
@@ -168,6 +170,7 @@ def run_staff(*arguments, cwd: Path | None = None, given: str = "") -> subproces
         def work():
             from staff import cli
 
+            gc.freeze()
             os.dup2(stdin.fileno(), 0)
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from staff.comparison.grid import read_comparison
+from staff.data import kinds
 from staff.data.rows import read
 
 GOOD = b'{"prompt": "p", "response": "r"}\n'
@@ -607,23 +608,23 @@ def test_a_broken_quotation_mark_ends_the_reading_of_csv_even_with_skip(broken, 
     assert said(path, on_bad_row="skip").startswith(f"{path}: row 1 (line 3) ")
 
 
-def test_a_small_gzipped_file_that_unpacks_to_a_large_one_is_refused_with_a_way_round(tmp_path):
+def test_a_small_gzipped_file_that_unpacks_to_a_large_one_is_refused_with_a_way_round(tmp_path, monkeypatch):
+    assert kinds.UNPACKED_AT_LEAST == 8 << 20
+    monkeypatch.setattr(kinds, "UNPACKED_AT_LEAST", 1 << 19)
     for name, data in (
-        ("a.jsonl.gz", b'{"x": "' + b"a" * 20_000_000),
-        ("b.jsonl.gz", b'{"prompt": "p", "response": "r"}\n' * 600_000),
-        ("a.json.gz", b"[" + b"[]," * 7_000_000),
-        ("a.csv.gz", b"prompt,response\n" + b"a,b\n" * 5_000_000),
+        ("a.jsonl.gz", b'{"x": "' + b"a" * 1_250_000),
+        ("b.jsonl.gz", b'{"prompt": "p", "response": "r"}\n' * 40_000),
+        ("a.json.gz", b"[" + b"[]," * 450_000),
+        ("a.csv.gz", b"prompt,response\n" + b"a,b\n" * 320_000),
     ):
         path = write(tmp_path, name, gzip.compress(data))
         message = said(path)
         assert message.startswith(f"{path} unpacks to more than 100 times its size, "), message
         assert message.endswith("raise --max-unpacked, or unpack it with gunzip")
-    assert (
-        len(read(write(tmp_path, "d.jsonl.gz", gzip.compress(GOOD * 600_000)), max_unpacked=10_000))
-        == 600_000
-    )
-    text = write(tmp_path, "c.jsonl.gz", gzip.compress(GOOD * 200_000, 1))
-    assert len(read(text)) == 200_000, "6 MB are no danger, however well they are packed"
+    large = write(tmp_path, "d.jsonl.gz", gzip.compress(GOOD * 40_000))
+    assert len(read(large, max_unpacked=10_000)) == 40_000
+    small = write(tmp_path, "c.jsonl.gz", gzip.compress(GOOD * 12_000, 1))
+    assert len(read(small)) == 12_000, "so little is no danger, however well it is packed"
 
 
 # ---- names ----

@@ -49,7 +49,7 @@ def commands(page, marked=False):
 @pytest.fixture(scope="module")
 def folder(family, tmp_path_factory):
     place = tmp_path_factory.mktemp("docs")
-    for name, n in (("train", 60), ("test", 2), ("validation", 4)):
+    for name, n in (("train", 40), ("test", 2), ("validation", 4)):
         rows = [{**row, "source": "ab"[i % 2]} for i, row in enumerate(make_rows(n))]
         (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return place

@@ -82,6 +82,12 @@ def unfinish(output):
     (output / "work" / "selection.npz").unlink()
 
 
+def tuned(whole, output):
+    """A run as if it had been killed once its draft was tuned."""
+    made_later = shutil.ignore_patterns("scores-*", "selection.npz", "manifest.json")
+    return Path(shutil.copytree(whole[0] / "x", output, ignore=made_later))
+
+
 def one(output, pattern):
     (found,) = (output / "work").glob(pattern)
     return found
@@ -542,20 +548,17 @@ def test_out_of_memory_halves_the_budget_which_is_written_down_said_and_kept_by_
             "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
         ),
     )
-    assert finish(*start(data, tmp_path / "a", family, before=short(130), checkpoint_seconds=60)) is None
-    log = (tmp_path / "a" / "work" / "log.txt").read_text()
+    a, b = (tuned(whole, tmp_path / name) for name in "ab")
+    assert finish(*start(data, a, family, before=short(130))) is None
+    log = (a / "work" / "log.txt").read_text()
     assert re.search(r"out of memory: shard 0 is scored in batches of \d+ tokens at most, not 512", log)
     assert log.count("out of memory") > 2  # more than once for the draft, and for the target
-    short_of = {"before": short(130, allocator), "checkpoint_seconds": 60}
-    killed_at("verify on the target", 1, data, tmp_path / "b", family, **short_of)
-    for ledger in (tmp_path / "b" / "work").glob("scores-*/ledger-0*.npz"):
-        ledger.unlink()
-    for scores in (tmp_path / "b" / "work").glob("scores-*/scores.npz"):
+    killed_at("verify on the target", 1, data, b, family, before=short(130, allocator))
+    for scores in (*b.glob("work/scores-*/ledger-0*.npz"), *b.glob("work/scores-*/scores.npz")):
         scores.unlink()
-    assert (
-        finish(*start(data, tmp_path / "b", family)) is None
-    )  # memory is plenty now: the budgets stay as they were written down
-    assert results(tmp_path / "a") == results(tmp_path / "b")
+    # memory is plenty now: the budgets stay as they were written down
+    assert finish(*start(data, b, family)) is None
+    assert results(a) == results(b)
 
 
 def test_gradients_against_validation_rows_halve_their_batches_and_go_on_where_they_were_killed(
@@ -565,9 +568,10 @@ def test_gradients_against_validation_rows_halve_their_batches_and_go_on_where_t
     settings = {
         "method": "less",
         "validation": str(write_pool(tmp_path / "wanted.jsonl", 4)),
-        "checkpoint_seconds": 60,
+        "update": True,
     }
     data, piece = whole[0] / "pool.jsonl", "work/similarity-*/{}"
+    tuned(whole, tmp_path / "a"), tuned(whole, tmp_path / "b")
     assert finish(*start(data, tmp_path / "a", family, before=short(130), **settings)) is None
     assert (
         "out of memory: shard 0 is scored in batches of" in (tmp_path / "a" / "work" / "log.txt").read_text()

@@ -100,6 +100,7 @@ def in_a_fork(work, *arguments, before=()):
     """A process that does a piece of work, its files cut into several shards; not waited for."""
 
     def begin():
+        gc.freeze()
         shards.SHARD, evaluate.ROWS_A_SHARD = 16, 16
         for step in before:
             step()

@@ -1,5 +1,6 @@
 """Workers: the same bytes whoever makes a shard, and whatever ends one of them."""
 
+import gc
 import json
 import logging
 import multiprocessing
@@ -40,6 +41,7 @@ class Forked:
 
     def __init__(self, path, name, rank, count, threads):
         def begin():
+            gc.freeze()
             logging.getLogger("staff").handlers.clear()  # the driver's log
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count)}
             if Forked.faults:
