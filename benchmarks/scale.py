@@ -48,11 +48,12 @@ def make_inputs(folder: Path, rows: int, width: int, words: int) -> None:
         folder / "m"
     )
     made.save_pretrained(folder / "m")
-    rng = np.random.default_rng(0)
+    rng, lines = np.random.default_rng(0), []
+    for _ in range(1000):
+        told = [" ".join(rng.choice(WORDS, rng.integers(words // 2, words))) for _ in range(2)]
+        lines.append(json.dumps({"prompt": told[0], "response": told[1]}) + "\n")
     with open(folder / "pool.jsonl", "w") as file:
-        for _ in range(rows):
-            told = [" ".join(rng.choice(WORDS, rng.integers(words // 2, words))) for _ in range(2)]
-            file.write(json.dumps({"prompt": told[0], "response": told[1]}) + "\n")
+        file.writelines(lines[row % len(lines)] for row in range(rows))
 
 
 def rate(folder: Path, **settings) -> float:

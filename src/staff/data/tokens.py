@@ -108,10 +108,18 @@ class Pool:
         mask[0] = False
         return mask
 
-    def response_tokens(self) -> np.ndarray:
-        """(n,) int64 tokens of each sample that the loss is taken on."""
-        counted = np.concatenate([[0], np.cumsum(self.is_response)])
-        return np.diff(counted[self.offsets]) - self.is_response[self.offsets[:-1]]
+    def response_tokens(self, positions: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+        """(n,) int64 tokens of each sample that the loss is taken on; or (k,) of those at some positions,
+        without a look at the others."""
+        if positions is not None:
+            return np.array([np.count_nonzero(self.response(i)) for i in positions], np.int64)
+        counted = np.zeros(len(self), np.int64)
+        filled = np.flatnonzero(self.lengths)
+        starts = self.offsets[filled]
+        if len(starts):
+            counted[filled] = np.add.reduceat(self.is_response, starts, dtype=np.int64)
+            counted[filled] -= self.is_response[starts]
+        return counted
 
 
 @dataclass(frozen=True)

@@ -399,7 +399,7 @@ def _part_of_step(
     if not own:  # a last step of fewer samples than processes: one that counts nothing
         step["weight"] = torch.zeros(len(step["response_ids"]))
     return step | {
-        "counted": int(pool.response_tokens()[list(places)].sum()),
+        "counted": int(pool.response_tokens(places).sum()),
         "tokens": int(pool.lengths[list(places)].sum()),
     }
 

@@ -282,7 +282,7 @@ class Pieces:
                 load.without_weights(source, engine.trust_remote_code) if is_apart else self._load(spec.base)
             )
             model = drafts.cut(model, *cut) if is_apart and cut else model
-            tokens, response = pool.lengths[positions].sum(), pool.response_tokens()[positions].sum()
+            tokens, response = pool.lengths[positions].sum(), pool.response_tokens(positions).sum()
             flops = load.measure(model).training_flops(int(tokens), int(response)) * spec.epochs
             numbers = {
                 "samples": num_samples * spec.epochs,
@@ -724,7 +724,8 @@ class Pieces:
     def _spend_pass(
         self, stage: Stage, name: str, pool: Pool, positions: np.ndarray, seconds: float, once: str
     ) -> None:
-        tokens, response = int(pool.lengths[positions].sum()), int(pool.response_tokens()[positions].sum())
+        tokens = int(pool.lengths[positions].sum())
+        response = int(pool.response_tokens(positions).sum())
         size = self._size(name)
         flops = size.scoring_flops(tokens, response, self.config.scoring.scope)
         if stage.kind == "states":  # forward alone, and not through the head
