@@ -117,7 +117,7 @@ def test_what_is_missing_or_wrong_is_said_before_any_work(files, settings, messa
 def test_a_try_out_has_the_coresets_that_would_be_selected(files, family):
     asked = {"budget_tokens": 900, "pruning_rate": [], "option": ["part=bottom"], "validation": None}
     own = config(files, family, **asked, ways=["length"])
-    plan = Tries(("random", "length"), (2,), full=False, steps=1, predicted={})
+    plan = Tries(("random", "length"), on_draft=False, rounds=(2,), full=False, steps=1, predicted={})
     compared = tryout._comparison(own, plan, files / "few.jsonl", files / "few.jsonl", files / "tries")
     chosen = select_config(compared, compared.tasks["tryout"], "length", 42, str(files / "tried"))
     methods = {name: variant.method for name, variant in compared.variants.items()}
@@ -126,6 +126,31 @@ def test_a_try_out_has_the_coresets_that_would_be_selected(files, family):
     assert tried["length"].indices.tolist() == alone.indices.tolist()
     assert 600 < alone.manifest["kept_tokens"] <= 900
     assert settled(own, {"chosen": "dedup"}).option == ()
+
+
+def test_a_round_on_the_draft_takes_the_place_of_the_first_on_the_target(files):
+    ways, own = (
+        ("random", "dedup", "length", "coverage", "rds"),
+        config(files, try_cost=1.0, answer_tokens=10),
+    )
+    plan = plan_tries(own, ways, 4_000, 0.5, 50, {"passes": 1.0}, 0.1, on_draft=True)
+    assert (plan.ways, plan.on_draft, plan.rounds[:2], plan.full) == (ways, True, (3, 2), True)
+    cells = 2 * (sum(plan.rounds) + 1 + 0.1 * 5)  # the draft's are a tenth each
+    assert plan.predicted["training"] == pytest.approx(cells * plan.steps * 16 / 4_000)
+    row = 50 / 4_000 * (2 + 10 / 200)
+    assert plan.predicted["judging"] == pytest.approx((cells + 1.1) * row)
+    without = plan_tries(own, ways, 4_000, 0.5, 50, {"passes": 1.0}, 0.1, on_draft=False)
+    assert (without.on_draft, without.rounds[0]) == (False, len(without.ways))
+    assert not plan_tries(own, ways[:2], 4_000, 0.5, 50, None, 0.1, on_draft=True).on_draft
+
+
+def test_a_draft_is_faithful_by_the_judging_rows_that_both_models_answered():
+    losses = np.random.default_rng(0).normal(size=60)
+    draft = {"row": [*range(60)], "loss": [*losses]}
+    target = {"row": [*range(1, 60)], "loss": [*(losses[1:] ** 3)]}
+    assert tryout._fidelity(draft, target)[1] > 0.9
+    assert tryout._fidelity(draft, {**target, "loss": [*losses[:59]]})[1] < 0.6
+    assert tryout._fidelity(draft, {"row": [3, 4], "loss": [1.0, 2.0]}) is None
 
 
 def judge_by(folder, code):
@@ -246,3 +271,44 @@ def test_too_small_a_cost_is_said_and_random_is_the_answer(files, family):
     assert run.manifest["method"] == "random"
     (reason,) = json.loads((files / "x" / "tryout.json").read_text())["reasons"]
     assert "less than two seeds of two ways take" in reason
+
+
+def test_the_draft_gives_up_the_worse_half_first_and_a_killed_try_out_goes_on(files, family, monkeypatch):
+    from staff import jobs, pipeline
+
+    monkeypatch.setattr(tryout, "PAIR", 1)
+    monkeypatch.setattr(tryout, "_fidelity", lambda *_: (0.9, 0.8, 0.95))
+    trying = {"ways": ["length", "dedup"], "try_cost": 8.0, "full_epochs": 0.4, "metric": "loss"}
+    own = config(files, family, **trying)
+    tuned, selected = [], []
+
+    def finetune(config, **how):
+        if len(tuned) == 4:
+            tuned.append(None)
+            raise ZeroDivisionError
+        tuned.append(config)
+        return real(config, **how)
+
+    def select(config, **how):
+        selected.append(config.output)
+        return chosen(config, **how)
+
+    real, chosen = jobs.finetune, pipeline.select
+    monkeypatch.setattr(jobs, "finetune", finetune)
+    monkeypatch.setattr(pipeline, "select", select)
+    with pytest.raises(ZeroDivisionError):
+        try_ways(own)
+    selected.clear()
+    about = try_ways(own)
+    assert len(selected) == len(set(selected))  # no coreset is chosen again for the target
+    on_draft = [made for made in tuned if made and made.model == str(family / "draft")]
+    assert [made.data[0].partition("/x/")[2].split("/")[0] for made in on_draft] == ["tryouts"] * 3
+    first, *others = about["draft"]["ways"]
+    assert (first["way"], {row["way"] for row in others}) == ("random", {"length", "dedup"})
+    best = max(others, key=lambda row: row["margin"])["way"]
+    assert [row["way"] for row in about["ways"]] == ["random", best]
+    assert about["predicted"]["training"] < about["counted"]["training"] * 3
+    assert any("on the draft (Spearman 0.90" in reason for reason in about["reasons"])
+    assert f"draft, {best}" in tryout.describe_tries(about, "x")
+    monkeypatch.setattr(jobs, "finetune", None)
+    assert try_ways(own) == about

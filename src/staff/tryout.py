@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from staff import files
-from staff.comparison.evaluate import read_examples
-from staff.comparison.grid import FULL, UNTOUCHED, Cell, Comparison, Task, Variant
-from staff.comparison.run import WHERE, Figures, compare, finished_cells
+from staff.comparison.evaluate import evaluate, read_examples
+from staff.comparison.grid import FULL, UNTOUCHED, Cell, Comparison, Task, Variant, select_config
+from staff.comparison.run import WHERE, Figures, choose, compare, finished_cells, selection_cost
 from staff.comparison.statistics import paired_margin
 from staff.comparison.tables import LOWER
 from staff.config import (
@@ -30,6 +30,7 @@ from staff.config import (
     Trying,
     check_whole,
     flat,
+    from_mapping,
     meant,
     names_of,
     unnamed,
@@ -39,8 +40,11 @@ from staff.data.duplicates import digest_of, words_of
 from staff.data.rows import Rows
 from staff.diagnosis import SIGNS, diagnose, tokens_of
 from staff.methods import METHODS
+from staff.methods.fidelity import USABLE, Estimate, fidelity, within
+from staff.models.families import self_blocks
 from staff.pipeline import QUERY, given_options
 from staff.planning import finetuning_passes
+from staff.runs.outputs import Run
 from staff.types import AGAINST_VALIDATION, Progress
 
 logger = logging.getLogger(__name__)
@@ -75,7 +79,8 @@ class Tries:
 
     Attributes:
         ways: candidates, random first, in the order in which they are given up where they are too many.
-        rounds: how many ways each round has; every round adds PAIR seeds to those before it.
+        on_draft: does a first round fine-tune the draft on every way's coreset?
+        rounds: how many ways each round on the target has; every one adds PAIR seeds to those before it.
         full: is the model of PAIR seeds of the full data beside them?
         steps: of each fine-tuning.
         predicted: what looking, choosing, training and judging take, in scoring passes of the target over the
@@ -83,6 +88,7 @@ class Tries:
     """
 
     ways: tuple[str, ...]
+    on_draft: bool
     rounds: tuple[int, ...]
     full: bool
     steps: int
@@ -95,12 +101,14 @@ def try_ways(
     """Find out which way of choosing to take, or go on where that was cut off.
 
     Leaves, in config.output, diagnosis.json, query.jsonl and judge.jsonl (halves of the validation rows),
-    tryouts/ (a comparison's folder: results.csv, a row a fine-tuning), tryout.csv and tryout.json.
+    tryouts/ (a comparison's folder: results.csv, a row a fine-tuning), tryouts-draft/ (such a one of the
+    draft), untouched/ (answers of the models as they come), tryout.csv and tryout.json.
 
     Returns:
         what tryout.json holds: chosen, reasons (sentences), ways (a row each: way, seeds, mean, margin to
-        random, error, loss_margin, passes), full (such a row of the full data, or None), untouched, metric,
-        steps; predicted and counted, each with looking, choosing, training, judging, passes and share.
+        random, error, loss_margin, passes), full (such a row of the full data, or None), draft (None, or
+        fidelity, Spearman's correlation with its interval, and ways as above), untouched, metric, steps;
+        predicted and counted, each with looking, choosing, training, judging, passes and share.
 
     Raises:
         ValueError: something that the user can mend.
@@ -122,8 +130,24 @@ def try_ways(
     _options(config, ways)
     num_judges = len(reading.read(judges, **_plain_reading(config)))
     sizes = len(pool), share, num_judges, found, _relative_cost(config)
-    plan = plan_tries(config, ways, *sizes)
+    is_cut = self_blocks(config.draft) is not None
+    plan = plan_tries(config, ways, *sizes, on_draft=True if config.draft and not is_cut else None)
     about: dict[str, Any] = {"metric": config.trying.metric_command or config.trying.metric, "ways": []}
+    about["draft"] = None
+    reasons, untouched = [], output / "untouched"
+    if plan and plan.on_draft:
+        models = {"draft": str(config.draft), "target": config.target}
+        losses = [_untouched(config, judges, models[name], untouched / name, on_progress) for name in models]
+        faith = _fidelity(*losses)
+        about["draft"] = {"fidelity": faith and [*faith], "ways": []}
+        if faith is None or faith[1] < USABLE:
+            plan = plan_tries(config, ways, *sizes, on_draft=False)
+            shown = f"Spearman {within(faith)}" if faith else "too few rows, or all alike"
+            reasons = [
+                f"no round on the draft: it may rank the judging rows otherwise than the target ({shown})"
+            ]
+    elif is_cut and len(ways) > 2:
+        reasons = [f"no round on the draft: {config.draft} is no model of its own to fine-tune"]
     if plan is None:
         least = _least(config, ways, *sizes)
         reason = (
@@ -135,31 +159,44 @@ def try_ways(
     logger.warning(
         "trying %s in %d fine-tunings of %d steps: %.2f passes of the target, %.0f %% of a full fine-tuning",
         ", ".join(plan.ways),
-        (sum(plan.rounds) + plan.full) * PAIR,
+        (sum(plan.rounds) + plan.full + plan.on_draft * len(plan.ways)) * PAIR,
         plan.steps,
         plan.predicted["passes"],
         100 * plan.predicted["share"],
     )
     comparison = _comparison(config, plan, judges, queries, output / "tryouts")
-    left = list(plan.ways)
-    seeds: tuple[int, ...] = ()
-    judge = partial(_values, config, comparison.output)
-    for number in range(len(plan.rounds)):
-        seeds = tuple((config.seed * 100 + i) % 2**32 for i in range(PAIR * (number + 1)))
+    seeds = tuple((config.seed * 100 + i) % 2**32 for i in range(PAIR * len(plan.rounds)))
+    how: dict[str, Any] = {"update": update, "on_progress": on_progress}
+    _untouched(config, judges, config.target, untouched / "target", on_progress)
+    left, coresets = list(plan.ways), dict[Cell, Run]()
+    runs: dict[str, list[Run]] = {}
+    on_draft = partial(_draft_cell, output / "tryouts-draft")
+    if plan.on_draft:
+        runs, coresets = choose(dataclasses.replace(comparison, seeds=seeds[:PAIR]), **how)
+        _tune_draft(config, comparison, coresets, output / "tryouts-draft", how)
+        rows = [_row(partial(_values, config, on_draft), way, seeds[:PAIR]) for way in left]
+        about["draft"]["ways"] = rows
+        left = _better(rows, plan.rounds[0])
+        gone = ", ".join(way for way in plan.ways if way not in left)
+        reasons = [f"on the draft (Spearman {within(about['draft']['fidelity'])}) {gone} came last"]
+    judge = partial(_values, config, partial(_target_cell, config, comparison.output))
+    for number, count in enumerate(plan.rounds):
+        own = seeds[: PAIR * (number + 1)]
+        if number:
+            left = _better([_row(judge, way, own[:-PAIR]) for way in left], count)
         some = {way: comparison.variants[way] for way in left}
-        compare(
-            dataclasses.replace(comparison, variants=some, seeds=seeds, full=plan.full and not number),
-            update=update,
-            on_progress=on_progress,
-        )
-        margins = {way: judge(way, seeds) - judge(RANDOM, seeds) for way in left if way != RANDOM}
-        if number + 1 < len(plan.rounds):
-            best = sorted(margins, key=lambda way: -float(margins[way].mean()))
-            left = [RANDOM, *best[: plan.rounds[number + 1] - 1]]
+        full = plan.full and not number
+        compare(dataclasses.replace(comparison, variants=some, seeds=own, full=full), runs=runs, **how)
     done, tokens = finished_cells(dataclasses.replace(comparison, seeds=seeds, full=plan.full))
     about |= {"steps": plan.steps, "predicted": plan.predicted}
-    about["counted"] = _counted(config, comparison.output, done, tokens, found)
-    about |= _decided(config, judge, comparison.output, plan, done, left)
+    drafts = [on_draft(cell.method, int(cell.seed or 0)) for cell in coresets]
+    others = [*drafts, untouched / "draft"] if about["draft"] else []
+    judged = {untouched / "target": 1.0, **dict.fromkeys(others, sizes[-1])}
+    tuned = [(files.read_checked(folder / "cell.json") or {})["figures"] for folder in drafts]
+    about["counted"] = _counted(config, comparison, found, done, tokens, coresets, tuned, judged)
+    about |= _decided(config, judge, plan, done, left)
+    about["untouched"] = float(_judged(config, untouched / "target").mean())
+    about["reasons"] += reasons
     if not plan.full:
         about["reasons"].append("--try-cost is too short for a model of the full data beside them")
     if about["chosen"] == RANDOM:
@@ -264,43 +301,85 @@ def _candidates(config: SelectConfig, signs: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys((RANDOM, *likely, *others)))
 
 
+def _untouched(
+    config: SelectConfig, judges: Path, model: str, folder: Path, on_progress: Progress | None
+) -> dict[str, list[Any]]:
+    """The judging rows as a model answers them as it comes; its losses among them."""
+    settings = {**_judging_settings(config), "data": [str(judges)], "model": model}
+    settings["output"] = str(folder / "scores.jsonl")
+    folder.mkdir(parents=True, exist_ok=True)
+    evaluate(from_mapping(EvaluateConfig, settings, "the try-out"), on_progress=on_progress)
+    return read_examples(folder / "scores.jsonl")
+
+
+def _fidelity(draft: Mapping[str, list[Any]], target: Mapping[str, list[Any]]) -> Estimate | None:
+    """Spearman's correlation of two models' losses on rows that stand for any number of their like; None
+    where there are too few."""
+    _, *places = np.intersect1d(draft["row"], target["row"], return_indices=True)
+    one, other = (np.array(of["loss"])[at] for of, at in zip((draft, target), places, strict=True))
+    many = 1000 * len(one)
+    return fidelity(np.zeros(len(one), np.int64), np.array([many]), many, one, other).spearman
+
+
+def _tune_draft(
+    config: SelectConfig,
+    comparison: Comparison,
+    coresets: Mapping[Cell, Run],
+    folder: Path,
+    how: Mapping[str, Any],
+) -> None:
+    """The draft fine-tuned on coresets and judged, a task each: it has no pool of its own to choose from."""
+    (task,) = comparison.tasks.values()
+    own = {name: value for name, value in task.finetune.items() if name not in WHERE}
+    for seed in dict.fromkeys(int(cell.seed or 0) for cell in coresets):
+        tasks = {}
+        for name, run in ((f"{c.method}-{seed}", run) for c, run in coresets.items() if c.seed == seed):
+            data = (str(run.path / "coreset.jsonl"),)
+            tasks[name] = dataclasses.replace(task, name=name, train=data, finetune=own, select={})
+        compare(Comparison(folder, str(config.draft), tasks, {}, (), (seed,), untouched=False), **how)
+
+
+def _draft_cell(folder: Path, way: str, seed: int) -> Path:
+    return folder / Cell(f"{way}-{seed}", FULL, None, seed).folder
+
+
+def _target_cell(config: SelectConfig, folder: Path, way: str, seed: int) -> Path:
+    return folder / Cell(NAME, way, None if way == FULL else _rate(config), seed).folder
+
+
+def _judging_settings(config: SelectConfig) -> dict[str, Any]:
+    told = {name: value for name, value in _given(config, EvaluateConfig).items() if name not in WHERE}
+    return {**told, "max_new_tokens": min(config.trying.answer_tokens, config.reading.max_length - 1)}
+
+
+def _given(config: SelectConfig, kind: type = SelectConfig) -> dict[str, Any]:
+    """Settings of selection, or of another stage, that are not as usual and that no comparison sets."""
+    usual = flat(SelectConfig())
+    own = {"data", "target", "method", "pruning_rate", "output", "seed", "validation", "push_to_hub"}
+    own |= {"option", "public", "license", "format", *names_of(Trying)}
+    there = names_of(kind).keys() - own
+    return {name: value for name, value in flat(config).items() if name in there and value != usual[name]}
+
+
 def _comparison(config: SelectConfig, plan: Tries, judges: Path, queries: Path, output: Path) -> Comparison:
     """The try-outs as a comparison of one task, whose test rows are the judging ones."""
-    usual = flat(SelectConfig())
-    own = {
-        "data",
-        "target",
-        "method",
-        "pruning_rate",
-        "output",
-        "seed",
-        "validation",
-        "push_to_hub",
-    }
-    own |= {"option", "public", "license", "format", *names_of(Trying)}
-    given = {name: value for name, value in flat(config).items() if name not in own and value != usual[name]}
-
-    def of(kind: type, **more: Any) -> dict[str, Any]:
-        return {name: value for name, value in given.items() if name in names_of(kind)} | more
-
     variants, options = {}, _options(config, _candidates(config, SIGNS))
     for way in plan.ways:
         settings = {name: value for name, value in WAYS.get(way, {}).items() if name != "method"}
         method = METHODS[_method_of(way)]
         fixed = {name: value for name, value in options.items() if name in method.options()}
         variants[way] = Variant(way, dataclasses.replace(method, fixed={**method.fixed, **fixed}), settings)
-    answer = min(config.trying.answer_tokens, config.reading.max_length - 1)
-    judging = {name: value for name, value in of(EvaluateConfig).items() if name not in WHERE}
     task = Task(
         NAME,
         tuple(config.data),
         (str(judges),),
-        select={**given, "validation": str(queries)},
-        finetune=of(FinetuneConfig, max_steps=plan.steps),
-        evaluate={**judging, "max_new_tokens": answer},
+        select={**_given(config), "validation": str(queries)},
+        finetune={**_given(config, FinetuneConfig), "max_steps": plan.steps},
+        evaluate=_judging_settings(config),
         metrics=tuple(dict.fromkeys((config.trying.metric, "loss"))),
     )
-    return Comparison(output, config.target, {NAME: task}, variants, (_rate(config),), (), full=False)
+    rates = (_rate(config),)
+    return Comparison(output, config.target, {NAME: task}, variants, rates, (), full=False, untouched=False)
 
 
 # ---- what it costs ----
@@ -358,10 +437,16 @@ def plan_tries(
     judges: int,
     found: Mapping[str, Any] | None = None,
     r: float = 0.0,
+    on_draft: bool | None = None,
 ) -> Tries | None:
     """What --try-cost buys: as many of the ways as it bears, at as many steps as the coreset's own training
     has at most, the full data beside them where that leaves the steps their least; None where it is less than
-    two seeds of two ways."""
+    two seeds of two ways.
+
+    Args:
+        on_draft: does the draft take the first round of more than two ways? None: it is not asked whether it
+            is faithful; else the untouched draft is judged for that.
+    """
     full = finetuning_passes(config.trying.full_epochs)
     fewest, most = _steps(config, n, share)
     judging, step = _judging(config, n, judges, found), 2 * config.training.batch_size / n
@@ -369,9 +454,12 @@ def plan_tries(
     for count in range(len(ways), 1, -1):
         some = tuple(ways[:count])
         parts["choosing"] = _selecting(some, r)
-        left = config.trying.try_cost * full - sum((parts["looking"], parts["choosing"], judging))
-        for rounds, beside in product(dict.fromkeys((rounds_of(count), (count,))), (True, False)):
-            cells = PAIR * (sum(rounds) + beside)
+        is_first = bool(on_draft) and count > 2
+        untouched = 1 + r * (is_first or on_draft is False)
+        left = config.trying.try_cost * full - parts["looking"] - parts["choosing"] - judging * untouched
+        most_ways = math.ceil(count / 2) if is_first else count
+        for rounds, beside in product(dict.fromkeys((rounds_of(most_ways), (most_ways,))), (True, False)):
+            cells = PAIR * (sum(rounds) + beside + r * count * is_first)
             steps = min(most, int((left / cells - judging) / step))
             if steps < fewest:
                 continue
@@ -381,8 +469,8 @@ def plan_tries(
                 if (cells + more) * (judging + steps * step) > left:
                     break
                 rounds, cells = (*rounds, 2), cells + more
-            parts |= {"training": cells * steps * step, "judging": judging * (cells + 1)}
-            return Tries(some, rounds, beside, steps, _summed(config, parts))
+            parts |= {"training": cells * steps * step, "judging": judging * (cells + untouched)}
+            return Tries(some, is_first, rounds, beside, steps, _summed(config, parts))
     return None
 
 
@@ -417,40 +505,52 @@ def _least(
 
 def _counted(
     config: SelectConfig,
-    folder: Path,
+    comparison: Comparison,
+    found: Mapping[str, Any] | None,
     done: Mapping[Cell, Figures],
     tokens: int,
-    found: Mapping[str, Any] | None,
+    coresets: Mapping[Cell, Run],
+    tuned: Iterable[Figures],
+    judged: Mapping[Path, float],
 ) -> dict[str, float]:
     """What the try-outs took, in U: the diagnosis, every way's choosing once, each fine-tuning, each judging
     by its tokens.
 
     Args:
+        done: fine-tunings of the target.
         tokens: of the pool.
+        coresets: that the draft was fine-tuned on.
+        tuned: what that took.
+        judged: folders of answers besides, each with the cost of a token in its model, the target's being 1.
     """
-    choosing: dict[str, float] = {}
-    looking = training = judging = 0.0
+    (task,) = comparison.tasks.values()
+    one_pass = next(f["finetune_flops"] / f["finetune_passes"] for f in done.values())
+    choosing = {cell.method: 0.0 for cell in (*done, *coresets)}
+    for cell, run in coresets.items():
+        chosen = select_config(comparison, task, cell.method, int(cell.seed or 0), str(run.path))
+        took = selection_cost(comparison.variants[cell.method].method, chosen, run)["flops"]
+        choosing[cell.method] = max(choosing[cell.method], took)
     for cell, figures in done.items():
-        choosing[cell.method] = max(choosing.get(cell.method, 0.0), figures.get("select_passes") or 0.0)
-        training += figures.get("finetune_passes") or 0.0
-        if found and figures.get("finetune_passes"):
-            looking = found["flops"] * figures["finetune_passes"] / figures["finetune_flops"]
-        examples = read_examples(folder / figures["folder"] / "scores.jsonl")
+        choosing[cell.method] = max(choosing[cell.method], figures["select_flops"])
+    judging = 0.0
+    for folder, weight in {**judged, **{comparison.output / f["folder"]: 1.0 for f in done.values()}}.items():
+        examples = read_examples(folder / "scores.jsonl")
         said = 2 * sum(examples["prompt_tokens"]) + 2 * sum(examples["answer_tokens"])
-        judging += said / tokens
-    parts = {"looking": looking, "choosing": sum(choosing.values())}
-    return _summed(config, {**parts, "training": training, "judging": judging})
+        judging += weight * said / tokens
+    flops = {"looking": found["flops"] if found else 0.0, "choosing": sum(choosing.values())}
+    flops["training"] = sum(figures["finetune_flops"] for figures in (*done.values(), *tuned))
+    parts = {name: value / one_pass for name, value in flops.items()}
+    return _summed(config, {**parts, "judging": judging})
 
 
 # ---- what came out ----
 
 
 def _values(
-    config: SelectConfig, folder: Path, way: str, seeds: Sequence[int], metric: str = ""
+    config: SelectConfig, cell_of: Callable[..., Path], way: str, seeds: Sequence[int], metric: str = ""
 ) -> np.ndarray:
     """(S, N) of a way, higher is better: a row a seed, a column a judging row."""
-    cells = [folder / Cell(NAME, way, None if way == FULL else _rate(config), seed).folder for seed in seeds]
-    return np.stack([_judged(config, cell, metric) for cell in cells])
+    return np.stack([_judged(config, cell_of(way, seed), metric) for seed in seeds])
 
 
 def _judged(config: SelectConfig, cell: Path, metric: str = "") -> np.ndarray:
@@ -526,33 +626,36 @@ def _best(table: Iterable[Mapping[str, Any]], left: Sequence[str]) -> Mapping[st
     return max(rows, key=lambda row: row["margin"])
 
 
+def _row(judge: Callable[..., np.ndarray], way: str, seeds: Sequence[int]) -> dict[str, Any]:
+    """A way beside random, over some seeds."""
+    own = judge(way, seeds)
+    margin, error = paired_margin(own - judge(RANDOM, seeds))
+    loss, _ = paired_margin(judge(way, seeds, "loss") - judge(RANDOM, seeds, "loss"))
+    row = {"way": way, "seeds": len(seeds), "mean": float(own.mean()), "margin": margin, "error": error}
+    return {**row, "low": margin - ERRORS * error, "high": margin + ERRORS * error, "loss_margin": loss}
+
+
+def _better(rows: Iterable[Mapping[str, Any]], count: int) -> list[str]:
+    """So many ways that go on, random among them whatever it did."""
+    others = sorted((row for row in rows if row["way"] != RANDOM), key=lambda row: -row["margin"])
+    return [RANDOM, *(row["way"] for row in others[: count - 1])]
+
+
 def _decided(
     config: SelectConfig,
     judge: Callable[..., np.ndarray],
-    folder: Path,
     plan: Tries,
     done: Mapping[Cell, Figures],
     left: Sequence[str],
 ) -> dict[str, Any]:
-    """The table, the choice and its reasons."""
+    """The table of what the target was fine-tuned on, the choice and its reasons."""
     table: list[dict[str, Any]] = []
-    for way in (*plan.ways, FULL) if plan.full else plan.ways:
-        seeds = [int(cell.seed or 0) for cell in done if cell.method == way]
-        own = judge(way, seeds)
-        margin, error = paired_margin(own - judge(RANDOM, seeds))
-        loss, _ = paired_margin(judge(way, seeds, "loss") - judge(RANDOM, seeds, "loss"))
-        passes = [figures.get("select_passes") or 0.0 for cell, figures in done.items() if cell.method == way]
-        row: dict[str, Any] = {
-            "way": way,
-            "seeds": len(seeds),
-            "mean": float(own.mean()),
-            "margin": margin,
-            "error": error,
-        }
-        low, high = margin - ERRORS * error, margin + ERRORS * error
-        table.append({**row, "low": low, "high": high, "loss_margin": loss, "passes": max(passes)})
+    for way in (*plan.ways, FULL):
+        of = {int(cell.seed or 0): figures for cell, figures in done.items() if cell.method == way}
+        if of:
+            passes = max(figures["select_passes"] for figures in of.values())
+            table.append({**_row(judge, way, list(of)), "passes": passes})
     full = table.pop() if plan.full else None
-    untouched = next(folder / f["folder"] for cell, f in done.items() if cell.method == UNTOUCHED)
     best = _best(table, left)
     shown = f"{best['way']} lies {best['margin']:+.3g} from random, {ERRORS:g} standard errors are "
     shown += f"{ERRORS * best['error']:.3g} ({best['seeds']} seeds)"
@@ -561,13 +664,7 @@ def _decided(
     reasons = [f"{shown}: {'take it' if is_above else 'random'}"]
     if config.trying.metric == "loss" and not config.trying.metric_command:
         reasons.append("judged by loss: across methods it hardly goes with a task's own metric (--metric)")
-    return {
-        "chosen": chosen,
-        "reasons": reasons,
-        "ways": table,
-        "full": full,
-        "untouched": float(_judged(config, untouched).mean()),
-    }
+    return {"chosen": chosen, "reasons": reasons, "ways": table, "full": full}
 
 
 def _larger(config: SelectConfig, about: Mapping[str, Any], left: Sequence[str]) -> list[str]:
@@ -602,6 +699,9 @@ def describe_tries(about: Mapping[str, Any], output: str) -> str:
                 f"{row['low']:+.3f} to {row['high']:+.3f}{row['loss_margin']:+12.3f}{row['passes']:10.2f}"
             )
         lines.append(f"{UNTOUCHED:24}{about['untouched']:14.3f}")
+        for row in about["draft"]["ways"] if about["draft"] else []:
+            name, between = f"draft, {row['way']}", f"{row['low']:+.3f} to {row['high']:+.3f}"
+            lines.append(f"{name:18}{row['seeds']:6}{row['mean']:14.3f}{row['margin']:+11.3f}  {between}")
         took, thought = about["counted"], about["predicted"]
         lines += [
             "",

@@ -105,6 +105,7 @@ def compare(
     update: bool = False,
     on_progress: Progress | None = None,
     beside: Sequence[Sequence[str]] = (),
+    runs: dict[str, list[Run]] | None = None,
 ) -> Path:
     """Work through the grid, or through what is left of it; several processes may do so at once.
 
@@ -117,6 +118,7 @@ def compare(
             longer fits.
         on_progress: called with (stage, done, in all).
         beside: commands that work through the same folder at the same time; ended with this one.
+        runs: selections that were made before, of `choose`.
 
     Returns:
         results.csv.
@@ -129,14 +131,10 @@ def compare(
     metrics.judge_answers(["a word"], ["a word"])  # what is missing is known before the first cell
     check_mark(comparison.output, KIND)
     with failures_are_said(comparison.output), contextlib.ExitStack() as stack:
-        mark(comparison.output, KIND)
-        clear_asides(comparison.output.rglob(".*"), alone=False)
-        _begin(comparison, update)
-        with hold(comparison.output / "locks" / "target", wait=True):
-            grid = _open(comparison)
+        grid = _opened(comparison, update)
         stack.enter_context(_at_work(beside))
         finished: dict[Cell, Figures] = {}
-        runs: dict[str, list[Run]] = {}  # selections that this process has looked at, by folder
+        runs = {} if runs is None else runs  # selections that this process has looked at, by folder
 
         def look() -> int:
             finished.update({c: f for c in cells if c not in finished and (f := _figures(grid, c))})
@@ -157,6 +155,34 @@ def compare(
             if not has_worked:
                 time.sleep(POLL_SECONDS)  # the rest is in other processes' hands
         return _write_results(grid, finished)
+
+
+def choose(
+    comparison: Comparison, *, update: bool = False, on_progress: Progress | None = None
+) -> tuple[dict[str, list[Run]], dict[Cell, Run]]:
+    """The coresets of a comparison, before anything is trained on them.
+
+    Returns:
+        all selection runs, for `compare`; and the one of each cell.
+    """
+    check_mark(comparison.output, KIND)
+    runs: dict[str, list[Run]] = {}
+    found: dict[Cell, Run] = {}
+    with failures_are_said(comparison.output):
+        grid = _opened(comparison, update)
+        for cell in (cell for cell in comparison.cells() if cell.method in comparison.variants):
+            while (run := _selection(grid, cell, runs, on_progress or (lambda *_: None))) is None:
+                time.sleep(POLL_SECONDS)
+            found[cell] = run
+    return runs, found
+
+
+def _opened(comparison: Comparison, update: bool) -> Grid:
+    mark(comparison.output, KIND)
+    clear_asides(comparison.output.rglob(".*"), alone=False)
+    _begin(comparison, update)
+    with hold(comparison.output / "locks" / "target", wait=True):
+        return _open(comparison)
 
 
 @contextlib.contextmanager
