@@ -27,6 +27,17 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_arrays_that_are_mapped_are_those_that_are_read(tmp_path):
+    arrays = {"ids": np.arange(999, dtype=np.int32), "none": np.zeros(0, np.int64), "two": np.ones((3, 4))}
+    files.write_arrays(tmp_path / "a.npz", {**arrays, "words": np.array(["a", "bcd"])})
+    read, mapped = files.read_arrays(tmp_path / "a.npz"), files.map_arrays(tmp_path / "a.npz")
+    assert {n: (a.dtype, a.tolist()) for n, a in mapped.items()} == {
+        n: (a.dtype, a.tolist()) for n, a in read.items()
+    }
+    assert isinstance(mapped["ids"], np.memmap)
+    assert files.map_arrays(tmp_path / "none.npz") is None
+
+
 def test_arrays_come_back_as_they_were_and_equal_arrays_make_equal_bytes(tmp_path):
     arrays = {"a": np.arange(5, dtype=np.float32), "b": np.array([True, False])}
     files.write_arrays(tmp_path / "1.npz", arrays)

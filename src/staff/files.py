@@ -259,6 +259,32 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
         return None
 
 
+def map_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """`read_arrays` without holding them: looked through once, then taken from the disk where they are used;
+    processes of one machine share what of it is in memory."""
+    if not path.exists():
+        return None
+    try:
+        with zipfile.ZipFile(path) as packed, open(path, "rb") as file:
+            if packed.testzip() is not None:
+                raise zipfile.BadZipFile
+            arrays = {}
+            for name in np.load(packed.open(f"{NAMES}.npy")).tolist():
+                file.seek(packed.getinfo(f"{name}.npy").header_offset)
+                file.seek(sum(struct.unpack("<26xHH", file.read(30))), os.SEEK_CUR)  # its name and what else
+                np.lib.format.read_magic(file)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                arrays[name] = (
+                    np.memmap(path, dtype, "r", file.tell(), shape)
+                    if np.prod(shape)
+                    else np.empty(shape, dtype)
+                )
+            return arrays
+    except DAMAGE:
+        logger.warning("%s is damaged; it is made again", path)
+        return None
+
+
 def fingerprint(key: Any) -> str:
     """12 hexadecimal digits of SHA-256 over a key's canonical JSON."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]

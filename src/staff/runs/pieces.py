@@ -94,8 +94,8 @@ class Numbered:
         return len(self.numbers)
 
 
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    arrays = files.read_arrays(path)
+def _mapped(path: Path) -> dict[str, np.ndarray]:
+    arrays = files.map_arrays(path)
     if arrays is None:
         raise ValueError(
             f"{path} is not there, or damaged: is the run's folder on a file system that is shared?"
@@ -210,6 +210,8 @@ class Pieces:
                 self._spend(Stage("tokenise"), time.monotonic() - began)
                 files.write_arrays(path, arrays)
             pool = self._pools[self._pool_id(name)] = Pool.from_arrays(arrays)
+                if self._has_workers():  # a driver looks at lengths alone
+                    arrays = files.map_arrays(path) or arrays
             self._dropped[self._pool_id(name)] = [place for place, _ in pool.dropped]
         return self._pools[self._pool_id(name)]
 
@@ -581,13 +583,13 @@ class Pieces:
                 f"weights, tokenizer or configuration differ. Give this machine the same ones"
             )
         inputs.update(offer["inputs"])
-        rows = _arrays(run.work / offer["rows"])
+        rows = _mapped(run.work / offer["rows"])
         pieces = cls(config, run, Numbered(rows["numbers"]), sources, inputs)
         before, now = ({**of.pop("versions"), **of} for of in (dict(offer["engine"]), dict(pieces._engine)))
         if changed := files.differences(before, now):
             raise ValueError(f"the driver's scores are made with others: {', '.join(changed)}")
         pieces._aside, name = offer["set_aside"], offer["of"]["model"]
-        pool = Pool.from_arrays(_arrays((run.work / offer["rows"]).with_name("tokens.npz")))
+        pool = Pool.from_arrays(_mapped((run.work / offer["rows"]).with_name("tokens.npz")))
         kept = rows["kept"]
         pieces._pools[pieces._pool_id(name)] = pool if len(kept) == len(pool) else pool.take(kept)
         return pieces
