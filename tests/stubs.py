@@ -8,10 +8,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from staff import files
-from staff.comparison import evaluate
 from staff.models import adapters, load
 from staff.models import finetune as training
-from staff.runs import pieces
+from staff.runs import answers, pieces
 from staff.scoring import selfcheck
 from staff.types import OF_ONE_PASS
 
@@ -80,4 +79,4 @@ def stand_in(put=setattr):
     put(load, "measure", lambda model: load.Size(1000, 500, 200))
     put(selfcheck, "check", lambda *_: {"positions": [0, 1], "tolerance": 0.0, "seconds": 0.1})
     put(adapters, "load_adapter", lambda model, path: model)
-    put(evaluate, "Answerer", Answerer)
+    put(answers, "Answerer", Answerer)

@@ -16,13 +16,13 @@ import torch
 from architectures import tiny_model
 from family import TEMPLATE, config_of, make_rows, make_tokenizer, run_staff
 from staff import jobs
-from staff.comparison import evaluate as evaluation
 from staff.comparison.evaluate import evaluate, read_examples, summary_path
 from staff.config import EvaluateConfig, FinetuneConfig
 from staff.data.rows import read
 from staff.data.samples import prompts_of
 from staff.data.tokens import tokenise
 from staff.models import load as models
+from staff.runs import answers
 
 SMALL = {"max_new_tokens": 12, "dtype": "float32"}
 
@@ -116,9 +116,9 @@ def test_the_summary_names_the_tokenisation_and_agrees_with_the_examples(finishe
 def test_a_finished_evaluation_is_taken_as_it_is_and_a_killed_one_begins_at_the_first_missing_shard(
     finished, family, data, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(evaluation, "ROWS_A_SHARD", 4)
+    monkeypatch.setattr(answers, "ROWS_A_SHARD", 4)
     asked = []
-    original = evaluation.Answerer.answer
+    original = answers.Answerer.answer
 
     def watch(self, prompts):
         if len(asked) == 2:
@@ -126,13 +126,13 @@ def test_a_finished_evaluation_is_taken_as_it_is_and_a_killed_one_begins_at_the_
         asked.append(len(prompts))
         return original(self, prompts)
 
-    monkeypatch.setattr(evaluation.Answerer, "answer", watch)
+    monkeypatch.setattr(answers.Answerer, "answer", watch)
     with pytest.raises(KeyboardInterrupt):
         answer(family, data, tmp_path / "x.jsonl")
     assert not (tmp_path / "x.jsonl").exists()
     seen = []
     monkeypatch.setattr(
-        evaluation.Answerer,
+        answers.Answerer,
         "answer",
         lambda self, prompts: seen.append(len(prompts)) or original(self, prompts),
     )
@@ -148,14 +148,14 @@ def test_a_finished_evaluation_is_taken_as_it_is_and_a_killed_one_begins_at_the_
 def test_less_memory_means_smaller_batches_and_the_same_answers(
     finished, family, data, tmp_path, monkeypatch
 ):
-    original = evaluation.Answerer._generate
+    original = answers.Answerer._generate
 
     def little(self, prompts, **asked):
         if len(prompts) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return original(self, prompts, **asked)
 
-    monkeypatch.setattr(evaluation.Answerer, "_generate", little)
+    monkeypatch.setattr(answers.Answerer, "_generate", little)
     answer(family, data, tmp_path / "x.jsonl")
     assert read_examples(tmp_path / "x.jsonl")["prediction"] == read_examples(finished[0])["prediction"]
 
@@ -354,8 +354,8 @@ def test_a_model_that_says_what_it_was_trained_on_gets_full_marks_whatever_its_t
         behind = max(map(len, asked)), max(map(len, said))
         return torch.tensor(np.array([np.pad(each, (behind[0], behind[1] - len(each))) for each in said]))
 
-    monkeypatch.setattr(evaluation.Answerer, "_generate", say)
-    monkeypatch.setattr(evaluation.Answerer, "_is_the_same", lambda *_: True)
+    monkeypatch.setattr(answers.Answerer, "_generate", say)
+    monkeypatch.setattr(answers.Answerer, "_is_the_same", lambda *_: True)
     summary = answer(tmp_path, given, tmp_path / "x.jsonl", max_new_tokens=100)
     assert {summary["metrics"][name] for name in ("exact", "rougeL")} == {100}
     said = read_examples(tmp_path / "x.jsonl")["prediction"]
@@ -391,7 +391,7 @@ def test_an_answer_is_that_of_the_prompt_alone_whatever_the_model_makes_of_paddi
     monkeypatch.setattr("staff.data.chat.control_tokens", lambda tokenizer: None)
     rng = np.random.default_rng(1)
     prompts = [rng.integers(3, 97, n).astype(np.int32) for n in (3, 17, 8, 5, 17, 26, 8, 11)]
-    answerer = evaluation.Answerer(tiny_model(kind).float(), Numbers(), 2, 6, 4096)
+    answerer = answers.Answerer(tiny_model(kind).float(), Numbers(), 2, 6, 4096)
     found = answerer.answer(prompts)["prediction"]
     assert found == [answerer.answer([prompt])["prediction"][0] for prompt in prompts]
     assert answerer.together == together

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 
 import staff
 from family import TEMPLATE, config_of, make_rows, make_tokenizer, write_pool
-from staff.comparison import evaluate as evaluation
 from staff.comparison.evaluate import evaluate, read_examples
 from staff.comparison.grid import FULL, UNTOUCHED, read_comparison
 from staff.comparison.run import compare
 from staff.config import EvaluateConfig
 from staff.models import load as models
+from staff.runs import answers
 
 SMALL = {"max_new_tokens": 6, "dtype": "float32"}
 COMPARISON = {
@@ -140,7 +140,7 @@ def test_a_killed_evaluation_of_a_gguf_file_does_not_unpack_it_again(folder, tmp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation.Answerer, "answer", stop)
+        patch.setattr(answers.Answerer, "answer", stop)
         with pytest.raises(KeyboardInterrupt):
             evaluate(config)
     load, loaded = models.load_model, []

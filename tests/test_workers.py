@@ -16,10 +16,12 @@ from pathlib import Path
 import pytest
 
 import staff
-from family import make_rows, run_staff, write_pool
+from family import config_of, make_rows, run_staff, write_pool
 from staff import files
+from staff.comparison.evaluate import evaluate
+from staff.config import EvaluateConfig
 from staff.models import adapters, load
-from staff.runs import crew, pieces, store, worker
+from staff.runs import answers, crew, pieces, store, worker
 from staff.runs.store import RunFolder
 from staff.scoring import scorer as scoring
 from staff.scoring import shards
@@ -47,7 +49,7 @@ class Forked:
             if Forked.faults:
                 Forked.faults(rank)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            worker.work(Path(path), {"pass": pieces.open_offer}, name, 60)
+            worker.work(Path(path), pieces.OPENERS, name, 60)
             os._exit(0)
 
         self.process = FORK.Process(target=begin)
@@ -139,6 +141,51 @@ def test_features_prompts_snapshots_and_validation_go_through_workers_too(data, 
         "site_means.npz",
         "indices.npy",
     }
+
+
+def answered(data, family, output, **settings):
+    """The bytes that `staff evaluate` leaves, and the figures of its summary."""
+    named = {"data": (str(data.parent / "asked.jsonl"),), "model": str(family / "target")}
+    plain = {"output": str(output), "max_new_tokens": 6, "dtype": "float32", "threads": 1}
+    found = evaluate(config_of(EvaluateConfig, **{**named, **plain, **settings}))
+    return output.read_bytes(), {name: found[name] for name in ("metrics", "loss", "settings", "made_of")}
+
+
+def test_answers_come_from_workers_too_whose_failure_is_told_and_the_rest_kept(
+    data, family, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(answers, "ROWS_A_SHARD", 4)
+    rows = make_rows(13)
+    rows[5]["prompt"] = "Say \0 and nothing else, at length"
+    (data.parent / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one = answered(data, family, tmp_path / "one.jsonl")
+    assert answered(data, family, tmp_path / "two.jsonl", workers=2) == one
+
+    def fails(rank):
+        plain = answers.Answerer.losses
+
+        def losses(self, pool, positions):
+            if 5 in positions:
+                raise ValueError("row 5 is cursed")
+            return plain(self, pool, positions)
+
+        answers.Answerer.losses = losses
+
+    monkeypatch.setattr(Forked, "faults", fails)
+    with pytest.raises(ValueError, match=r"^shard 0 failed on \S+, process \d+: row 5 is cursed$"):
+        answered(data, family, tmp_path / "x.jsonl", workers=2)
+    kept = list(tmp_path.glob("x.unfinished/work/answers-*/shard-*.npz"))
+    assert len(kept) == 3
+    monkeypatch.setattr(Forked, "faults", None)
+    made = []
+    monkeypatch.setattr(answers.Answerer, "__init__", watched(answers.Answerer.__init__, made))
+    assert answered(data, family, tmp_path / "x.jsonl") == one
+    assert len(made) == 1
+    assert not (tmp_path / "x.unfinished").exists()
+
+
+def watched(call, made):
+    return lambda *given: made.append(given) or call(*given)
 
 
 # ---- what ends a worker ----

@@ -231,7 +231,7 @@ def worker(arguments: Sequence[str]) -> None:
     from staff.runs import pieces
     from staff.runs import worker as working
 
-    working.work(Path(given.run), {"pass": pieces.open_offer}, given.name, given.wait)
+    working.work(Path(given.run), pieces.OPENERS, given.name, given.wait)
 
 
 def inspect(arguments: Sequence[str]) -> None:

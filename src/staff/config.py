@@ -165,7 +165,7 @@ class Spread(_Checked):
     """Who does what is done sample by sample."""
 
     workers: Count | None = None
-    """Processes that score side by side: one a GPU, else the cores shared out; left out, this one alone."""
+    """Processes that work side by side: one a GPU, else the cores shared out; left out, this one alone."""
     threads: Count | None = None
     """CPU threads of each: the same number gives the same bytes, however many workers there are."""
     engine: Literal["local", "files", "ray"] = "local"
@@ -550,9 +550,12 @@ class EvaluateConfig(_Checked):
     """Padded tokens of a batch at most, those of the answers included."""
     reading: Reading = Reading()
     engine: Engine = Engine()
+    spread: Spread = Spread()
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.spread.device_map:
+            raise ValueError("--device-map is for scoring: a model that answers lies on its device whole")
         length = self.reading.max_length
         if self.max_new_tokens >= length:
             why = f"leaves no room for a prompt in --max-length {length}: lower the one or raise the other"

@@ -152,7 +152,7 @@ class FinetuneSettings(ReadingSettings, TrainingSettings, EngineSettings, Launch
     seed: int
 
 
-class EvaluateSettings(ReadingSettings, EngineSettings, total=False):
+class EvaluateSettings(ReadingSettings, EngineSettings, SpreadSettings, total=False):
     """What `staff evaluate` takes as flags."""
 
     max_new_tokens: int

@@ -6,8 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +20,13 @@ from staff.files import (
     check_outputs,
     fingerprint,
     hash_file,
-    read_checked,
     remove,
-    write_checked,
     write_json,
     write_whole,
 )
-from staff.models.answering import Answerer, said_by
+from staff.models.answering import said_by
 from staff.runs import account
-from staff.runs.store import RunFolder, open_run
+from staff.runs.store import content_of, open_run
 from staff.types import Progress, Stage
 
 if TYPE_CHECKING:
@@ -38,12 +35,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# examples whose answers are written together: a resumed one begins at the first missing shard
-ROWS_A_SHARD = 128
-ANSWERING = 3  # raised when the same inputs would give other answers than before
 JUDGED_WITH = ("torch", "transformers", "rouge-score", "sacrebleu")
 # known by content, or of no consequence
-NO_MATTER = ("data", "model", "output", "device", "trust_remote_code")
+NO_MATTER = {"data", "model", "output", "device", "trust_remote_code"}
+NO_MATTER |= {"workers", "engine", "ray_address", "worker_timeout", "device_map", "max_memory"}
 
 
 def evaluate(
@@ -71,9 +66,11 @@ def evaluate(
         cure = "name a file that ends in .jsonl or .parquet"
         raise ValueError(f"--output {output}: the scores are written a row an example; {cure}")
     from staff.data.chat import template_of
+    from staff.data.samples import prompts_of
     from staff.data.tokens import in_common, tokenise
     from staff.models import load as models
     from staff.models.files import tokenizer_fingerprint, with_date
+    from staff.runs import answers
 
     metrics.judge_answers(["a word"], ["a word"])  # a package that is missing is known before the work
     source = models.resolve(config.model, "--model")
@@ -82,8 +79,7 @@ def evaluate(
     for number, example in zip(rows.numbers, examples, strict=True):
         if example.turns[0].role == "text":
             raise ValueError(f"row {number} has a text and no prompt: there is nothing to answer")
-    device = models.pick_device(config.engine.device)
-    dtype = models.pick_dtype(config.engine.dtype, device)
+    device, dtype, engine = answers.engine_of(config)
     check_outputs([output, summary_path(output)], {"--data": rows.paths, "--model": source.files()})
     unfinished = output.with_suffix(".unfinished")
     begun = unfinished / "work" / "begun.json"
@@ -92,26 +88,20 @@ def evaluate(
     with open_run(unfinished, "scores", on_progress) as run:
         inputs = {
             "data": hashlib.sha256(json.dumps(examples, ensure_ascii=True).encode()).hexdigest()[:12],
-            "model": fingerprint({path.name: run.hash_file(path) for path in source.files()}),
+            "model": content_of(run, source),
             "tokenizer": tokenizer_fingerprint(source, reading.chat_template),
         }
         settings = {name: value for name, value in flat(config).items() if name not in NO_MATTER}
-        versions = {name: version(name) for name in JUDGED_WITH}
-        engine = {"engine": ANSWERING, "dtype": str(dtype), "device": device.type, "versions": versions}
+        if settings["threads"] is None:
+            del settings["threads"]
+        versions = engine["versions"] | {name: version(name) for name in JUDGED_WITH}
+        engine |= {"versions": versions}
         made_of = fingerprint({"inputs": inputs, "settings": settings, **engine})
         summary = _finished(output, made_of)
         if summary is None:
             run.begin({**settings, **engine}, inputs, update=True)
-            if source.gguf:
-                unpacked = run.piece("model", {"gguf": inputs["model"], "dtype": str(dtype)})
-                source = models.unpack_gguf(source, unpacked, dtype)
-
+            source = answers.unpacked(config, run, source, inputs["model"])
             trusts = config.engine.trust_remote_code
-
-            def load() -> Any:
-                run.tell(Stage("load"), 0, 1)
-                return models.load_model(source, dtype, device, trusts, config.engine.load_in)
-
             tokenizer = models.load_tokenizer(source, trusts)
             tokenizer.chat_template = template_of(tokenizer, reading)
             pool = tokenise(examples, tokenizer, reading.max_length, None, reading, rows.where)
@@ -120,25 +110,31 @@ def evaluate(
             examples = [example for place, example in enumerate(examples) if place not in left_out]
             models.check_room(source, pools[""], rows.numbers, trusts, config.max_new_tokens)
             folder = run.piece("answers", {"made_of": made_of})
-            of = (examples, pools[""], tokenizer, load, run, folder, rows.numbers)
-            answers, shortened = _answers(config, *of)
+            room = config.reading.max_length - config.max_new_tokens
+            prompts, end, shortened = prompts_of(examples, tokenizer, room, config.reading, rows.numbers)
+            if shortened:
+                said = "%d prompts lost the start of their text: no room for an answer in --max-length %d"
+                logger.warning(said, shortened, config.reading.max_length)
+            asked = answers.Asked(prompts, pools[""], rows.numbers, end)
+            made = answers.make_answers(config, run, folder, source, inputs["model"], asked)
+            made["prompt_tokens"] = [len(prompt) for prompt in prompts]
             run.tell(Stage("judge"), 0, 1)
             references = _references(examples, pools[""], tokenizer)
-            each, overall, how = metrics.judge_answers(answers["prediction"], references)
+            each, overall, how = metrics.judge_answers(made["prediction"], references)
             ids = {"row": rows.numbers.tolist(), "id": [example.id for example in examples]}
             values = {name: values.tolist() for name, values in each.items()}
             names = ("loss", "prompt_tokens", "answer_tokens", "cut", "prediction")
-            of_answers = {name: answers[name] for name in names}
+            of_answers = {name: made[name] for name in names}
             _write_table(output, {**ids, **values, **of_answers, "reference": references})
             summary = {
                 "model": config.model,
                 "data": list(config.data),
                 "n": len(examples),
                 "metrics": overall,
-                "loss": float(np.mean(answers["loss"])),
+                "loss": float(np.mean(made["loss"])),
                 "tokenisation": how,
-                "answer_tokens": sum(answers["answer_tokens"]),
-                "cut": sum(answers["cut"]),
+                "answer_tokens": sum(made["answer_tokens"]),
+                "cut": sum(made["cut"]),
                 "shortened_prompts": shortened,
                 "seconds": account.spent(run.work).get(Stage("answer"), {}).get("seconds", 0.0),
                 "settings": json.loads(json.dumps(settings)),
@@ -151,55 +147,6 @@ def evaluate(
             write_json(summary_path(output), summary)
     remove(unfinished)  # also what a kill between the summary and this line left
     return summary
-
-
-def _answers(
-    config: EvaluateConfig,
-    examples: Sequence[Example],
-    pool: Pool,
-    tokenizer: Any,
-    load: Callable[[], Any],
-    run: RunFolder,
-    folder: Path,
-    numbers: np.ndarray,
-) -> tuple[dict[str, list[Any]], int]:
-    """Answers and losses of all examples, by shards kept in `folder`; and how many prompts lost text.
-
-    Returns:
-        n values each, in the examples' order: prediction, answer_tokens, cut, loss, prompt_tokens.
-    """
-    from staff.data.samples import prompts_of
-
-    room = config.reading.max_length - config.max_new_tokens
-    prompts, end, shortened = prompts_of(examples, tokenizer, room, config.reading, numbers)
-    if shortened:
-        said = "%d prompts lost the start of their text: no room for an answer in --max-length %d"
-        logger.warning(said, shortened, config.reading.max_length)
-    # like lengths together: little padding
-    order = np.argsort([-len(prompt) for prompt in prompts], kind="stable")
-    columns: dict[str, list[Any]] = {"prediction": [], "answer_tokens": [], "cut": [], "loss": []}
-    answerer: Answerer | None = None
-    began = time.monotonic()
-    for start in range(0, len(order), ROWS_A_SHARD):
-        places = order[start : start + ROWS_A_SHARD]
-        path = folder / f"shard-{start // ROWS_A_SHARD:05d}.json"
-        part = read_checked(path)
-        if part is None:
-            limits = config.max_new_tokens, config.batch_tokens
-            answerer = answerer or Answerer(load(), tokenizer, end, *limits)
-            part = dict(answerer.answer([prompts[i] for i in places]))
-            part["loss"] = answerer.losses(pool, places).tolist()
-            # before the shard: a kill between the two counts the work twice, as it is then done twice
-            seconds, samples = time.monotonic() - began, len(places)
-            account.spend(run.work, Stage("answer"), once=path.name, seconds=seconds, samples=samples)
-            write_checked(path, part)
-        began = time.monotonic()
-        for name, values in columns.items():
-            values += part[name]
-        run.tell(Stage("answer"), start + len(places), len(order))
-    back = np.argsort(order)
-    answers = {name: [values[i] for i in back] for name, values in columns.items()}
-    return {**answers, "prompt_tokens": [len(prompt) for prompt in prompts]}, shortened
 
 
 def _references(examples: Sequence[Example], pool: Pool, tokenizer: Any) -> list[str]:

@@ -48,6 +48,7 @@ class Answerer:
         self.said = said_by(tokenizer)
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.batch_tokens = max_new_tokens, batch_tokens
+        self.on_batch: Callable[[], object] | None = None  # called after each: a sign of life
         self.device = next(model.parameters()).device
         causal: Any = anatomy.inner(model)
         known = causal.generation_config.eos_token_id
@@ -155,6 +156,8 @@ class Answerer:
             try:
                 for places in parts:
                     run(places)
+                    if self.on_batch:
+                        self.on_batch()
                 return
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):

@@ -77,7 +77,7 @@ class _Works:
         from staff.runs import pieces, worker
 
         try:
-            worker.work(Path(path), {"pass": pieces.open_offer}, name)
+            worker.work(Path(path), pieces.OPENERS, name)
             return 0
         except SystemExit:
             return ANEW

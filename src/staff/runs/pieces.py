@@ -28,11 +28,11 @@ from staff.models import adapters, apart, drafts, families, load
 from staff.models.files import Source, resolve, tokenizer_fingerprint
 from staff.models.finetune import train_lora
 from staff.planning import SNAPSHOTS
-from staff.runs import account, asked, keys
+from staff.runs import account, answers, asked, keys
 from staff.runs.aside import Aside
 from staff.runs.crew import Crew, worker_threads
 from staff.runs.store import Inputs, Ledger, RunFolder, content_of
-from staff.runs.worker import Opened, local_rank
+from staff.runs.worker import Opened, check_engine, check_files, local_rank
 from staff.scoring import less, rds, selfcheck
 from staff.scoring.scorer import CALIBRATION, Scorer
 from staff.scoring.shards import (
@@ -113,6 +113,7 @@ def open_offer(run: RunFolder, offer: Mapping[str, Any]) -> Opened:
 
 
 _joined: tuple[str, Pieces] | None = None
+OPENERS = {"pass": open_offer, "answers": answers.open_answers}  # what workers take up, by an offer's kind
 
 
 class Pieces:
@@ -209,9 +210,9 @@ class Pieces:
                 self.inputs.check("data", base)
                 self._spend(Stage("tokenise"), time.monotonic() - began)
                 files.write_arrays(path, arrays)
-            pool = self._pools[self._pool_id(name)] = Pool.from_arrays(arrays)
                 if self._has_workers():  # a driver looks at lengths alone
                     arrays = files.map_arrays(path) or arrays
+            pool = self._pools[self._pool_id(name)] = Pool.from_arrays(arrays)
             self._dropped[self._pool_id(name)] = [place for place, _ in pool.dropped]
         return self._pools[self._pool_id(name)]
 
@@ -577,17 +578,11 @@ class Pieces:
         base = keys.model_specs(config)[offer["of"]["model"]].base
         sources = {base: resolve(name, f"--{base}") for base, name in offer["sources"].items()}
         inputs = Inputs({base: partial(content_of, run, sources[base])}, {base: offer["sources"][base]})
-        if inputs[base] != offer["inputs"][base]:
-            raise ValueError(
-                f"{sources[base].folder} holds other files than the driver's {offer['sources'][base]}: its "
-                f"weights, tokenizer or configuration differ. Give this machine the same ones"
-            )
+        check_files(run, sources[base], offer["sources"][base], offer["inputs"][base])
         inputs.update(offer["inputs"])
         rows = _mapped(run.work / offer["rows"])
         pieces = cls(config, run, Numbered(rows["numbers"]), sources, inputs)
-        before, now = ({**of.pop("versions"), **of} for of in (dict(offer["engine"]), dict(pieces._engine)))
-        if changed := files.differences(before, now):
-            raise ValueError(f"the driver's scores are made with others: {', '.join(changed)}")
+        check_engine(offer["engine"], pieces._engine)
         pieces._aside, name = offer["set_aside"], offer["of"]["model"]
         pool = Pool.from_arrays(_mapped((run.work / offer["rows"]).with_name("tokens.npz")))
         kept = rows["kept"]

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from staff import files
+from staff.models.files import Source
 from staff.runs import account
 from staff.runs.crew import ANEW, LOOK_SECONDS, OFFER, Signs, file_name, workers_folder
-from staff.runs.store import RunFolder
+from staff.runs.store import RunFolder, content_of
 from staff.scoring.shards import Score, Shards, score_within
 
 SIGN_SECONDS = 1.0  # between two signs of life within a shard
@@ -61,6 +62,30 @@ def rank_of(environment: Mapping[str, str]) -> tuple[int, int]:
 def local_rank(environment: Mapping[str, str]) -> int:
     """This process's place among those of its machine."""
     return int(environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", 0)))
+
+
+def check_files(run: RunFolder, source: Source, name: str, content: str) -> None:
+    """See that a model's files are those of the driver, by their fingerprint.
+
+    Raises:
+        ValueError: others; named.
+    """
+    if content_of(run, source) != content:
+        raise ValueError(
+            f"{source.folder} holds other files than the driver's {name}: its weights, tokenizer or "
+            f"configuration differ. Give this machine the same ones"
+        )
+
+
+def check_engine(of_driver: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """See that versions, dtype and kind of device are those of the driver.
+
+    Raises:
+        ValueError: others; named.
+    """
+    before, now = ({**of.pop("versions"), **of} for of in (dict(of_driver), dict(here)))
+    if changed := files.differences(before, now):
+        raise ValueError(f"the driver's scores are made with others: {', '.join(changed)}")
 
 
 class _Orphaned(Exception):
