@@ -1,12 +1,13 @@
 """Several workers beside one: speed, what an engine costs a shard, memory; and selection on many scores.
 
-    python benchmarks/scale.py workers [--rows 6000] [--rounds 3]     1 and 2 workers, alone and beside others
-    python benchmarks/scale.py overhead [--shards 100]               what engines cost a shard
+    python benchmarks/scale.py workers [--rows 8192] [--rounds 2]     1 and 2 workers, alone and beside others
+    python benchmarks/scale.py overhead [--shards 8] [--seconds 10]   what engines cost a shard of so long
     python benchmarks/scale.py memory [--rows 1000000]               driver and workers, a stub for a model
     python benchmarks/scale.py select [--rows 20000000]              the method staff on stored scores
     python benchmarks/scale.py gpu                                   a worker a GPU, where there are several
 
-Each prints a line of JSON. The model is a small random one (--width 64, 4 blocks), made here.
+Each prints a line of JSON, and takes less than 4 minutes on 2 quiet cores. The model is a small random one
+(--width 64, 4 blocks) and the rows are made up, where --model and --data name no others.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -23,12 +25,13 @@ from pathlib import Path
 
 import numpy as np
 
+BEGAN = time.monotonic()
 FORK = multiprocessing.get_context("fork")
 WORDS = ["the", "cell", "takes", "sugar", "and", "gives", "off", "heat", "while", "light", "falls", "on"]
 
 
-def make_inputs(folder: Path, rows: int, width: int, words: int) -> None:
-    """A random model, its tokenizer of whole words, and a pool."""
+def make_inputs(given: argparse.Namespace, folder: Path, rows: int, width: int, words: int) -> None:
+    """A random model, its tokenizer of whole words, and a pool; or those that are named."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -38,6 +41,7 @@ def make_inputs(folder: Path, rows: int, width: int, words: int) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # no threads before the forks
     shape = {
         "hidden_size": width,
         "intermediate_size": 4 * width,
@@ -48,8 +52,13 @@ def make_inputs(folder: Path, rows: int, width: int, words: int) -> None:
         folder / "m"
     )
     made.save_pretrained(folder / "m")
+    if given.model:
+        shutil.rmtree(folder / "m")
+        shutil.copytree(given.model, folder / "m")
     rng, lines = np.random.default_rng(0), []
-    for _ in range(1000):
+    if given.data:
+        lines = Path(given.data).read_text().splitlines(keepends=True)
+    for _ in range(0 if lines else 1000):
         told = [" ".join(rng.choice(WORDS, rng.integers(words // 2, words))) for _ in range(2)]
         lines.append(json.dumps({"prompt": told[0], "response": told[1]}) + "\n")
     with open(folder / "pool.jsonl", "w") as file:
@@ -58,12 +67,26 @@ def make_inputs(folder: Path, rows: int, width: int, words: int) -> None:
 
 def rate(folder: Path, **settings) -> float:
     """Rows a second of a scoring pass, from the first rows that are done to the last."""
+    (began, first), *_, (ended, last) = progress(folder, **settings)
+    found = (last - first) / (ended - began)
+    print(f"{settings}: {found:.1f} rows a second, {time.monotonic() - BEGAN:.0f} s in", file=sys.stderr)
+    return found
+
+
+def progress(folder: Path, fork: bool = True, **settings) -> list[tuple[float, int]]:
+    """When a scoring pass said that how many rows were done.
+
+    Args:
+        fork: the driver is a process of its own.
+    """
     receive, send = FORK.Pipe(duplex=False)
 
     def work() -> None:
         from staff import jobs
         from staff.config import ScoreConfig, from_mapping
+        from staff.runs import crew
 
+        crew.launch = Forked
         times: list[tuple[float, int]] = []
 
         def tell(stage: str, done: int, total: int) -> None:
@@ -74,12 +97,16 @@ def rate(folder: Path, **settings) -> float:
         with tempfile.TemporaryDirectory() as output:
             plain["output"] = f"{output}/scores.parquet"
             jobs.score(from_mapping(ScoreConfig, {**plain, **settings}, "benchmark"), on_progress=tell)
-        (began, first), (ended, last) = times[0], times[-1]
-        send.send((last - first) / (ended - began))
-        os._exit(0)
+        send.send(times)
+        if fork:
+            os._exit(0)
 
+    if not fork:
+        work()
+        return receive.recv()
     process = FORK.Process(target=work)
     process.start()
+    send.close()  # one that fails ends the wait
     found = receive.recv()
     process.join()
     return found
@@ -91,20 +118,43 @@ def busy() -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", code])
 
 
+class Forked:
+    """A worker as `crew.launch` starts it, without importing everything again."""
+
+    def __init__(self, path, name, rank, count, threads):
+        def begin():
+            from staff.runs import pieces, worker
+
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count)}
+            worker.work(Path(path), pieces.OPENERS, name, 600)
+            os._exit(0)
+
+        self._process = FORK.Process(target=begin)
+        self._process.start()
+
+    def poll(self):
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
 def workers(given: argparse.Namespace, folder: Path) -> dict:
     """1 worker of 1 thread, 2 of 1, 1 of 2, in alternation; then the last two beside a busy program."""
-    make_inputs(folder, given.rows, given.width, 40)
+    make_inputs(given, folder, given.rows, given.width, 40)
     ways = {"1x1": (1, 1), "2x1": (2, 1), "1x2": (1, 2)}
     found: dict[str, list[float]] = {}
     for _ in range(given.rounds):
         for name, (number, threads) in ways.items():
             found.setdefault(name, []).append(rate(folder, workers=number, threads=threads))
+    beside = argparse.Namespace(**{**vars(given), "data": folder / "pool.jsonl"})
+    make_inputs(beside, folder / "b", given.rows // 4, given.width, 40)
     for _ in range(given.rounds):
         other = busy()
         try:
-            for name in ("1x1", "1x2", "2x1"):
-                number, threads = ways[name]
-                found.setdefault(f"{name} beside", []).append(rate(folder, workers=number, threads=threads))
+            for name, (number, threads) in ways.items():
+                rates = found.setdefault(f"{name} beside", [])
+                rates.append(rate(folder / "b", workers=number, threads=threads))
         finally:
             other.kill()
     middle = {name: statistics.median(rates) for name, rates in found.items()}
@@ -121,20 +171,46 @@ def workers(given: argparse.Namespace, folder: Path) -> dict:
     }
 
 
+def stand_in(seconds: float = 0.0) -> None:
+    """A stub in place of every model, which takes so long over a shard."""
+    from staff.models import load
+    from staff.runs import pieces
+    from staff.types import OF_ONE_PASS
+
+    class Stub:
+        tokens_borne = 4096
+
+        def scores(self, pool, positions, tokens=None, on_samples=None, **_):
+            time.sleep(seconds)
+            if on_samples:
+                on_samples(len(positions))
+            return {name: np.sin(positions).astype(np.float32) for name in OF_ONE_PASS}
+
+    pieces.Pieces.scorer = lambda *_: Stub()
+    pieces.Pieces._size = lambda *_: load.Size(1000, 500, 200)
+
+
 def overhead(given: argparse.Namespace, folder: Path) -> dict:
-    """Seconds a shard beyond those of one process: little is to be done, so nearly all is the engine's."""
+    """What a shard of so many seconds takes beyond them, with 2 workers, from their first to their last."""
     from staff.scoring import shards
 
     shards.SHARD = 4
-    make_inputs(folder, 4 * given.shards, 16, 6)
-    plain = {"threads": 1}
-    engines = {"in process": {}, "local": {"workers": 1}, "ray": {"workers": 1, "engine": "ray"}}
-    seconds = {name: 4 / rate(folder, **plain, **of) for name, of in engines.items()}
+    stand_in(given.seconds)
+    make_inputs(given, folder, 4 * given.shards, 16, 6)
+    beyond = {}
+    for engine in given.engines:
+        if engine == "ray":
+            import ray
+
+            hook = {"worker_process_setup_hook": lambda: stand_in(given.seconds)}
+            ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=hook)
+        told = progress(folder, workers=2, threads=1, engine=engine, fork=engine != "ray")
+        first, last = (next(at for at, done in told if done >= rows) for rows in (8, 4 * given.shards))
+        beyond[engine] = (last - first) / (given.shards // 2 - 1) - given.seconds
     return {
-        "seconds_a_shard": {name: round(value, 4) for name, value in seconds.items()},
-        "share_of_10_s": {
-            name: round((seconds[name] - seconds["in process"]) / 10, 4) for name in ("local", "ray")
-        },
+        "seconds_a_shard": given.seconds,
+        "beyond": {engine: round(value, 3) for engine, value in beyond.items()},
+        "share": {engine: round(value / given.seconds, 4) for engine, value in beyond.items()},
         "load": os.getloadavg()[0],
     }
 
@@ -143,52 +219,33 @@ def memory(given: argparse.Namespace, folder: Path) -> dict:
     """The peak of driver and workers, a stub in place of the model."""
     from staff import jobs
     from staff.config import ScoreConfig, from_mapping
-    from staff.runs import crew, pieces, worker
-    from staff.types import OF_ONE_PASS
+    from staff.runs import crew
 
-    make_inputs(folder, given.rows, 16, given.words)
+    make_inputs(given, folder, given.rows, 16, given.words)
 
-    class Stub:
-        tokens_borne = 4096
-
-        def scores(self, pool, positions, *_, **__):
-            return {name: np.sin(positions).astype(np.float32) for name in OF_ONE_PASS}
-
-    class Forked:
-        def __init__(self, path, name, rank, count, threads):
-            def begin():
-                os.environ.update(RANK=str(rank), WORLD_SIZE=str(count))
-                worker.work(Path(path), {"pass": pieces.open_offer}, name, 600)
-                os._exit(0)
-
-            self._process = FORK.Process(target=begin)
-            self._process.start()
-            self.poll, self.kill = lambda: self._process.exitcode, self._end
-
-        def _end(self) -> None:
-            peaks.append(peak(self._process.pid))
-            self._process.kill()
-
-    def peak(process: int | str) -> int:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) // 1024
-
-    peaks: list[int] = []
-    pieces.Pieces.scorer = lambda self, *_: Stub()
-    pieces.Pieces._spend_pass = lambda *_: None
+    stand_in()
     crew.launch = Forked
+    reached: dict[str, int] = {}
     plain = {
         "data": (str(folder / "pool.jsonl"),),
         "model": str(folder / "m"),
         "output": str(folder / "s.parquet"),
     }
     began = time.monotonic()
-    jobs.score(from_mapping(ScoreConfig, {**plain, "workers": 2, "threads": 1}, "benchmark"))
-    mb = {"driver": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, "workers": peaks}
+
+    def tell(stage: str, *_: int) -> None:
+        reached.setdefault(stage, round(time.monotonic() - began))
+
+    jobs.score(
+        from_mapping(ScoreConfig, {**plain, "workers": 2, "threads": 1}, "benchmark"), on_progress=tell
+    )
+    whose = {"driver": resource.RUSAGE_SELF, "largest worker": resource.RUSAGE_CHILDREN}
+    mb = {name: resource.getrusage(who).ru_maxrss // 1024 for name, who in whose.items()}
     return {
         "rows": given.rows,
         "tokens_a_row": given.words * 1.5,
         "peak_MB": mb,
+        "reached_at_s": reached,
         "seconds": round(time.monotonic() - began),
     }
 
@@ -222,14 +279,14 @@ def gpu(given: argparse.Namespace, folder: Path) -> dict:
 
     if not torch.cuda.is_available():
         return {"skipped": "there is no GPU here"}
-    make_inputs(folder, given.rows, 1024, 200)
+    make_inputs(given, folder, given.rows, 1024, 200)
     count = torch.cuda.device_count()
     one, all_of_them = (rate(folder, workers=number, threads=1, device="cuda") for number in (1, count))
     return {"gpus": count, "device": torch.cuda.get_device_name(), "rows_a_second": [one, all_of_them]}
 
 
 PARTS = {"workers": workers, "overhead": overhead, "memory": memory, "select": select, "gpu": gpu}
-ROWS = {"workers": 6000, "memory": 1_000_000, "select": 20_000_000, "gpu": 20_000}
+ROWS = {"workers": 8192, "memory": 1_000_000, "select": 20_000_000, "gpu": 20_000}
 
 
 def main() -> None:
@@ -238,10 +295,14 @@ def main() -> None:
     )
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--rows", type=int)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--shards", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--shards", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--engines", nargs="+", default=["local", "ray"])
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--words", type=int, default=40, help="of a prompt and of a response, at most")
+    parser.add_argument("--model", help="a folder, in place of a random model")
+    parser.add_argument("--data", help="JSON lines, in place of made-up rows")
     given = parser.parse_args()
     given.rows = given.rows or ROWS.get(given.part, 0)
     with tempfile.TemporaryDirectory() as folder:

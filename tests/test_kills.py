@@ -21,7 +21,7 @@ from staff.comparison import diversity, evaluate, grid
 from staff.comparison import run as comparing
 from staff.config import EvaluateConfig, FinetuneConfig, ScoreConfig
 from staff.data import metrics
-from staff.runs import account
+from staff.runs import account, answers, asked
 from staff.scoring import shards
 from stubs import stand_in
 
@@ -68,6 +68,19 @@ def one_model(kind, output, **settings):
     return work
 
 
+def asking(method, **settings):
+    """A method that has a model answer while it runs."""
+
+    def work(root, folder, family):
+        plain = {"dtype": "float32", "max_new_tokens": 4, "checkpoint_seconds": 0, "budget": 6, **settings}
+        columns = "prompt=prompt,response=response,id=id"
+        models = {"target": str(family / "target"), "draft": str(family / "draft")}
+        rated = str(folder / "rated.jsonl")
+        staff.select(rated, output=root / "x", method=method, columns=columns, **models, **plain)
+
+    return work
+
+
 def compare(root, folder, family):
     comparing.compare(grid.read_comparison(folder / "c.yaml", str(root / "x")))
 
@@ -79,9 +92,13 @@ COMMANDS = {
     "finetune": one_model(FinetuneConfig, "x", epochs=1, checkpoint_seconds=0),
     "evaluate": one_model(EvaluateConfig, "answers.jsonl", max_new_tokens=4),
     "compare": compare,
+    "whisper": asking("whisper"),
+    "mods": asking("mods", quality_column="quality", option=["seed_share=0.2"], target_epochs=1),
 }
-WALKS = [(command, "stubs") for command in COMMANDS]
-WALKS += [(command, "models") for command in ("select", "score", "finetune", "evaluate") if SOAK]
+WALKS = [(command, "stubs") for command in STEP]
+WALKS += [
+    (command, "models") for command in ("select", "score", "finetune", "evaluate", "whisper", "mods") if SOAK
+]
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +110,8 @@ def inputs(family, tmp_path_factory):
     diversity.text_space(row["prompt"] for row in make_rows(9))
     gc.freeze()
     with comparison_file(family, tmp_path_factory.mktemp("kills"), COMPARISON, 8) as path:
+        rated = [json.dumps(row | {"quality": i % 5}) + "\n" for i, row in enumerate(make_rows(20))]
+        (path.parent / "rated.jsonl").write_text("".join(rated))
         yield path.parent
 
 
@@ -101,7 +120,7 @@ def in_a_fork(work, *arguments, before=()):
 
     def begin():
         gc.freeze()
-        shards.SHARD, evaluate.ROWS_A_SHARD = 16, 16
+        shards.SHARD, answers.ROWS_A_SHARD, asked.ANSWERS_A_SHARD = 16, 16, 4
         for step in before:
             step()
         work(*arguments)
