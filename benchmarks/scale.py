@@ -1,6 +1,6 @@
 """Several workers beside one: speed, what an engine costs a shard, memory; and selection on many scores.
 
-    python benchmarks/scale.py workers [--rows 8192] [--rounds 2]     1 and 2 workers, alone and beside others
+    python benchmarks/scale.py workers [--rows 2048] [--rounds 2]     1 and 2 workers, alone and beside others
     python benchmarks/scale.py overhead [--shards 8] [--seconds 10]   what engines cost a shard of so long
     python benchmarks/scale.py memory [--rows 1000000]               driver and workers, a stub for a model
     python benchmarks/scale.py select [--rows 20000000]              the method staff on stored scores
@@ -140,7 +140,10 @@ class Forked:
 
 
 def workers(given: argparse.Namespace, folder: Path) -> dict:
-    """1 worker of 1 thread, 2 of 1, 1 of 2, in alternation; then the last two beside a busy program."""
+    """1 worker of 1 thread, 2 of 1, 1 of 2, in alternation; then the same beside a busy program."""
+    from staff.scoring import shards
+
+    shards.SHARD = 128
     make_inputs(given, folder, given.rows, given.width, 40)
     ways = {"1x1": (1, 1), "2x1": (2, 1), "1x2": (1, 2)}
     found: dict[str, list[float]] = {}
@@ -286,7 +289,7 @@ def gpu(given: argparse.Namespace, folder: Path) -> dict:
 
 
 PARTS = {"workers": workers, "overhead": overhead, "memory": memory, "select": select, "gpu": gpu}
-ROWS = {"workers": 8192, "memory": 1_000_000, "select": 20_000_000, "gpu": 20_000}
+ROWS = {"workers": 2048, "memory": 1_000_000, "select": 20_000_000, "gpu": 20_000}
 
 
 def main() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import logging
 import math
 import os
 import shutil
 import struct
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -226,6 +228,15 @@ def most_positions(source: Source, trust_remote_code: bool = False) -> int | Non
     return anatomy.positions(without_weights(source, trust_remote_code))[0]
 
 
+def _keep_freed_memory() -> None:
+    """Have glibc hold on to up to 1 GiB of what is freed. It would give each large block back to the system,
+    to get the next one page by page, zeroed anew: half the time of a pass of a small model on a CPU."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        for setting in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            libc.mallopt(setting, 1 << 30)
+
+
 def load_model(
     source: Source,
     dtype: torch.dtype,
@@ -297,6 +308,8 @@ def load_model(
             **extra,
         )
 
+    if device.type == "cpu" and limits is None:
+        _keep_freed_memory()
     model, told = _quietly(load, source)
     _check_weights(model, told, source)
     if is_quantised:
