@@ -237,7 +237,10 @@ def memory(given: argparse.Namespace, folder: Path) -> dict:
     began = time.monotonic()
 
     def tell(stage: str, *_: int) -> None:
-        reached.setdefault(stage, round(time.monotonic() - began))
+        if stage not in reached:
+            reached[stage] = round(time.monotonic() - began)
+            held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            print(f"{reached[stage]} s: {stage}; the driver held {held} MB", file=sys.stderr)
 
     jobs.score(
         from_mapping(ScoreConfig, {**plain, "workers": 2, "threads": 1}, "benchmark"), on_progress=tell

@@ -19,8 +19,9 @@ import staff
 from family import config_of, make_rows, run_staff, write_pool
 from staff import files
 from staff.comparison.evaluate import evaluate
-from staff.config import EvaluateConfig
+from staff.config import EvaluateConfig, Spread
 from staff.models import adapters, load
+from staff.models.files import resolve
 from staff.runs import answers, crew, pieces, store, worker
 from staff.runs.store import RunFolder
 from staff.scoring import scorer as scoring
@@ -186,6 +187,15 @@ def test_answers_come_from_workers_too_whose_failure_is_told_and_the_rest_kept(
 
 def watched(call, made):
     return lambda *given: made.append(given) or call(*given)
+
+
+def test_a_small_model_alone_computes_on_one_thread(family, monkeypatch):
+    source = resolve(str(family / "draft"))
+    assert crew.own_threads(Spread(), source, "cpu") == 1
+    assert crew.own_threads(Spread(threads=3), source, "cpu") == 3
+    assert crew.own_threads(Spread(), source, "cuda") is None
+    monkeypatch.setattr(crew, "SMALL", 1000)
+    assert crew.own_threads(Spread(), source, "cpu") is None
 
 
 # ---- what ends a worker ----

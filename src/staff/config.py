@@ -167,7 +167,8 @@ class Spread(_Checked):
     workers: Count | None = None
     """Processes that work side by side: one a GPU, else the cores shared out; left out, this one alone."""
     threads: Count | None = None
-    """CPU threads of each: the same number gives the same bytes, however many workers there are."""
+    """CPU threads of each: the same number gives the same bytes, however many workers there are. Left out,
+    the cores shared out; 1 where there are no workers and the model is small."""
     engine: Literal["local", "files", "ray"] = "local"
     """Who starts them: this command, you with `staff worker --run`, or Ray."""
     ray_address: str | None = None

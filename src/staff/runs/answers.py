@@ -22,7 +22,7 @@ from staff.models import load
 from staff.models.answering import Answerer
 from staff.models.files import Source, resolve
 from staff.runs import account
-from staff.runs.crew import Crew, worker_threads
+from staff.runs.crew import Crew, own_threads, worker_threads
 from staff.runs.store import RunFolder, version_of
 from staff.runs.worker import Opened, check_engine, check_files, local_rank
 from staff.scoring.shards import Arrays, Score, Shards, make_shards, read_shards
@@ -99,8 +99,8 @@ def make_answers(
         run.tell(Stage("answer"), done, n)
 
     has_workers = bool(spread.workers) or spread.engine == "files"
-    plain = worker_threads(spread) if has_workers else spread.threads or torch.get_num_threads()
-    threads = shards.budgets.agree("threads", plain)
+    alone = own_threads(spread, source, engine_of(config)[0].type) or torch.get_num_threads()
+    threads = shards.budgets.agree("threads", worker_threads(spread) if has_workers else alone)
     make: Callable[[list[int]], None]
     if has_workers:
         files.write_arrays(folder / WHAT_IS_ASKED, asked.to_arrays())

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from staff import files
 from staff.data import metrics
@@ -167,7 +168,7 @@ def _by_shards(
     """The shards of a pass made in this process, with its progress."""
     tell = pieces._counter(stage, len(shards.lengths))
     run = partial(make_shards, make, shards, on_samples=tell, on_shard=on_shard)
-    threads = shards.budgets.agree("threads", pieces._threads())
+    threads = shards.budgets.agree("threads", pieces.config.spread.threads or torch.get_num_threads())
     return score_by_shards(shards, path, partial(load.with_threads, threads, run), tell)
 
 

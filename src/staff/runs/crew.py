@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from staff import files
 from staff.config import Spread
+from staff.models.files import Source
 from staff.runs.store import RunFolder
 from staff.scoring.shards import Shards
 
@@ -54,6 +55,15 @@ def worker_threads(spread: Spread) -> int:
     """CPU threads of each worker: as asked for, else the cores shared out; 1 where others start them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return spread.threads or (max(1, cores // (spread.workers or 1)) if spread.engine == "local" else 1)
+
+
+SMALL = 64 << 20  # bytes of a model's files: with fewer, several threads wait for each other at every product
+
+
+def own_threads(spread: Spread, source: Source, device: str) -> int | None:
+    """CPU threads of a process that scores alone, where it is not torch that says how many."""
+    is_small = device == "cpu" and sum(path.stat().st_size for path in source.files()) < SMALL
+    return spread.threads or (1 if is_small else None)
 
 
 class Signs:

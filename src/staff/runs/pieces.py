@@ -30,7 +30,7 @@ from staff.models.finetune import train_lora
 from staff.planning import SNAPSHOTS
 from staff.runs import account, answers, asked, keys
 from staff.runs.aside import Aside
-from staff.runs.crew import Crew, worker_threads
+from staff.runs.crew import Crew, own_threads, worker_threads
 from staff.runs.store import Inputs, Ledger, RunFolder, content_of
 from staff.runs.worker import Opened, check_engine, check_files, local_rank
 from staff.scoring import less, rds, selfcheck
@@ -511,7 +511,7 @@ class Pieces:
             part: what the account calls the pass.
         """
 
-        threads = shards.budgets.agree("threads", self._threads())
+        threads = shards.budgets.agree("threads", self._threads(self.sources[self.specs[of.model].base]))
         if not self._has_workers():
             on_shard = self._on_shard(of, stage, part)
             watch = partial(make_shards, name_of=self._name_of, on_samples=on_samples, on_shard=on_shard)
@@ -540,9 +540,11 @@ class Pieces:
     def _has_workers(self) -> bool:
         return bool(self.config.spread.workers) or self.config.spread.engine == "files"
 
-    def _threads(self) -> int:
+    def _threads(self, source: Source) -> int:
         spread = self.config.spread
-        return worker_threads(spread) if self._has_workers() else spread.threads or torch.get_num_threads()
+        if self._has_workers():
+            return worker_threads(spread)
+        return own_threads(spread, source, self.device.type) or torch.get_num_threads()
 
     def _offer(self, of: Pass, shards: Shards) -> dict[str, Any]:
         """A pass in words that another process understands, with what it must find the same."""
