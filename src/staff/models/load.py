@@ -230,7 +230,7 @@ def most_positions(source: Source, trust_remote_code: bool = False) -> int | Non
 
 def _keep_freed_memory() -> None:
     """Have glibc hold on to up to 1 GiB of what is freed. It would give each large block back to the system,
-    to get the next one page by page, zeroed anew: half the time of a pass of a small model on a CPU."""
+    to get the next one page by page, zeroed anew: a third of the time of a small model on a CPU."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         for setting in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
