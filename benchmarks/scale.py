@@ -203,10 +203,12 @@ def overhead(given: argparse.Namespace, folder: Path) -> dict:
     beyond = {}
     for engine in given.engines:
         if engine == "ray":
+            os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_raylet_start_wait_time_s": "300"}
             import ray
 
             hook = {"worker_process_setup_hook": lambda: stand_in(given.seconds)}
-            ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=hook)
+            here = {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "log_to_driver": False}
+            ray.init(num_cpus=2, runtime_env=hook, **here)
         told = progress(folder, workers=2, threads=1, engine=engine, fork=engine != "ray")
         first, last = (next(at for at, done in told if done >= rows) for rows in (8, 4 * given.shards))
         beyond[engine] = (last - first) / (given.shards // 2 - 1) - given.seconds

@@ -47,14 +47,18 @@ OUT_OF_MEMORY = re.compile(
 )
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object], lasts: bool = True) -> None:
     """Make a file or folder whole or not at all: written beside its place, flushed to disk, renamed over
-    it."""
+    it.
+
+    Args:
+        lasts: it is to outlive a power cut; else it is not flushed, which may take a tenth of a second.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{HOST}-{os.getpid()}.staff")
     try:
         write(aside)
-        if aside.is_file():
+        if lasts and aside.is_file():
             with open(aside, "rb") as written:
                 os.fsync(written.fileno())
         os.replace(aside, path)
@@ -88,8 +92,8 @@ def is_alive(process: int) -> bool:
     return True
 
 
-def write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+def write_text(path: Path, text: str, lasts: bool = True) -> None:
+    write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"), lasts)
 
 
 def write_csv(path: Path, header: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
@@ -130,13 +134,13 @@ def hold(path: Path, wait: bool = False) -> Iterator[bool]:
         lock.release()
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def write_json(path: Path, value: Any, lasts: bool = True) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", lasts)
 
 
-def write_checked(path: Path, values: Mapping[str, Any]) -> None:
+def write_checked(path: Path, values: Mapping[str, Any], lasts: bool = True) -> None:
     """A mapping as JSON that `read_checked` takes up again, with a checksum of the rest."""
-    write_json(path, {**values, "checksum": fingerprint(values)})
+    write_json(path, {**values, "checksum": fingerprint(values)}, lasts)
 
 
 def read_checked(path: Path) -> dict[str, Any] | None:

@@ -146,7 +146,8 @@ class _Worker:
         if news or time.monotonic() - self._signed > SIGN_SECONDS:
             self._signed = time.monotonic()
             self._sign["count"] += 1
-            files.write_checked(workers_folder(self._run.work) / f"{self._name}.json", self._who | self._sign)
+            path = workers_folder(self._run.work) / f"{self._name}.json"
+            files.write_checked(path, self._who | self._sign, lasts=False)
 
     def take_offers(self, openers: Mapping[str, Opener], wait: float) -> None:
         busy, at, pause = time.monotonic(), "", LOOK_SECONDS
@@ -226,7 +227,7 @@ class _Worker:
             return
         record, about = {**self._who, "said": self._said.take()}, path.with_suffix(".json")
         files.write_arrays(
-            path, arrays, lambda sha256: files.write_checked(about, {**record, "sha256": sha256})
+            path, arrays, lambda sha256: files.write_checked(about, {**record, "sha256": sha256}, lasts=False)
         )
 
 
