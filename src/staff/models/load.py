@@ -12,9 +12,10 @@ import struct
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,13 +123,45 @@ def _quietly(load: Callable[[], Any], source: Source) -> Any:
     os.environ.setdefault("TQDM_DISABLE", "1")  # gguf's bar has no other switch
     errors = (OSError, ValueError, LookupError, ImportError, RuntimeError, AttributeError, TypeError)
     try:
-        return load()
+        with _header_read_once() if source.gguf else nullcontext():
+            return load()
     except (*errors, struct.error) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         cure = "; if the file was cut off, download it again" if source.gguf else ""
         raise ValueError(f"{source.name} can't be loaded: {reason}{cure}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def _header_read_once() -> Iterator[None]:
+    """Let transformers read a .gguf file's header once, though it asks anew for the configuration, the
+    tokenizer and the weights, and make the table of names once, though it asks anew for each module."""
+    import gguf
+
+    def reader(path: str) -> Any:
+        return _header(path, os.stat(path).st_mtime_ns)
+
+    ours = {"GGUFReader": reader, "get_tensor_name_map": cache(gguf.get_tensor_name_map)}
+    before = {name: vars(gguf)[name] for name in ours}
+    vars(gguf).update(ours)
+    try:
+        yield
+    finally:
+        vars(gguf).update(before)
+
+
+@lru_cache(maxsize=1)
+def _header(path: str, changed: int) -> Any:
+    from gguf.gguf_reader import GGUFReader
+
+    class Reader(GGUFReader):
+        """Slices a plain array: a memmap makes an object with a history of each of half a million."""
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
+    return Reader(path)
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
@@ -311,6 +344,7 @@ def load_model(
     if device.type == "cpu" and limits is None:
         _keep_freed_memory()
     model, told = _quietly(load, source)
+    _header.cache_clear()
     _check_weights(model, told, source)
     if is_quantised:
         for module in (
