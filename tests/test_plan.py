@@ -138,7 +138,7 @@ def test_a_plan_counts_the_rows_that_every_tokenizer_can_use(family, tmp_path, m
     rows = [{"prompt": prompt, "response": "c"} for prompt in ("a", "no", "b", "d")]
     (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def speed(model, pool, config, n, trains):
+    def speed(model, pool, config, n, *more):
         return Speed(n, 1.0), dict.fromkeys(("effort", "loss"), np.ones(len(pool)))
 
     monkeypatch.setattr(timing, "time_model", speed)
@@ -173,6 +173,7 @@ def test_the_text_has_a_line_a_method_with_the_seconds_of_each_stage():
         "verified_regions": 1,
         "num_regions": 2,
         "timed": {"target": True},
+        "small": [],
         "full_seconds": 4000,
         "methods": table(JOB, SPEEDS, (0.5,)),
         "advice": ["do so"],
@@ -209,6 +210,7 @@ def test_a_scope_of_adapters_is_timed_on_a_fresh_one_that_training_does_not_see(
         scoring, "Scorer", lambda *rest, **of: scored.append(scorer(*rest, **of)) or scored[-1]
     )
     monkeypatch.setattr(tuning, "train_lora", train)
+    monkeypatch.setattr(plan, "SMALL", 0)
     write_pool(tmp_path / "pool.jsonl", 30)
     data, target = (str(tmp_path / "pool.jsonl"),), str(family / "target")
     made = plan.make_plan(
@@ -241,6 +243,17 @@ def test_the_models_are_quantised_as_a_selection_would(family, tmp_path, monkeyp
     ]
     cli.plan([*flags, "--load-in", "4bit", "--batch-size", "2"])
     assert asked == [("target", "4bit"), ("draft", "4bit")]
+
+
+def test_of_a_small_job_the_scoring_alone_is_timed(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "train_lora", None)
+    monkeypatch.setattr(timing, "_an_answer", None)
+    given = {"data": [str(write_pool(tmp_path / "pool.jsonl", 30))], "target": str(family / "target")}
+    made = plan.make_plan(config_of(PlanConfig, **given))
+    speed = made["speeds"]["target"]
+    assert 0 < speed["forward"] < speed["scoring"] < speed["training"]
+    assert speed["answering"] == timing.AN_ANSWER * speed["forward"]
+    assert "the target's scoring is timed, the rest by operations" in plan.describe_plan(made)
 
 
 def test_a_plan_says_what_the_run_then_does(family, tmp_path):

@@ -14,7 +14,7 @@ from staff.methods.fidelity import Fidelity, fidelity
 from staff.methods.groups import select_by_group
 from staff.methods.strata import split
 from staff.methods.verification import default_regions, default_verified
-from staff.timing import Look, Speed, look_at_models, one_pass
+from staff.timing import SMALL, Look, Speed, look_at_models, one_pass
 from staff.types import AGAINST_VALIDATION, Progress, Selection, Stage
 
 if TYPE_CHECKING:
@@ -292,8 +292,8 @@ def make_plan(config: PlanConfig, on_progress: Progress | None = None, data: Any
     Returns:
         n, tokens; num_regions, verified_regions, verified (None: not known before a model has scored),
         most_verified, by STAFF; sum (the default's, in passes) and its verdict; fidelity; speeds (seconds a
-        token), sizes in operations of a pass, timed (label -> was it at hand), full_seconds, methods
-        (`table`), advice (a sentence for each pruning rate).
+        token), sizes in operations of a pass, timed (label -> was it at hand), small (those of which
+        the scoring alone was timed), full_seconds, methods (`table`), advice (a sentence for each rate).
 
     Raises:
         ValueError: something that the user can mend.
@@ -304,7 +304,7 @@ def make_plan(config: PlanConfig, on_progress: Progress | None = None, data: Any
     tell = on_progress or (lambda stage, done, total: None)
     tell(str(Stage("read")), 0, 1)
     rows = formats.read(list(config.data) if data is None else data, **config.reading.keywords())
-    rows, looks = look_at_models(config, rows, tell)
+    rows, looks = look_at_models(config, rows, tell, SMALL)
     target, n = looks["target"], len(rows)
     chosen = foretold(config, looks, rows, config.seed)
     most = most_verified(n, config.num_regions, config.verification_budget, config.hard_cutoff)
@@ -319,6 +319,7 @@ def make_plan(config: PlanConfig, on_progress: Progress | None = None, data: Any
         "num_regions": len(chosen.regions) if chosen else None,
         "verified_regions": sum(region.verified > 0 for region in chosen.regions) if chosen else None,
         "timed": {label: seen.is_timed for label, seen in looks.items()},
+        "small": [label for label, seen in looks.items() if seen.is_timed and passes[label] < SMALL],
         "flops": passes,
         "speeds": {label: asdict(speed) for label, speed in speeds.items()},
         "full_seconds": config.epochs * target.tokens * target.speed.training,
@@ -349,6 +350,8 @@ def describe_plan(plan: Mapping[str, Any]) -> str:
         others = [label for label in plan["timed"] if label not in away]
         by = f"the speed of the {others[0]}" if others else "a plain matrix product, which no model reaches"
         where += f"; the {' and the '.join(away)} by size alone, and by {by}: at least"
+    if plan["small"]:
+        where += f"; the {' and the '.join(plan['small'])}'s scoring is timed, the rest by operations"
     header = "".join(f"{f'{float(rate):.0%} pruned':>13}" for rate in rates)
     lines = ["", f"pool       {n} samples, {plan['tokens']:,} tokens{' or so' * bool(away)}; {where}"]
     if plan["verified"] is not None:

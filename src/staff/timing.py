@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 NUM_TIMED = 48  # samples scored on the target at most
 DRAFTED = 3  # times as many on the draft, which is cheaper
-WARMING = 4  # samples before the clock runs
+WARMING = 1  # samples before the clock runs
+SMALL = 2e13  # operations of a pass over the pool, a minute or two of a CPU; of fewer only scoring is timed
+AN_ANSWER = 10  # times as dear as a token that is read, in a small batch
 _ANSWERS, _TOKENS = 8, 8  # answers that are timed, and tokens of each
 STEPS_TIMED = 2  # of training, the first of which warms up
 CHARACTERS = 4  # of a token, where no tokenizer is at hand
@@ -69,12 +71,18 @@ class Look:
         return len(self.positions) > 0
 
 
-def look_at_models(config: PlanConfig, rows: Rows, tell: Progress) -> tuple[Rows, dict[str, Look]]:
+def look_at_models(
+    config: PlanConfig, rows: Rows, tell: Progress, small: float = 0.0
+) -> tuple[Rows, dict[str, Look]]:
     """Load the models, score a few samples on each, train where a method would.
 
     A model that is not on this machine, and whose size is known, is not fetched for that: then operations are
     counted, and seconds follow from the speed of the other model, or from that of a plain matrix product,
     which no model reaches.
+
+    Args:
+        small: operations of a pass over the pool, below which the scoring alone is timed and the rest follows
+            by them: else the timing takes a large part of what it foretells.
 
     Returns:
         the rows that every tokenizer can use; and "target" and, where there is one, "draft" -> its Look.
@@ -126,10 +134,12 @@ def look_at_models(config: PlanConfig, rows: Rows, tell: Progress) -> tuple[Rows
         del model
         for name in list(parts):
             tell(str(Stage("time", name)), 0, 1)
-            size = load.measure(parts[name])
             some = np.sort(share[: timed * (1 if name == "target" else DRAFTED)])
             trains = name == "target" or config.draft_epochs > 0
-            speed, scores = time_model(parts.pop(name), pools[label].take(some), config, len(rows), trains)
+            size, part = load.measure(parts[name]), pools[label].take(some)
+            is_small = size.scoring_flops(*counts[label], config.scoring.scope) < small
+            about = size if is_small else None
+            speed, scores = time_model(parts.pop(name), part, config, len(rows), trains, about)
             speed = dataclasses.replace(speed, loading=loading)
             looks[name] = Look(speed, size, *counts[label], some, scores)
             tell(str(Stage("time", name)), 1, 1)
@@ -175,17 +185,16 @@ def product_speed(device: Any, dtype: Any) -> float:
 
 
 def time_model(
-    model: Any, pool: Pool, config: PlanConfig, n: int, trains: bool
+    model: Any, pool: Pool, config: PlanConfig, n: int, trains: bool, size: Size | None
 ) -> tuple[Speed, dict[str, np.ndarray]]:
     """Seconds a token of scoring and of LoRA training, and the scores of some samples; the model is changed.
 
     Args:
         pool: these samples alone.
         n: samples of the whole pool: steps are small where there is little to train on.
+        size: of the model, where all but scoring is to follow from it.
     """
     from staff.models import adapters
-    from staff.models.finetune import sample_order, train_lora
-    from staff.scoring.rds import embed
     from staff.scoring.scorer import Scorer
 
     scoring, training = config.scoring, config.training
@@ -198,6 +207,15 @@ def time_model(
     began = time.perf_counter()
     scores = scorer.scores(pool, np.arange(len(pool)), scoring.batch_tokens)
     a_token = float((time.perf_counter() - began) / pool.lengths.sum())
+    if size:
+        tokens, response = int(pool.lengths.sum()), int(pool.response_tokens().sum())
+        an_operation = a_token / size.scoring_flops(tokens, response, scoring.scope)
+        a_step = an_operation * size.training_flops(tokens, response) * trains
+        forward = an_operation * size.answering_flops(0, tokens, 0)
+        return Speed(a_token, a_step, forward=forward, answering=AN_ANSWER * forward), scores
+    from staff.models.finetune import sample_order, train_lora
+    from staff.scoring.rds import embed
+
     began = time.perf_counter()
     embed(scorer, pool, np.arange(len(pool)), scoring.batch_tokens or scorer.tokens_borne)
     forward = float((time.perf_counter() - began) / pool.lengths.sum())
