@@ -90,15 +90,6 @@ def of_tiny_models(code, family):
     return code
 
 
-def test_the_notebook_runs(folder, family, monkeypatch):
-    monkeypatch.chdir(folder)
-    names = {}
-    for cell in json.loads((ROOT / "examples" / "start.ipynb").read_text())["cells"]:
-        if cell["cell_type"] == "code":
-            exec(compile(of_tiny_models("".join(cell["source"]), family), "start.ipynb", "exec"), names)
-    assert len(names["runs"]) == 4
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_a_command_that_is_not_run_is_one_that_there_is(page):
     for line in commands(page, marked=True):
