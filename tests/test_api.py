@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import staff
 from family import make_rows, write_pool
 from staff import config, settings
-from staff.words import in_words
+from staff.words import in_words, python_words
 
 TUNING = {"epochs": 1, "learning_rate": 1e-2, "dtype": "float32"}
 
@@ -42,6 +43,10 @@ def test_the_settings_that_are_typed_are_those_that_there_are(kind, typed, own):
         ("lower --batch-size, and add --update", "lower batch_size, and add update=True"),
         ("--shares qa=0.5,rest: they", "shares='qa=0.5,rest': they"),
         ("type `staff select --config c.yaml`; --json", "type `staff select --config c.yaml`; --json"),
+        (
+            "--data x\ntrain: staff finetune --data x\n--seed 1",
+            "data x\ntrain: staff finetune --data x\nseed=1",
+        ),
         ("--load-in 4bit needs bitsandbytes", "load_in='4bit' needs bitsandbytes"),
     ],
 )
@@ -61,6 +66,28 @@ def test_every_function_says_what_is_wrong_in_pythons_words(family, tmp_path):
         staff.evaluate(rows, model=target, max_new_tokens=300, max_length=256)
     with pytest.raises(ValueError, match=r"the comparison: needs tasks"):
         staff.compare({"target": target})
+
+
+def test_warnings_and_findings_are_in_pythons_words_and_the_data_in_its_own(family, tmp_path, caplog):
+    @python_words
+    def warn():
+        logging.getLogger("staff.elsewhere").warning("past %d: --max-length %d", 8, 8)
+        logging.getLogger("other").warning("--max-length 8")
+
+    warn()
+    logging.getLogger("staff.elsewhere").warning("--max-length 8")
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["past 8: max_length=8", "--max-length 8", "--max-length 8"]
+    rows = [{"prompt": f"Which flag? {'--method x ' * 40}", "response": "--seed 1"} for _ in range(12)]
+    found = staff.inspect(rows, model=str(family / "target"), max_length=999, on_long="drop")
+    assert "with on_long='drop' such rows are left out" in repr(found)
+    assert repr(found).count("--method x") >= 40
+    run = staff.select(
+        rows, method="staff", target=str(family / "target"), draft=str(family / "draft"), budget=4
+    )
+    assert "fewer num_regions" in run.summary()
+    assert "-> --seed 1" in run.summary()
+    assert "train on it: staff finetune --data" in run.summary()
 
 
 def test_rows_in_memory_are_scored_tuned_on_and_answered(family, tmp_path):
@@ -174,6 +201,7 @@ def test_the_notebook_runs(family, tmp_path, monkeypatch):
             code = code.replace(f'{model} = "HuggingFaceTB', f"{model} = {str(family / model)!r}  # ")
         exec(compile(code, f"cell {number}", "exec"), names)
     assert len(names["run"].coreset) == 8
+    assert [len(each.indices) for each in names["runs"]] == [20, 8, 20, 8]
     assert names["answers"]["n"] == 4
 
 

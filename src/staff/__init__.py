@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
-from staff.words import Findings, python_words
+from staff.words import Findings, in_words, python_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -235,7 +235,9 @@ def inspect(
 
     made, rows = _settled(config.InspectConfig, data, {**settings, "model": model})
     found = inspection.look(made, rows)
-    return Findings(found, Text.from_markup(inspection.render(found), emoji=False).plain)
+    about, title, rows = inspection.render(found).rpartition(inspection.ROWS_AS_SEEN)
+    plain = [Text.from_markup(text, emoji=False).plain for text in (about, title + rows)]
+    return Findings(found, *plain)
 
 
 @python_words
@@ -253,7 +255,10 @@ def plan(
     made, rows = _settled(config.PlanConfig, data, {**settings, "target": target})
     with _shown(quiet, on_progress) as progress:
         found = planning.make_plan(made, progress, rows)
-    return Findings(found, planning.describe_plan(found))
+    text = planning.describe_plan(found)
+    found |= {"advice": [in_words(said) for said in found["advice"]]}
+    found |= {"verdict": in_words(found["verdict"])} if "verdict" in found else {}
+    return Findings(found, text)
 
 
 @python_words

@@ -33,6 +33,7 @@ ROWS_SHOWN = 3
 LETTERS_SHOWN = 1_500
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 SIMILAR = 0.8  # Jaccard similarity of word triples
+ROWS_AS_SEEN = "[bold]First rows as the model will see them[/bold]"  # behind it stands the data's own text
 SPELLS_CONTROL = "text that spells the model's control tokens, which trainers read as such"
 BARS = " ▁▂▃▄▅▆▇█"
 CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]")
@@ -280,7 +281,7 @@ def render(report: dict) -> str:
         lines.append(f"  ids: {what}; rows are known by number all the same")
     for what, count in report["characters"].items():
         lines.append(f"  [yellow]{count:,} rows have {what}[/yellow]")
-    lines.append("\n[bold]First rows as the model will see them[/bold] (grey: no loss)")
+    lines.append(f"\n{ROWS_AS_SEEN} (grey: no loss)")
     for row in report["first"]:
         styles = (("bold" if trained else "bright_black", text) for text, trained in row["pieces"])
         lines.append(f"[bold]row {row['row']}[/bold]")

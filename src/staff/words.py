@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin
 
 from staff import config
@@ -14,6 +16,7 @@ from staff.config import names_of, type_of
 Given = ParamSpec("Given")
 Made = TypeVar("Made")
 
+COMMAND = re.compile(r"(`[^`]*`|\bstaff [a-z]+ --.*)")
 # a flag, and the word behind it
 FLAG = re.compile(r"--([a-z]+(?:-[a-z]+)*)\b(?:[ =]((?:'[^']*'|\"[^\"]*\"|[^\s;()])+))?")
 VALUE = re.compile(r"[-+]?\d[\d.e+-]*|[A-Z][A-Z./]*|.*[/.:=].*\w.*|'.*'|\".*\"")
@@ -34,9 +37,9 @@ def _flags() -> dict[str, tuple[bool, tuple[str, ...]]]:
 
 
 def in_words(text: str) -> str:
-    """A message in Python's words; commands between backticks stay as they are."""
-    parts = text.split("`")
-    return "`".join(part if place % 2 else FLAG.sub(_said, part) for place, part in enumerate(parts))
+    """A message in Python's words; commands stay as they are: between backticks, or to the end of a line."""
+    parts = COMMAND.split(text)
+    return "".join(part if place % 2 else FLAG.sub(_said, part) for place, part in enumerate(parts))
 
 
 def _said(match: re.Match[str]) -> str:
@@ -57,12 +60,13 @@ def _said(match: re.Match[str]) -> str:
 
 
 def python_words(function: Callable[Given, Made]) -> Callable[Given, Made]:
-    """The same function, its ValueErrors in Python's words."""
+    """The same function, its ValueErrors and its warnings in Python's words."""
 
     @functools.wraps(function)
     def call(*args: Given.args, **settings: Given.kwargs) -> Made:
         try:
-            return function(*args, **settings)
+            with _warnings_in_words():
+                return function(*args, **settings)
         except ValueError as error:
             error.args = tuple(in_words(arg) if isinstance(arg, str) else arg for arg in error.args)
             raise
@@ -70,12 +74,33 @@ def python_words(function: Callable[Given, Made]) -> Callable[Given, Made]:
     return call
 
 
-class Findings(dict[str, Any]):
-    """What was found, as plain data; shown, it is what the command line prints."""
+@contextlib.contextmanager
+def _warnings_in_words() -> Iterator[None]:
+    before = logging.getLogRecordFactory()
 
-    def __init__(self, values: dict[str, Any], text: str):
+    def make(*about: Any, **more: Any) -> logging.LogRecord:
+        record = before(*about, **more)
+        if record.name.startswith("staff."):
+            record.msg, record.args = in_words(record.getMessage()), ()
+        return record
+
+    logging.setLogRecordFactory(make)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(before)
+
+
+class Findings(dict[str, Any]):
+    """What was found, as plain data; shown, it is what the command line prints, in Python's words.
+
+    Attributes:
+        quoted: the text's end, of the data's own words.
+    """
+
+    def __init__(self, values: dict[str, Any], text: str, quoted: str = ""):
         super().__init__(values)
-        self._text = text
+        self._text = in_words(text) + quoted
 
     def __repr__(self) -> str:
         return self._text

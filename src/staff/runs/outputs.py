@@ -135,10 +135,11 @@ class Run:
         return notebook.card(self.facts, repr(self))
 
     def summary(self) -> str:
-        """What a person wants to know of it, as `staff select` prints it."""
+        """What a person wants to know of it, as `staff select` prints it, in Python's words."""
         from staff.runs.summary import summary
+        from staff.words import in_words
 
-        return summary(self, config_of(self.path))
+        return summary(self, config_of(self.path), in_words)
 
     def dataset(self) -> datasets.Dataset:
         """The coreset as TRL's `SFTTrainer` takes it, so that it trains on the text and the labels that were

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import shlex
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,12 @@ HONEST = (
 )
 
 
-def summary(run: Run, config: SelectConfig) -> str:
-    """What a person wants to know of a finished selection: first in plain words, then in the paper's."""
+def summary(run: Run, config: SelectConfig, in_words: Callable[[str], str] = str) -> str:
+    """What a person wants to know of a finished selection: first in plain words, then in the paper's.
+
+    Args:
+        in_words: says a line that is not the data's in other words.
+    """
     selection, manifest, coreset = run.selection, run.manifest, run.path / "coreset.jsonl"
     n, m = manifest["n"], manifest["m"]
     tokens = f", {manifest['tokens']:,} tokens" if "tokens" in manifest else ""
@@ -56,7 +61,7 @@ def summary(run: Run, config: SelectConfig) -> str:
     lines += _entry("groups", *_group_lines(manifest))
     if manifest["method"] == DEFAULT_METHOD:
         lines += _entry("choice", *HONEST)
-    lines += _pool_again(run)
+    lines += (rows := _pool_again(run))
     if run.fidelity:
         lines += _entry("fidelity", *_verdict_lines(run.fidelity, config))
     lines += _entry("", *(f"warning: {said}" for said in _warnings(run, config)))
@@ -80,7 +85,7 @@ def summary(run: Run, config: SelectConfig) -> str:
         target += f" --lora-targets {shlex.join(config.training.lora_targets)}"
     data, adapter = shlex.quote(str(coreset)), shlex.quote(str(run.path / "adapter"))
     lines.append(f"train on it: staff finetune --data {data} {target} --output {adapter}")
-    return "\n".join(lines)
+    return "\n".join(line if line in rows else in_words(line) for line in lines)
 
 
 def _against_pool(run: Run) -> list[str]:
