@@ -159,6 +159,18 @@ def test_a_method_that_follows_a_tuning_is_left_out_where_there_is_none():
     }
 
 
+def test_a_selections_file_is_planned_for(tmp_path):
+    file = tmp_path / "select.yaml"
+    file.write_text(
+        "data: p.jsonl\ntarget: T\nmethod: staff\npruning-rate: 0.8\noutput: x\nhard-cutoff: 0.2\n"
+    )
+    config, _ = cli._parse("plan", ["--config", str(file)])
+    assert (config.target, config.pruning_rate, config.hard_cutoff) == ("T", (0.8,), 0.2)
+    file.write_text("target: T\nmethods: staff\n")
+    with pytest.raises(ValueError, match="there is no setting 'methods'"):
+        cli._parse("plan", ["--config", str(file)])
+
+
 def test_bad_settings_are_named():
     with pytest.raises(ValueError, match=r"in \[0, 1\); found 1"):
         config_of(PlanConfig, pruning_rate=(1.0,))

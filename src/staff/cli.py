@@ -425,6 +425,9 @@ def _parse(name: str, arguments: Sequence[str]) -> tuple[Any, argparse.Namespace
     values = configs.read_yaml(given.config) if given.config else {}
     if getattr(given, "preset", None):
         values["preset"] = given.preset
+    if kind is configs.PlanConfig:  # a selection's file is a plan's too
+        beside = configs.names_of(configs.SelectConfig).keys() - configs.names_of(kind).keys()
+        values = {name: value for name, value in values.items() if name.replace("-", "_") not in beside}
     config = configs.from_mapping(kind, values, given.config or "--preset") if values else kind()
     names = configs.names_of(kind)
     return flags.overlaid(config, {key: v for key, v in vars(given).items() if key in names}), given
