@@ -222,7 +222,7 @@ def test_a_scope_of_adapters_is_timed_on_a_fresh_one_that_training_does_not_see(
         scoring, "Scorer", lambda *rest, **of: scored.append(scorer(*rest, **of)) or scored[-1]
     )
     monkeypatch.setattr(tuning, "train_lora", train)
-    monkeypatch.setattr(plan, "SMALL", 0)
+    monkeypatch.setattr(plan, "SMALL_JOB", 0)
     write_pool(tmp_path / "pool.jsonl", 30)
     data, target = (str(tmp_path / "pool.jsonl"),), str(family / "target")
     made = plan.make_plan(

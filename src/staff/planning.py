@@ -14,7 +14,7 @@ from staff.methods.fidelity import Fidelity, fidelity
 from staff.methods.groups import select_by_group
 from staff.methods.strata import split
 from staff.methods.verification import default_regions, default_verified
-from staff.timing import SMALL, Look, Speed, look_at_models, one_pass
+from staff.timing import SMALL_JOB, Look, Speed, look_at_models, one_pass
 from staff.types import AGAINST_VALIDATION, Progress, Selection, Stage
 
 if TYPE_CHECKING:
@@ -304,7 +304,7 @@ def make_plan(config: PlanConfig, on_progress: Progress | None = None, data: Any
     tell = on_progress or (lambda stage, done, total: None)
     tell(str(Stage("read")), 0, 1)
     rows = formats.read(list(config.data) if data is None else data, **config.reading.keywords())
-    rows, looks = look_at_models(config, rows, tell, SMALL)
+    rows, looks = look_at_models(config, rows, tell, SMALL_JOB)
     target, n = looks["target"], len(rows)
     chosen = foretold(config, looks, rows, config.seed)
     most = most_verified(n, config.num_regions, config.verification_budget, config.hard_cutoff)
@@ -319,7 +319,7 @@ def make_plan(config: PlanConfig, on_progress: Progress | None = None, data: Any
         "num_regions": len(chosen.regions) if chosen else None,
         "verified_regions": sum(region.verified > 0 for region in chosen.regions) if chosen else None,
         "timed": {label: seen.is_timed for label, seen in looks.items()},
-        "small": [label for label, seen in looks.items() if seen.is_timed and passes[label] < SMALL],
+        "small": [label for label, seen in looks.items() if seen.is_timed and passes[label] < SMALL_JOB],
         "flops": passes,
         "speeds": {label: asdict(speed) for label, speed in speeds.items()},
         "full_seconds": config.epochs * target.tokens * target.speed.training,
