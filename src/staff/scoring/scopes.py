@@ -25,8 +25,8 @@ from staff.scoring.gradnorm import Head, Site, record_sites
 
 logger = logging.getLogger(__name__)
 SCOPES = {
-    "last-value": "the last block's value projection: forward, and back through the last block; the default",
-    "last-block": "every linear weight of the last block: about the same price",
+    "last-value": "the last block's value projection: forward, and back through the last block; the paper's",
+    "last-block": "every linear weight of the last block: about the same price; the default",
     "linear": "every linear weight of the blocks, no embeddings, no head; 2 to 3 times the price",
     "lora": "the trainable LoRA matrices of the whole model: back through every block; twice the price",
     "released": "lora_B of a fresh LoRA on that projection, as the authors have it: the price of last-value",
