@@ -36,8 +36,8 @@ def _entry(label: str, *texts: str) -> list[str]:
 
 
 HONEST = (
-    "evenly over what rows are about and how hard they are: on clean data its loss could not be told from a",
-    "random choice's (few trials); it may help where rows look wrong or repeat (--method staff: the paper's)",
+    "evenly over what rows are about and how hard they are: on clean data as good as a random choice or a",
+    "little better (small trials), better where rows look wrong to the draft (--method staff: the paper's)",
 )
 
 
