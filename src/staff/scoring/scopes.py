@@ -25,7 +25,7 @@ from staff.scoring.gradnorm import Head, Site, record_sites
 
 logger = logging.getLogger(__name__)
 SCOPES = {
-    "last-value": "the last block's value projection, the paper's: the price of forward and back through that block",
+    "last-value": "the last block's value projection, the paper's: the price of forward, and back through it",
     "last-block": "every linear weight of the last block: about the same price; the default",
     "linear": "every linear weight of the blocks, no embeddings, no head; 2 to 3 times the price",
     "lora": "the trainable LoRA matrices of the whole model: back through every block; twice the price",
