@@ -22,9 +22,9 @@ from staff.models import load
 from staff.models.answering import Answerer
 from staff.models.files import Source, resolve
 from staff.runs import account
-from staff.runs.crew import Crew, own_threads, worker_threads
+from staff.runs.crew import Crew, has_workers, threads_of
 from staff.runs.store import RunFolder, version_of
-from staff.runs.worker import Opened, check_engine, check_files, local_rank
+from staff.runs.worker import Opened, check_engine, check_files, driver_left, local_rank
 from staff.scoring.shards import Arrays, Score, Shards, make_shards, read_shards
 from staff.types import Stage
 
@@ -98,11 +98,9 @@ def make_answers(
         done += samples
         run.tell(Stage("answer"), done, n)
 
-    has_workers = bool(spread.workers) or spread.engine == "files"
-    alone = own_threads(spread, source, engine_of(config)[0].type) or torch.get_num_threads()
-    threads = shards.budgets.agree("threads", worker_threads(spread) if has_workers else alone)
+    threads = shards.budgets.agree("threads", threads_of(spread, source, engine_of(config)[0].type))
     make: Callable[[list[int]], None]
-    if has_workers:
+    if has_workers(spread):
         files.write_arrays(folder / WHAT_IS_ASKED, asked.to_arrays())
         offer = {"kind": "answers", "config": flat(config), "content": content, "threads": threads}
         offer |= {"engine": engine_of(config)[2], "folder": folder.name}
@@ -127,11 +125,7 @@ def open_answers(run: RunFolder, offer: Mapping[str, Any]) -> Opened:
     check_files(run, source, config.model, offer["content"])
     check_engine(offer["engine"], engine_of(config)[2])
     folder = run.work / offer["folder"]
-    arrays = files.read_arrays(folder / WHAT_IS_ASKED)
-    if arrays is None:
-        raise ValueError(
-            f"{folder / WHAT_IS_ASKED} is not there: is the run's folder on a file system that is shared?"
-        )
+    arrays = driver_left(folder / WHAT_IS_ASKED, files.read_arrays)
     source = unpacked(config, run, source, offer["content"])
     return _opened(config, run, folder, source, Asked.from_arrays(arrays), offer["threads"])
 

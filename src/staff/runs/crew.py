@@ -66,6 +66,20 @@ def own_threads(spread: Spread, source: Source, device: str) -> int | None:
     return spread.threads or (1 if is_small else None)
 
 
+def has_workers(spread: Spread) -> bool:
+    """Are there others who make the shards?"""
+    return bool(spread.workers) or spread.engine == "files"
+
+
+def threads_of(spread: Spread, source: Source, device: str) -> int:
+    """CPU threads of whoever makes the shards: each worker's, or this process's."""
+    if has_workers(spread):
+        return worker_threads(spread)
+    import torch
+
+    return own_threads(spread, source, device) or torch.get_num_threads()
+
+
 class Signs:
     """What workers say of themselves, a file each: host, process, the shard they are at, how far, a count.
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from staff import files, graph
 from staff.config import SelectConfig, flat, from_mapping, memory_limits
@@ -30,9 +29,9 @@ from staff.models.finetune import train_lora
 from staff.planning import SNAPSHOTS
 from staff.runs import account, answers, asked, keys
 from staff.runs.aside import Aside
-from staff.runs.crew import Crew, own_threads, worker_threads
+from staff.runs.crew import Crew, has_workers, threads_of
 from staff.runs.store import Inputs, Ledger, RunFolder, content_of
-from staff.runs.worker import Opened, check_engine, check_files, local_rank
+from staff.runs.worker import Opened, check_engine, check_files, driver_left, local_rank
 from staff.scoring import less, rds, selfcheck
 from staff.scoring.scorer import CALIBRATION, Scorer
 from staff.scoring.shards import (
@@ -92,15 +91,6 @@ class Numbered:
 
     def __len__(self) -> int:
         return len(self.numbers)
-
-
-def _mapped(path: Path) -> dict[str, np.ndarray]:
-    arrays = files.map_arrays(path)
-    if arrays is None:
-        raise ValueError(
-            f"{path} is not there, or damaged: is the run's folder on a file system that is shared?"
-        )
-    return arrays
 
 
 def open_offer(run: RunFolder, offer: Mapping[str, Any]) -> Opened:
@@ -210,7 +200,7 @@ class Pieces:
                 self.inputs.check("data", base)
                 self._spend(Stage("tokenise"), time.monotonic() - began)
                 files.write_arrays(path, arrays)
-                if self._has_workers():  # a driver looks at lengths alone
+                if has_workers(self.config.spread):  # a driver looks at lengths alone
                     arrays = files.map_arrays(path) or arrays
             pool = self._pools[self._pool_id(name)] = Pool.from_arrays(arrays)
             self._dropped[self._pool_id(name)] = [place for place, _ in pool.dropped]
@@ -511,14 +501,15 @@ class Pieces:
             part: what the account calls the pass.
         """
 
-        threads = shards.budgets.agree("threads", self._threads(self.sources[self.specs[of.model].base]))
-        if not self._has_workers():
+        spread, source = self.config.spread, self.sources[self.specs[of.model].base]
+        threads = shards.budgets.agree("threads", threads_of(spread, source, self.device.type))
+        if not has_workers(spread):
             on_shard = self._on_shard(of, stage, part)
             watch = partial(make_shards, name_of=self._name_of, on_samples=on_samples, on_shard=on_shard)
             run = partial(watch, partial(self.opened, of, shards), shards)
             return partial(load.with_threads, threads, run)
         self.free()
-        self._crew = self._crew or Crew(self.run, self.config.spread)
+        self._crew = self._crew or Crew(self.run, spread)
         offer = self._offer(of, shards) | {
             "part": part,
             "stage": dataclasses.asdict(stage),
@@ -536,15 +527,6 @@ class Pieces:
         return on_shard
 
     # ---- what workers are told, and what they make of it ----
-
-    def _has_workers(self) -> bool:
-        return bool(self.config.spread.workers) or self.config.spread.engine == "files"
-
-    def _threads(self, source: Source) -> int:
-        spread = self.config.spread
-        if self._has_workers():
-            return worker_threads(spread)
-        return own_threads(spread, source, self.device.type) or torch.get_num_threads()
 
     def _offer(self, of: Pass, shards: Shards) -> dict[str, Any]:
         """A pass in words that another process understands, with what it must find the same."""
@@ -582,11 +564,12 @@ class Pieces:
         inputs = Inputs({base: partial(content_of, run, sources[base])}, {base: offer["sources"][base]})
         check_files(run, sources[base], offer["sources"][base], offer["inputs"][base])
         inputs.update(offer["inputs"])
-        rows = _mapped(run.work / offer["rows"])
+        rows = driver_left(run.work / offer["rows"], files.map_arrays)
         pieces = cls(config, run, Numbered(rows["numbers"]), sources, inputs)
         check_engine(offer["engine"], pieces._engine)
         pieces._aside, name = offer["set_aside"], offer["of"]["model"]
-        pool = Pool.from_arrays(_mapped((run.work / offer["rows"]).with_name("tokens.npz")))
+        tokens = (run.work / offer["rows"]).with_name("tokens.npz")
+        pool = Pool.from_arrays(driver_left(tokens, files.map_arrays))
         kept = rows["kept"]
         pieces._pools[pieces._pool_id(name)] = pool if len(kept) == len(pool) else pool.take(kept)
         return pieces

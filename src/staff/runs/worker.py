@@ -64,6 +64,20 @@ def local_rank(environment: Mapping[str, str]) -> int:
     return int(environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", 0)))
 
 
+def driver_left(path: Path, read: Callable[[Path], dict[str, np.ndarray] | None]) -> dict[str, np.ndarray]:
+    """Arrays that the driver keeps for its workers.
+
+    Raises:
+        ValueError: they are not there, or damaged.
+    """
+    arrays = read(path)
+    if arrays is None:
+        raise ValueError(
+            f"{path} is not there, or damaged: is the run's folder on a file system that is shared?"
+        )
+    return arrays
+
+
 def check_files(run: RunFolder, source: Source, name: str, content: str) -> None:
     """See that a model's files are those of the driver, by their fingerprint.
 
