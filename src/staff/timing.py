@@ -26,9 +26,8 @@ if TYPE_CHECKING:
 NUM_TIMED = 48  # samples scored on the target at most
 DRAFTED = 3  # times as many on the draft, which is cheaper
 WARMING = 1  # samples before the clock runs
-SMALL_JOB = (
-    2e13  # operations of a pass over the pool, a minute or two of a CPU; of fewer only scoring is timed
-)
+# operations of a pass over the pool, a minute or two of a CPU: of fewer only scoring is timed
+SMALL_JOB = 2e13
 AN_ANSWER = 10  # times as dear as a token that is read, in a small batch
 _ANSWERS, _TOKENS = 8, 8  # answers that are timed, and tokens of each
 STEPS_TIMED = 2  # of training, the first of which warms up
