@@ -153,6 +153,19 @@ def test_a_draft_is_faithful_by_the_judging_rows_that_both_models_answered():
     assert tryout._fidelity(draft, {"row": [3, 4], "loss": [1.0, 2.0]}) is None
 
 
+@pytest.mark.parametrize(
+    ("draft", "why"),
+    [
+        ("draft", ""),
+        ("target", "target costs as much as the target"),
+        ("self:1", "self:1 is no model of its own to fine-tune"),
+    ],
+)
+def test_a_round_on_the_draft_is_one_that_saves_something(files, family, draft, why):
+    own = config(files, family, draft=draft if draft == "self:1" else str(family / draft))
+    assert tryout._no_draft(own, tryout._relative_cost(own)).removeprefix(f"{family}/") == why
+
+
 def judge_by(folder, code):
     (folder / "judge.py").write_text(
         f"import json, sys\nrows = [json.loads(line) for line in sys.stdin]\n{code}\n"

@@ -130,8 +130,8 @@ def try_ways(
     _options(config, ways)
     num_judges = len(reading.read(judges, **_plain_reading(config)))
     sizes = len(pool), share, num_judges, found, _relative_cost(config)
-    is_cut = self_blocks(config.draft) is not None
-    plan = plan_tries(config, ways, *sizes, on_draft=True if config.draft and not is_cut else None)
+    no_draft = _no_draft(config, sizes[-1])
+    plan = plan_tries(config, ways, *sizes, on_draft=None if no_draft else True)
     about: dict[str, Any] = {"metric": config.trying.metric_command or config.trying.metric, "ways": []}
     about["draft"] = None
     reasons, untouched = [], output / "untouched"
@@ -146,8 +146,8 @@ def try_ways(
             reasons = [
                 f"no round on the draft: it may rank the judging rows otherwise than the target ({shown})"
             ]
-    elif is_cut and len(ways) > 2:
-        reasons = [f"no round on the draft: {config.draft} is no model of its own to fine-tune"]
+    elif config.draft and no_draft and len(ways) > 2:
+        reasons = [f"no round on the draft: {no_draft}"]
     if plan is None:
         least = _least(config, ways, *sizes)
         reason = (
@@ -405,6 +405,15 @@ def _relative_cost(config: SelectConfig) -> float:
     blocks = families.self_blocks(config.draft)
     draft = config.target if blocks else config.draft
     return cost(draft, blocks) / cost(config.target) if draft else 0.0
+
+
+def _no_draft(config: SelectConfig, r: float) -> str:
+    """Why no round is on the draft; empty where one may be. r as of _relative_cost."""
+    if self_blocks(config.draft) is not None:
+        return f"{config.draft} is no model of its own to fine-tune"
+    if not config.draft:
+        return "there is none"
+    return f"{config.draft} costs as much as the target" if r >= 1 else ""
 
 
 def _selecting(ways: Iterable[str], r: float) -> float:
