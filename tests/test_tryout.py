@@ -10,12 +10,15 @@ import pytest
 
 import staff
 from family import config_of, make_rows, run_staff, write_pool
-from staff import pipeline, tryout
+from staff import pipeline
 from staff.comparison.grid import select_config
 from staff.comparison.statistics import paired_margin
 from staff.config import SelectConfig
 from staff.data.rows import read
-from staff.tryout import Tries, halves, plan_tries, rounds_of, settled, try_ways
+from staff.tryout import cost, judge
+from staff.tryout import run as tryout
+from staff.tryout.cost import Tries, no_draft_because, plan_tries, relative_cost, rounds_of
+from staff.tryout.run import halves, settled, try_ways
 
 
 def config(folder, family=None, **settings):
@@ -163,7 +166,7 @@ def test_a_draft_is_faithful_by_the_judging_rows_that_both_models_answered():
 )
 def test_a_round_on_the_draft_is_one_that_saves_something(files, family, draft, why):
     own = config(files, family, draft=draft if draft == "self:1" else str(family / draft))
-    assert tryout._no_draft(own, tryout._relative_cost(own)).removeprefix(f"{family}/") == why
+    assert no_draft_because(own, relative_cost(own)).removeprefix(f"{family}/") == why
 
 
 def judge_by(folder, code):
@@ -186,16 +189,16 @@ def test_nonsense_from_a_users_judge_is_named(tmp_path, code, message):
     examples = {"row": [0, 1], "id": ["a", None], "prediction": ["x", "y"], "reference": ["x", "z"]}
     (tmp_path / "scores.jsonl").write_text("{}")
     with pytest.raises(ValueError, match=message):
-        tryout._by_command(judge_by(tmp_path, code), tmp_path, examples)
+        judge._by_command(judge_by(tmp_path, code), tmp_path, examples)
 
 
 def test_a_users_judge_is_asked_once_for_each_model(tmp_path):
     examples = {"row": [0, 1], "id": ["a", None], "prediction": ["x", "y"], "reference": ["x", "z"]}
     (tmp_path / "scores.jsonl").write_text("{}")
     command = judge_by(tmp_path, "print(*(float(r['answer'] == r['reference']) for r in rows), sep='\\n')")
-    assert tryout._by_command(command, tmp_path, examples).tolist() == [1, 0]
+    assert judge._by_command(command, tmp_path, examples).tolist() == [1, 0]
     (tmp_path / "judge.py").write_text("")
-    assert tryout._by_command(command, tmp_path, examples).tolist() == [1, 0]
+    assert judge._by_command(command, tmp_path, examples).tolist() == [1, 0]
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +292,8 @@ def test_too_small_a_cost_is_said_and_random_is_the_answer(files, family):
 def test_the_draft_gives_up_the_worse_half_first_and_a_killed_try_out_goes_on(files, family, monkeypatch):
     from staff import jobs, pipeline
 
-    monkeypatch.setattr(tryout, "PAIR", 1)
+    for part in (tryout, cost):
+        monkeypatch.setattr(part, "PAIR", 1)
     monkeypatch.setattr(tryout, "_fidelity", lambda *_: (0.9, 0.8, 0.95))
     trying = {"ways": ["length", "dedup"], "try_cost": 8.0, "full_epochs": 0.4, "metric": "loss"}
     own = config(files, family, **trying)

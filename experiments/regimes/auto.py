@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from staff.config import SelectConfig, from_mapping
-from staff.tryout import try_ways
+from staff.tryout.run import try_ways
 
 DATA = Path("runs/data/regimes")
 RATES = {"clean": 0.9, "copies": 0.9, "mixed": 0.9, "clean-98": 0.98}

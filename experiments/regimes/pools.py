@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 from staff.data.rows import read
-from staff.tryout import halves
+from staff.tryout.run import halves
 
 SEED = 7
 LONGEST = 60  # words of prompt and response together

@@ -139,7 +139,7 @@ def select_grid(
         if "auto" in made.method:
             if rows is not None:
                 raise ValueError("method auto reads the data again and again: write it to a file first")
-            from staff import tryout
+            from staff.tryout import run as tryout
 
             made = tryout.settled(made, tryout.try_ways(made, update=update, on_progress=progress))
         return pipeline.select(made, rows, update=update, on_progress=progress)

@@ -60,7 +60,7 @@ def select(arguments: Sequence[str]) -> None:
 
 def _tried(config: configs.SelectConfig, given: argparse.Namespace) -> configs.SelectConfig:
     """The settings that a try-out ends with; what came out is said."""
-    from staff import tryout
+    from staff.tryout import run as tryout
 
     with Bars(quiet=given.quiet) as progress:
         about = tryout.try_ways(config, update=given.update, on_progress=progress)
@@ -74,7 +74,7 @@ def try_ways(arguments: Sequence[str]) -> None:
 
     staff try --data train.jsonl --target T --draft D --validation V.jsonl --pruning-rate 0.8 --output runs/x
     """
-    from staff import tryout
+    from staff.tryout import run as tryout
 
     config, given = _parse("try", arguments)
     with Bars(quiet=given.quiet) as progress:
