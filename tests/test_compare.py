@@ -490,6 +490,29 @@ def test_seeds_of_an_untuned_draft_share_its_passes_and_choose_as_they_would_alo
     assert alone.indices.tolist() != of_seed[1].indices.tolist()
 
 
+def test_what_hangs_on_a_seed_is_each_seeds_own_and_is_counted_once(file, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    text = file.read_text().replace("draft_epochs: 1", "draft_epochs: 0, max_new_tokens: 4, target_epochs: 1")
+    text = text.replace("staff-paper: {method: staff, allocation: paper, verify: null}", "whisper: {}")
+    text = text.replace("needs: {scores: draft/el2n}", "needs: {scores: tuned_target/el2n}")
+    (tmp_path / "c.yaml").write_text(text)
+    comparison = read_comparison(tmp_path / "c.yaml", str(tmp_path / "x"))
+    runs, _ = comparing.choose(comparison)
+    one, two = ({str(s): row for s, row in of[0].cost["stages"].items()} for of in runs.values())
+    assert one["score on the draft"] == two["score on the draft"]  # made once, and told of both
+    assert one["tokenise"] == two["tokenise"]
+    of_each = [
+        "fine-tune the target",
+        "score on the tuned target",
+        "answer on the draft",
+        "verify on the target",
+    ]
+    assert set(of_each) < one.keys() == two.keys()
+    for stage in of_each:
+        assert two[stage]["samples"] <= one[stage]["samples"] * (2 if stage[0] == "v" else 1.2), stage
+        assert two[stage]["seconds"] != one[stage]["seconds"]
+
+
 def test_processes_beside_a_comparison_start_with_it_and_end_with_it(tmp_path):
     begun = tmp_path / "begun"
     code = f"import os, time; open({str(begun)!r}, 'w').write(str(os.getpid())); time.sleep(60)"

@@ -110,7 +110,7 @@ class Job:
     verified_share: float
 
 
-def stages(method: Method, job: Job, speeds: Mapping[str, Speed]) -> dict[str, float] | None:
+def stages(method: Method, job: Job, speeds: Mapping[str, Speed]) -> dict[Stage, float] | None:
     """Predicted seconds of each stage of a method's selection.
 
     Reading and tokenising are left out: small, and much the same for all. So are a quality model, of which
@@ -122,7 +122,7 @@ def stages(method: Method, job: Job, speeds: Mapping[str, Speed]) -> dict[str, f
     Returns:
         None where it needs a draft and there is none, or none that is tuned.
     """
-    seconds: dict[str, float] = {}
+    seconds: dict[Stage, float] = {}
     for need in (*method.needs.values(), *method.asks.values()):
         if need.model == "pool":
             continue
@@ -132,38 +132,36 @@ def stages(method: Method, job: Job, speeds: Mapping[str, Speed]) -> dict[str, f
         scoring, forward = job.tokens * speed.scoring, job.tokens * (speed.forward or speed.scoring)
         answers = response * (speed.answering or speed.scoring)
         if need.model == "draft" and job.draft_epochs:
-            seconds[str(Stage("tune", "draft"))] = (
-                job.draft_epochs * job.draft_share * job.tokens * speed.training
-            )
+            seconds[Stage("tune", "draft")] = job.draft_epochs * job.draft_share * job.tokens * speed.training
         if need.model == "tuned_target":
-            seconds[str(Stage("tune", "target"))] = job.target_epochs * job.tokens * speed.training
+            seconds[Stage("tune", "target")] = job.target_epochs * job.tokens * speed.training
         if need.quantity == "rewards":
             share = float(str({**method.options(), **method.fixed}["seed_share"]))
             tuning = job.target_epochs * share * job.tokens * speed.training
-            seconds[str(Stage("tune", "target", "on the seed"))] = tuning
+            seconds[Stage("tune", "target", "on the seed")] = tuning
             asked = (1 - share) * (forward * (1 - job.response_share) + answers)
-            seconds[str(Stage("converse", "target", "tuned on the seed"))] = asked
+            seconds[Stage("converse", "target", "tuned on the seed")] = asked
         elif need.quantity == "whispers":  # prompts of some samples each, read once more up to two fifths
             told: Any = {**method.options(), **method.fixed}
             prompts = told["questions"] / told["demonstrations"]
             reading = 1.4 * (1 + told["demonstrations"]) * forward
-            seconds[str(Stage("converse", need.model))] = prompts * (reading + answers)
+            seconds[Stage("converse", need.model)] = prompts * (reading + answers)
         elif need.quantity in AGAINST_VALIDATION:
             took = forward if need.quantity == "rds" else scoring
-            seconds[str(Stage(AGAINST_VALIDATION[need.quantity], need.model))] = took
+            seconds[Stage(AGAINST_VALIDATION[need.quantity], need.model)] = took
         elif need.quantity == "prompt_features":
-            seconds[str(Stage("states", need.model, "over prompts"))] = forward * (1 - job.response_share)
+            seconds[Stage("states", need.model, "over prompts")] = forward * (1 - job.response_share)
         elif need.quantity == "unconditional_loss":
-            seconds[str(Stage("score", need.model, "without prompts"))] = job.response_share * scoring
+            seconds[Stage("score", need.model, "without prompts")] = job.response_share * scoring
         else:
             part = "at checkpoints" * need.checkpoints
-            seconds[str(Stage("score", need.model, part))] = scoring * (SNAPSHOTS if need.checkpoints else 1)
+            seconds[Stage("score", need.model, part)] = scoring * (SNAPSHOTS if need.checkpoints else 1)
     if method.verify:
         verified = job.verified_share * job.tokens * speeds[method.verify.base].scoring
-        seconds[str(Stage("verify", method.verify.model))] = verified
+        seconds[Stage("verify", method.verify.model)] = verified
     bases = {need.base for need in method.all_needs()} & speeds.keys()
     loading = sum(speeds[base].loading for base in bases)
-    return {str(Stage("load")): loading, **seconds} if loading else seconds
+    return {Stage("load"): loading, **seconds} if loading else seconds
 
 
 def table(
@@ -183,7 +181,8 @@ def table(
         if parts is not None:
             selection = sum(parts.values())
             totals = {rate: selection + (1 - rate) * full for rate in pruning_rates}
-            row = {"method": name, "stages": parts, "selection_seconds": selection, "total_seconds": totals}
+            told = {str(stage): took for stage, took in parts.items()}
+            row = {"method": name, "stages": told, "selection_seconds": selection, "total_seconds": totals}
             rows.append({**row, "break_even": selection / full if selection < full else None})
     return rows
 

@@ -18,6 +18,7 @@ from staff.comparison.grid import (
 from staff.config import PlanConfig, SelectConfig, flat, from_mapping, names_of
 from staff.data import rows as formats
 from staff.planning import foretold, job_of, stages
+from staff.runs.keys import model_specs
 from staff.timing import Look, look_at_models
 from staff.types import Progress, Stage
 
@@ -54,11 +55,13 @@ def forecast(comparison: Comparison, on_progress: Progress | None = None) -> dic
             an_answer = _time_answers(comparison, task, tell)
         selecting = 0.0
         for group in {tuple(comparison.group(variant)) for variant in comparison.variants}:
-            shared = comparison.seeds_share(select_config(comparison, task, group[0], 0, "x"))
-            for stage, seconds in _selecting(comparison, task, group, known).items():
-                # what is drawn for verification is each seed's own
-                is_once = shared and not stage.startswith("verify")
-                selecting += seconds * (1 if is_once else len(comparison.seeds))
+            config = select_config(comparison, task, group[0], 0, "x")
+            taken = _selecting(comparison, task, group, known)
+            own = {stage for stage in taken if _is_each_seeds(stage, config)}
+            if any(stage.kind != "verify" for stage in own):
+                own.add(Stage("load"))
+            for stage, seconds in taken.items():
+                selecting += seconds * (len(comparison.seeds) if stage in own else 1)
         training, cells = 0.0, [cell for cell in comparison.cells() if cell.task == name]
         for cell in cells:
             if cell.method != UNTOUCHED:
@@ -96,12 +99,19 @@ def _look(comparison: Comparison, task: Task, config: SelectConfig, tell: Progre
     return look_at_models(plan, rows, tell)
 
 
+def _is_each_seeds(stage: Stage, config: SelectConfig) -> bool:
+    """Does every seed do a stage anew? What was drawn or tuned by a seed is its own."""
+    tuned = [name for name, spec in model_specs(config).items() if spec.epochs]
+    is_seeded = config.scoring.scope in ("lora", "released") and stage.kind != "load"
+    return stage.kind in ("verify", "tune", "converse") or stage.model in tuned or is_seeded
+
+
 def _selecting(
     comparison: Comparison, task: Task, group: tuple[str, ...], known: Mapping[str, Known]
-) -> dict[str, float]:
+) -> dict[Stage, float]:
     """Seconds of each stage of the selection run of some variants that share it, at one seed: what two of
     them need is done once."""
-    parts: dict[str, float] = {}
+    parts: dict[Stage, float] = {}
     for name in group:
         variant: Variant = comparison.variants[name]
         config = select_config(comparison, task, name, 0, "x")

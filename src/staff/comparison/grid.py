@@ -136,12 +136,6 @@ class Comparison:
         own = self.variants[name].settings
         return [other for other, variant in self.variants.items() if variant.settings == own]
 
-    def seeds_share(self, config: SelectConfig) -> bool:
-        """Are a selection's passes over its models the same for every seed? They are where none is tuned."""
-        needs = [need for name in config.method for need in self.variants[name].method.needs.values()]
-        tuned = config.draft_epochs or any(need.model == "tuned_target" for need in needs)
-        return not tuned and config.scoring.scope not in ("lora", "released")
-
 
 def read_comparison(
     path: str | os.PathLike[str] | Mapping[str, Any], output: str | None = None

@@ -53,6 +53,7 @@ from staff.files import (
 from staff.methods import Method
 from staff.models import load as models
 from staff.models.files import Source, tokenizer_fingerprint, with_date
+from staff.runs import account, keys
 from staff.runs.account import stages_of
 from staff.runs.keys import model_specs, pool_key
 from staff.runs.outputs import Run
@@ -358,26 +359,35 @@ def _selection(grid: Grid, cell: Cell, runs: dict[str, list[Run]], tell: Progres
         with hold(grid.place("locks", "selection_" + name.replace("/", "_"))) as is_mine:
             if not is_mine:
                 return None
-            _take_over(grid, cell, config, Path(folder))
+            _take_over(grid, cell, Path(folder))
             runs[name] = pipeline.select(config, update=True, on_progress=tell, methods=table)
     wanted = (cell.method, cell.pruning_rate)
     return next(run for run in runs[name] if (run.manifest["method"], run.manifest["pruning_rate"]) == wanted)
 
 
-def _take_over(grid: Grid, cell: Cell, config: SelectConfig, folder: Path) -> None:
-    """Begin a selection with the pieces of one that differs by its seed alone, so that a pass that is the
-    same is made once; its cost comes along."""
-    if not grid.comparison.seeds_share(config) or (folder / "work" / "begun.json").exists():
+def _take_over(grid: Grid, cell: Cell, folder: Path) -> None:
+    """Begin a selection with the pieces of one that differs by its seed alone, those that no seed changes: a
+    pass that is the same is made once, and what it took comes along."""
+    if (folder / "work" / "begun.json").exists():
         return
     own = [dataclasses.replace(cell, seed=seed) for seed in grid.comparison.seeds if seed != cell.seed]
     for other in own:
         done = grid.place("selections", _selection_name(grid, other))
         if list(done.glob("**/manifest.json")) and not list(done.glob("work/*/shard-[0-9]*")):
             mark(folder, "run")
-            for piece in done.glob("work/*-*/"):
+            pieces = [place.parent for place in done.glob("work/*-*/key.json") if _is_seedless(place)]
+            for piece in pieces:
                 shutil.copytree(piece, folder / "work" / piece.name, copy_function=_link, dirs_exist_ok=True)
-            shutil.copyfile(done / "work" / "account.jsonl", folder / "work" / "account.jsonl")
+            (folder / "work").mkdir(exist_ok=True)
+            account.hand_on(done / "work", folder / "work", {piece.name for piece in pieces})
             return
+
+
+def _is_seedless(key: Path) -> bool:
+    try:
+        return keys.is_seedless(json.loads(key.read_text(encoding="utf-8")))
+    except (ValueError, AttributeError):
+        return False  # damaged; it is made again
 
 
 def _link(source: str, target: str) -> None:

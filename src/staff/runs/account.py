@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from staff import planning as plan
 from staff.types import Stage
 
 FILE = "account.jsonl"  # and account-NAME.jsonl of each worker: lines of several machines don't mix
+OF_THE_POOL = ("tokenise", "dedup", "unpack")  # kinds of stages whose parts have no names
 Numbers = dict[str, float]
-
 
 _own = FILE
 
@@ -44,6 +44,17 @@ def spend(
         file.write(json.dumps(entry).encode() + b"\n")
 
 
+def _entries(work: Path) -> Iterator[tuple[Stage, str | None, Numbers]]:
+    for path in sorted(work.glob("account*.jsonl")):
+        for line in path.read_bytes().split(b"\n"):
+            try:
+                entry = json.loads(line)
+                stage, once = Stage(**entry.pop("stage")), entry.pop("once")
+                yield stage, once, {str(name): value + 0 for name, value in entry.items()}
+            except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
+                continue  # the last line of a killed run
+
+
 def spent(work: Path) -> dict[Stage, Numbers]:
     """What each stage took over all the times that the run was started.
 
@@ -53,14 +64,7 @@ def spent(work: Path) -> dict[Stage, Numbers]:
     """
     total: dict[Stage, Numbers] = {}
     seen: dict[tuple[Stage, str], Numbers] = {}
-    paths = sorted(work.glob("account*.jsonl"))
-    for line in (line for path in paths for line in path.read_bytes().split(b"\n")):
-        try:
-            entry = json.loads(line)
-            stage, once = Stage(**entry.pop("stage")), entry.pop("once")
-            numbers = {str(name): value + 0 for name, value in entry.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
-            continue  # the last line of a killed run
+    for stage, once, numbers in _entries(work):
         sums = total.setdefault(stage, {})
         before = seen.get((stage, once), {}) if once else {}
         if before:
@@ -70,6 +74,18 @@ def spent(work: Path) -> dict[Stage, Numbers]:
         if once:
             seen[stage, once] = numbers
     return total
+
+
+def hand_on(work: Path, to: Path, pieces: Collection[str]) -> None:
+    """Write down in another run, which has begun nothing, what some pieces took in this one, for it has them.
+
+    Args:
+        pieces: names of their folders, with which the names of their parts begin.
+    """
+    (to / FILE).unlink(missing_ok=True)
+    for stage, once, numbers in _entries(work):
+        if once.split()[0] in pieces if once else stage.kind in OF_THE_POOL:
+            spend(to, stage, once=once, **numbers)
 
 
 def cost_of_run(

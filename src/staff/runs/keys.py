@@ -98,3 +98,9 @@ def scores_key(model: Key, pool: Key, scoring: Scoring, training: Training, seed
         "balance_layers": scoring.balance_layers,
         **engine,
     }
+
+
+def is_seedless(key: Key) -> bool:
+    """Is a piece the same for every seed of its run? Neither a seed nor rows that it drew are in the key."""
+    parts = [value for value in key.values() if isinstance(value, dict)]
+    return all(key.get(name) is None for name in ("seed", "asked")) and all(map(is_seedless, parts))
