@@ -279,11 +279,12 @@ def test_a_finished_try_out_is_taken_up_and_the_choice_holds_for_every_rate(trie
         assert len(coreset.read_text().splitlines()) == m
 
 
-def test_too_small_a_cost_is_said_and_random_is_the_answer(files, family):
+def test_too_small_a_cost_is_said_and_random_is_the_answer(files, family, caplog):
     run = staff.select(
         files / "pool.jsonl", method="auto", pruning_rate=0.5, output=files / "x", validation=str(files / "few.jsonl"),
-        target=str(family / "target"), draft=None, try_cost=0.001, max_length=96,
+        target=str(family / "target"), draft=None, try_cost=0.001, max_length=96, option=["part=bottom"],
     )  # fmt: skip
+    assert "none of random, dedup has it" in caplog.text
     assert run.manifest["method"] == "random"
     (reason,) = json.loads((files / "x" / "tryout.json").read_text())["reasons"]
     assert "less than two seeds of two ways take" in reason

@@ -87,7 +87,9 @@ def try_ways(
         if not {"copies", "suspects", "mixed"} & set(found["signs"]):
             logger.warning("a clean pool of one task: a tie with random is to be expected")
     ways = candidates(config, found["signs"] if found else ())[:MOST_WAYS]
-    options_of(config, ways)
+    known = {name for way in ways for name in METHODS[method_of(way)].options()}
+    if unused := [pair for pair in config.option if pair.partition("=")[0] not in known]:
+        logger.warning("--option %s: none of %s has it", ", ".join(unused), ", ".join(ways))
     num_judges = len(reading.read(judges, **_plain_reading(config)))
     sizes = len(pool), share, num_judges, found, relative_cost(config)
     no_draft = no_draft_because(config, sizes[-1])
