@@ -11,6 +11,11 @@ os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
 import gc
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# a busy machine draws its examples slowly
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 def pytest_collection_finish():

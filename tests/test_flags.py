@@ -74,6 +74,9 @@ def test_help_has_named_groups_marks_what_is_required_and_explains_choices():
     for group in flags.PLACES.keys() - {"others"}:
         assert f" {group}: --" in said
     assert "--data FILE ... (required) The pool" in said
+    assert " selection: --pruning-rate N" in said
+    machine = said.partition(" machine: --")[2]
+    assert all(flag in machine for flag in ("--device-map", "--max-memory", "--processes", "--accelerate-"))
     assert "usage: staff select --data FILE --output PATH [settings]" in said
     assert "last-value: its value projection alone, as in the paper" in said
     assert "90 % of word triples" in said

@@ -374,7 +374,7 @@ def _parser(name: str) -> flags.Parser:
             "--run", default=None, metavar="PATH", help="the run's folder: the driver's --output"
         )
         about = "seconds without work after which it ends (default: 600)"
-        own.add_argument("--wait", type=float, default=600.0, metavar="FLOAT", help=about)
+        own.add_argument("--wait", type=float, default=600.0, metavar="N", help=about)
         own.add_argument("--name", default=None, help=argparse.SUPPRESS)
         own.add_argument("--quiet", action="store_true", default=False, help=SWITCHES["quiet"])
     if name == "compare":
@@ -384,7 +384,7 @@ def _parser(name: str) -> flags.Parser:
         about = "the folder, in place of the file's own; the same command goes on where it stopped"
         own.add_argument("--output", default=None, metavar="PATH", help=about)
         about = "processes that work through the cells side by side (default: 1)"
-        own.add_argument("--workers", type=int, default=1, metavar="INT", help=about)
+        own.add_argument("--workers", type=int, default=1, metavar="N", help=about)
         about = "make the tables of what is finished, and work on nothing"
         own.add_argument("--tables", action="store_true", default=False, help=about)
         parser.epilog = f"What the YAML file may say:\n\n{TEMPLATE}"

@@ -286,11 +286,7 @@ class SelectConfig(_Checked):
     quality_model: str | None = None
     """For mods, a reward model: a sequence-classification model of one logit, a hub id or a folder."""
     quality_column: str | None = None
-    """For mods, in its place: a column of the data that says how good a row is, from 0 on."""
-    likeness: Metric = "rougeL"
-    """How like an answer is to a row's own, for whisper and for mods without a quality model."""
-    max_new_tokens: Count = 256
-    """Tokens of an answer at most, for mods and whisper."""
+    """For mods, in place of a quality model: a column of the data that says how good a row is, from 0 on."""
     pruning_rate: tuple[PruningRate, ...] = ()
     """Fraction of the pool removed, in [0, 1); several make a coreset each. This, --budget or
     --budget-tokens is required."""
@@ -352,6 +348,10 @@ class SelectConfig(_Checked):
     """The budget rule over the regions: the authors' released code, or Eq. 4 as printed."""
     pick: Literal["top", "random"] = "top"
     """Which samples of a region are kept: the highest scores, or random ones."""
+    likeness: Metric = "rougeL"
+    """How like an answer is to a row's own, for whisper and for mods without a quality model."""
+    max_new_tokens: Count = 256
+    """Tokens of an answer at most, for mods and whisper."""
     seed: Seed = 42
     """One seed for the draft's sample and adapter, the draws, the picks and the fill."""
     trying: Trying = Trying()

@@ -27,7 +27,7 @@ PLACES = {
     "training": "eval_data weights epochs max_steps draft_epochs draft_share target_epochs training "
     "lora_rank lora_alpha lora_targets",
     "results": "output format merge report_to push_to_hub public license picture",
-    "machine": "engine workers threads ray_address worker_timeout",
+    "machine": "engine spread launch trust_remote_code",
     "others": "",
 }
 PLACE_OF = {name: place for place, names in PLACES.items() for name in names.split()}
@@ -37,7 +37,9 @@ KINDS = {
     "target": "MODEL", "draft": "MODEL", "model": "MODEL", "candidates": "MODEL", "output": "PATH",
     "quality_model": "MODEL", "quality_column": "COLUMN",
     "method": "NAME", "option": "NAME=VALUE", "columns": "PART=COLUMN,...", "group_by": "COLUMN",
-    "eval_data": "FILE", "shares": "VALUE=SHARE,...", "push_to_hub": "OWNER/NAME", "template_date": "DATE",
+    "eval_data": "FILE", "weights": "FILE", "chat_template": "FILE", "dataset_info": "FILE",
+    "accelerate_config": "FILE", "dedup": "HOW", "shares": "VALUE=SHARE,...", "push_to_hub": "OWNER/NAME",
+    "template_date": "DATE",
 }  # fmt: skip
 OURS = "the command itself"
 
@@ -128,7 +130,9 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
     """--no-X is not worth a word in a list; a choice is shown once."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        if not action.option_strings or action.nargs == 0:
+        if not action.option_strings:
+            return action.dest.upper()
+        if action.nargs == 0:
             return ", ".join(flag for flag in action.option_strings if not flag.startswith("--no-"))
         several = " ..." if action.nargs == "*" else ""
         return f"{action.option_strings[-1]} {action.metavar or action.dest.upper()}{several}"
