@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import scipy.stats
 
 import staff
 from family import config_of, make_rows, run_staff, write_pool
@@ -58,10 +59,28 @@ def test_a_validation_row_stays_on_its_side_whatever_else_the_file_holds():
 
 def test_the_margin_counts_the_spread_of_seeds_and_of_rows():
     differences = np.array([[1.0, 3.0, 2.0], [3.0, 5.0, 4.0]])  # seeds differ by 2, rows by 1
+    of_seeds, of_rows = 2.0 / 2, 1.0 / 3
+    freedom = (of_seeds + of_rows) ** 2 / (of_seeds**2 / 1 + of_rows**2 / 2)
     margin, error = paired_margin(differences)
     assert margin == 3.0
-    assert error == pytest.approx(np.sqrt(2.0 / 2 + 1.0 / 3))
-    assert paired_margin(differences[:1])[1] == pytest.approx(np.sqrt(1.0 / 3))
+    assert error == pytest.approx(np.sqrt(of_seeds + of_rows) * student(freedom))
+    assert paired_margin(differences[:1])[1] == pytest.approx(np.sqrt(of_rows) * student(2))
+    assert paired_margin(np.zeros((2, 3))) == (0, 0)
+
+
+def student(freedom):
+    """How much wider than a normal at two standard errors."""
+    return scipy.stats.t.ppf(scipy.stats.norm.cdf(2), freedom) / 2
+
+
+@pytest.mark.parametrize(("num_seeds", "of_rows"), [(2, 0.1), (4, 0.1), (4, 3.0), (10, 1.0)])
+def test_two_errors_of_few_seeds_hold_what_two_of_many_do(num_seeds, of_rows):
+    draws, beyond = np.random.default_rng(num_seeds), []
+    for _ in range(2000):
+        differences = draws.normal(size=(num_seeds, 1)) + of_rows * draws.normal(size=(1, 40))
+        margin, error = paired_margin(differences)
+        beyond.append(abs(margin) > 2 * error)
+    assert 0.025 < np.mean(beyond) < 0.06  # 0.046 of a normal
 
 
 def test_the_worse_half_goes_until_one_is_left_beside_random():
