@@ -112,6 +112,24 @@ def test_rows_unlike_the_validation_rows_are_counted():
     assert diagnosis._strangers(rows_of([("p", "r")]), features[:1], like(9)) is None
 
 
+@pytest.mark.parametrize(
+    ("sources", "strangers", "validation", "says"),
+    [
+        ({}, None, None, "one clean task, no query: "),
+        ({}, {"share": 0.05}, "v.jsonl", "one clean task, with rows like its query: "),
+        ({}, None, "v.jsonl", "one clean task: "),  # too few rows of it
+        ({"source": {"a": 0.5, "b": 0.5}}, None, None, "without such rows: "),
+    ],
+)
+def test_one_clean_task_is_said_of_no_pool_of_several_kinds(sources, strangers, validation, says):
+    found = {"signs": [], "test": None, "validation": None, "sources": sources, "scripts": {"Latin": 1.0}}
+    found |= {"answers": {"tells": True}, "strangers": strangers}
+    told = diagnosis._advice(found, DiagnoseConfig(data="x", model="d", validation=validation))
+    (tie,) = [line for line in told if "expect a tie with random" in line]
+    assert tie.startswith(says + "selection will buy cost, not quality")
+    assert any(line.startswith("several kinds of rows") for line in told) == bool(sources)
+
+
 @pytest.fixture(scope="module")
 def looked(family, tmp_path_factory):
     folder = tmp_path_factory.mktemp("diagnosis")

@@ -373,19 +373,23 @@ def _advice(found: Mapping[str, Any], config: DiagnoseConfig) -> list[str]:
     if "copies" in signs:
         lines.append(f"{found['copies']['share']:.0%} of the rows repeat others: --dedup near")
     several = [name for name, shares in found["sources"].items() if len(shares) > 1]
+    scripts = sum(share >= MANY for share in found["scripts"].values())
+    what = "one clean task" if config.validation else "one clean task, no query"
     if "mixed" in signs:
         lines.append("a mixed pool with a query: --method rds or less, with this --validation")
-    elif found["strangers"] is None and (several or sum(v >= MANY for v in found["scripts"].values()) > 1):
+    elif found["strangers"] is None and (several or scripts > 1):
         cure = f"--group-by {shlex.quote(several[0])} keeps each one's share; " if several else ""
         lines.append(
-            f"several kinds of rows: {cure}a few rows of the task as it will be judged, --validation FILE, "
-            f"say which of them matter"
+            f"several kinds of rows: {cure}ten rows or more of the task as it will be judged, --validation "
+            f"FILE, say which of them matter"
         )
+        what = "without such rows"
+    elif found["strangers"]:
+        what += ", with rows like its query"
     if not {"suspects", "copies", "mixed"} & set(signs):
-        query = "with rows like its query" if found["strangers"] else "no query"
         lines.append(
-            f"one clean task, {query}: selection will buy cost, not quality; expect a tie with random, and "
-            f"take --method random, or it with --dedup near"
+            f"{what}: selection will buy cost, not quality; expect a tie with random, and take --method "
+            f"random, or it with --dedup near"
         )
     given = f" --validation {shlex.quote(config.validation)}" if config.validation else " --validation FILE"
     data = " ".join(map(shlex.quote, config.data))
