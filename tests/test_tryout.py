@@ -20,6 +20,7 @@ from staff.tryout import cost, judge
 from staff.tryout import run as tryout
 from staff.tryout.cost import Tries, no_draft_because, plan_tries, relative_cost, rounds_of
 from staff.tryout.run import halves, settled, try_ways
+from stubs import stand_in
 
 
 def config(folder, family=None, **settings):
@@ -312,9 +313,11 @@ def test_too_small_a_cost_is_said_and_random_is_the_answer(files, family, caplog
 def test_the_draft_gives_up_the_worse_half_first_and_a_killed_try_out_goes_on(files, family, monkeypatch):
     from staff import jobs, pipeline
 
+    stand_in(monkeypatch.setattr)
     for part in (tryout, cost):
         monkeypatch.setattr(part, "PAIR", 1)
     monkeypatch.setattr(tryout, "_fidelity", lambda *_: (0.9, 0.8, 0.95))
+    monkeypatch.setattr(tryout, "relative_cost", lambda _: 0.3)
     trying = {"ways": ["length", "dedup"], "try_cost": 8.0, "full_epochs": 0.4, "metric": "loss"}
     own = config(files, family, **trying)
     tuned, selected = [], []
