@@ -31,6 +31,8 @@ def test_a_run_may_take_a_file_from_beside_it(tmp_path):
     pool = write_pool(tmp_path / "pool.jsonl")
     first = staff.select(str(pool), output=tmp_path / "x", **HALF)
     assert len(staff.select(str(first.path / "coreset.jsonl"), output=tmp_path / "y", **HALF).indices) == 15
+    with pytest.raises(ValueError, match=r"is a run's folder; name its coreset: .*x/coreset.jsonl"):
+        staff.select(str(first.path), output=tmp_path / "z", **HALF)
 
 
 def test_scores_are_not_written_over_what_they_are_of(family, tmp_path):

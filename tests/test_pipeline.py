@@ -179,7 +179,7 @@ def test_a_runs_config_and_its_rows_are_found_from_any_folder(family, tmp_path, 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "staf"}, "method must be one of"),
+        ({"method": "staf"}, "method staf: there is no such method; did you mean 'staff'?"),
         ({"pruning_rate": None}, "say how much to keep"),
         ({"budget": 99, "pruning_rate": None}, "only 12 usable rows"),
         ({"pruning_rate": 0.99}, "leaves none of 12 rows"),
@@ -229,4 +229,6 @@ def test_a_model_can_be_fine_tuned_on_the_coreset_and_loaded_again(finished, fam
     began = time.monotonic()
     assert jobs.finetune(config) == path
     assert time.monotonic() - began < 2
+    with pytest.raises(ValueError, match=r"is no run's folder: another command made it \(adapter\)"):
+        staff.load_run(path)
     assert AutoPeftModelForCausalLM.from_pretrained(path).peft_config["default"].r == 8

@@ -363,6 +363,14 @@ def mark(folder: Path, kind: str) -> None:
         write_json(folder / MARK, {"kind": kind, "version": 1})
 
 
+def marked_as(folder: Path) -> str | None:
+    """What a folder of ours is of: a run, a fine-tuning, a comparison; None where it has no mark."""
+    try:
+        return str(json.loads((folder / MARK).read_text(encoding="utf-8"))["kind"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def check_mark(folder: Path, kind: str, flag: str = "--output") -> None:
     """See that a folder is absent, empty, or one of ours of this kind.
 
@@ -372,10 +380,7 @@ def check_mark(folder: Path, kind: str, flag: str = "--output") -> None:
     halves = f".{MARK}."  # of a mark that was being written when its process was killed
     if not folder.exists() or (folder.is_dir() and all(p.name.startswith(halves) for p in folder.iterdir())):
         return
-    try:
-        found = json.loads((folder / MARK).read_text(encoding="utf-8"))["kind"]
-    except (OSError, ValueError, KeyError, TypeError):
-        found = None
+    found = marked_as(folder)
     if found != kind:
         holds = (
             f"what was made by another command ({found})"

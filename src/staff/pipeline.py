@@ -263,7 +263,7 @@ def check_settings(config: SelectConfig, data: Any, methods: Mapping[str, Method
     """What can be known to be wrong before anything is read or loaded."""
     for name in config.method:
         if name not in methods:
-            raise ValueError(f"--method must be one of {', '.join(methods)}; found {name!r}")
+            raise ValueError(f"--method {name}: there is no such method; {meant(name, methods)}")
     check_whole(unnamed(config, "data") * (data is None) + missing(config, methods))
     given_options(config.option, {name: methods[name] for name in config.method})
     for name in config.method:

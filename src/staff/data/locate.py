@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from staff.data.layouts import Layout, from_factory, near, shown
+from staff.files import marked_as
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
 # .json files that hold no rows
@@ -166,6 +167,8 @@ def _spooled(stream: IO[bytes], name: str) -> Input:
 
 
 def _folder(path: Path, split: str | None) -> Input:
+    if marked_as(path) and (path / "coreset.jsonl").exists():
+        raise ValueError(f"{path} is a run's folder; name its coreset: {path / 'coreset.jsonl'}")
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         for state in path.rglob("state.json"):
             try:

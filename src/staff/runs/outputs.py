@@ -418,6 +418,8 @@ def load_run(path: str | Path) -> Run:
     folder = Path(path)
     if not (folder / "manifest.json").exists():
         raise ValueError(f"{folder} holds no finished run (no manifest.json)")
+    if (kind := files.marked_as(folder)) not in (None, "run"):
+        raise ValueError(f"{folder} is no run's folder: another command made it ({kind})")
     config = config_of(folder)
     selection_path = folder / "work" / "selection.npz"
     if not selection_path.exists():
