@@ -173,8 +173,9 @@ def _advice(lines: list[dict[str, Any]], config: DraftsConfig) -> str:
     )
     verdict, passes = best["fidelity"]["verdict"], best["passes"]
     return (
-        f"{best['candidate']} in scope {best['scope']}: {verdict}, at {passes:.2f} passes of the target in "
-        f"place of 1\n  {line} --draft {shlex.quote(best['candidate'])} --scope {best['scope']}"
+        f"{best['candidate']} in scope {best['scope']}: {verdict}, at {passes:.2f} passes of the target with "
+        f"--method staff in place of 1\n  {line} --draft {shlex.quote(best['candidate'])} "
+        f"--scope {best['scope']}"
     )
 
 

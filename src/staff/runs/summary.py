@@ -74,7 +74,8 @@ def summary(run: Run, config: SelectConfig, in_words: Callable[[str], str] = str
             f"{selection.filled} samples drawn at random, since the budgets left them over",
             f"{selection.filled_from_cut} taken back from those that were set aside",
         )
-    files = f"for other trainers see {run.path / 'train'}, for every row's scores scores.parquet"
+    train, scores = run.path / "train", run.path / "scores.parquet"
+    files = f"for other trainers see {train}, for every row's scores {scores}"
     lines += ["", _cost_table(run.cost), "", f"coreset is {coreset}; {files}"]
     if config.push_to_hub:
         lines.append(f"it is on the hub as the data set {config.push_to_hub}")
