@@ -92,7 +92,9 @@ def test_warnings_and_findings_are_in_pythons_words_and_the_data_in_its_own(fami
 
 def test_rows_in_memory_are_scored_tuned_on_and_answered(family, tmp_path):
     rows, target = make_rows(12), str(family / "target")
-    scores = staff.score(rows, model=target)
+    stages = []
+    scores = staff.score(rows, model=target, on_progress=lambda stage, *_: stages.append(stage))
+    assert "score on the model" in stages
     assert scores.num_rows == 12
     assert {"row", "id", "effort", "loss", "response_tokens"} <= set(scores.column_names)
     adapter = staff.finetune(rows, model=target, **TUNING)

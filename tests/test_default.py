@@ -11,6 +11,8 @@ from family import RESULTS, make_rows, write_pool
 from staff import graph
 from staff.config import DEFAULT_METHOD, PRESETS, SelectConfig
 from staff.methods import METHODS
+from staff.report.facts import BY_SCORES
+from staff.report.run_page import run_page
 from staff.runs.summary import HONEST, summary
 
 
@@ -81,6 +83,9 @@ def test_plain_texts_have_no_prompts_and_ones_own_scores_need_no_model(models, t
     (tmp_path / "s.csv").write_text("row,score\n" + "".join(f"{i},{(7 * i) % 30}\n" for i in range(30)))
     own = staff.select(texts, pruning_rate=0.8, scores=str(tmp_path / "s.csv"), output=tmp_path / "own")
     assert np.diff(sorted((7 * i) % 30 for i in own.indices)).tolist() == [5] * 5  # every fifth by score
+    assert BY_SCORES in own.summary()
+    assert HONEST[0] not in own.summary()
+    assert BY_SCORES in run_page([own.facts], {}, None)
 
 
 def test_the_papers_preset_is_the_papers_method_to_the_bytes(models, tmp_path):

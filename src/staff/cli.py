@@ -213,11 +213,9 @@ def compare(arguments: Sequence[str]) -> None:
             comparing.compare(comparison, update=given.update, on_progress=progress, beside=beside)
     text = results.report(comparison.output, {name: task.metrics for name, task in comparison.tasks.items()})
     files = {name: str(comparison.output / name) for name in ("results.csv", "results.md", "differences.csv")}
-    _say(
-        given,
-        f"{text}\ntables are in {files['results.md']}",
-        files,
-    )
+    page = comparison.output / results.COMPARISON_PAGE
+    seen = f", the page to open is {page}" if page.exists() else ""
+    _say(given, f"{text}\ntables are in {files['results.md']}{seen}", files)
 
 
 def worker(arguments: Sequence[str]) -> None:

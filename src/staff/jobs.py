@@ -261,7 +261,12 @@ def score(config: ScoreConfig, data: Any = None, *, on_progress: Progress | None
         raise ValueError(f"--output {output}: scores are written as Parquet; {cure}")
     skipped, unfinished = output.with_suffix(".skipped.jsonl"), output.with_suffix(".unfinished")
     config, pool, source = opened(config, unfinished, [output, skipped], data)
-    with open_run(unfinished, "scores", on_progress) as run:
+
+    def of_the_model(stage: str, done: int, total: int) -> None:
+        if on_progress:
+            on_progress(stage.replace("the target", "the model"), done, total)
+
+    with open_run(unfinished, "scores", of_the_model) as run:
         contents = {"target": partial(content_of, run, source)}
         inputs = Inputs(contents, {"target": f"--model {config.model}"})
         inputs["data"] = fingerprint_rows(pool)

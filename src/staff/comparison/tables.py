@@ -259,15 +259,15 @@ def report(folder: Path, metrics_of: Mapping[str, tuple[str, ...]], plots: bool 
     judged = {(task, metric): judge_cells(folder, rows, task, metric) for task, metric in shown}
     differences = corrected([d for key, cells in judged.items() for d in compare_cells(cells, *key)])
     seeds = len({row["seed"] for row in rows if row["seed"]})
+    over = "the test rows" if seeds < 3 else "both (two-level bootstrap)"
     text = [
         "# Quality",
-        f"Means over {seeds} seeds and all test rows, with {LEVEL:.0%} intervals over both (two-level "
-        f"bootstrap). Bold: better than every other method at that rate; ↑ ↓: better or worse than "
+        f"Means over {seeds} seed{'s' * (seeds != 1)} and all test rows, with {LEVEL:.0%} intervals over "
+        f"{over}. Bold: better than every other method at that rate; ↑ ↓: better or worse than "
         f"{BASELINE}; all by paired intervals that leave out 0.",
     ]
     if seeds < 3:
-        what = "the spread between runs is hardly known: the intervals are of the test rows."
-        text[-1] += f"\nOf {seeds} seed{'s' * (seeds > 1)} {what}"
+        text[-1] += "\nOf so few seeds the spread between runs is hardly known."
     for (task, metric), cells in judged.items():
         text += [f"## {task}", quality_table(cells, differences, task, metric)]
         if metric in OF_SENTENCES:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from staff.config import DEFAULT_METHOD
 from staff.data.layouts import visible
 from staff.types import Region
 
@@ -32,6 +33,14 @@ COLUMN_TITLES = {
     "similarity": "likeness to the validation rows",
     "tokens": "tokens of the response",
 }
+
+BY_SCORES = "evenly over your own scores: without a draft nothing tells what rows are about, or look wrong"
+
+
+def by_scores_alone(manifest: Mapping[str, Any]) -> bool:
+    """Did the default have scores of the user's own to go by, and nothing else?"""
+    is_own = "scores" in manifest["inputs"] and not manifest["settings"].get("draft")
+    return is_own and manifest["method"] == DEFAULT_METHOD
 
 
 @dataclass(frozen=True)

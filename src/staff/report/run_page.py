@@ -180,6 +180,8 @@ def _verdict(cell: Facts) -> str:
         for name, value, about in tiles
     )
     about = f": {METHODS[method].about}" if method in METHODS else ""
+    if told.by_scores_alone(cell.manifest):
+        about = f": {told.BY_SCORES}"
     by = f"Chosen by <em>{escaped(method)}</em>{escaped(about)}."
     tiles_and_bars = f'<div class="tiles">{drawn}</div>{_cost_bars(cell)}'
     return (

@@ -60,7 +60,7 @@ def summary(run: Run, config: SelectConfig, in_words: Callable[[str], str] = str
     lines += _entry("coreset", f"{m} samples, {m / n:.0%} of the pool{always}", *_against_pool(run))
     lines += _entry("groups", *_group_lines(manifest))
     if manifest["method"] == DEFAULT_METHOD:
-        lines += _entry("choice", *HONEST)
+        lines += _entry("choice", *([told.BY_SCORES] if told.by_scores_alone(manifest) else HONEST))
     lines += (rows := _pool_again(run))
     if run.fidelity:
         lines += _entry("fidelity", *_verdict_lines(run.fidelity, config))
