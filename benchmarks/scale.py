@@ -11,6 +11,7 @@ Each prints a line of JSON, and takes less than 4 minutes on 2 quiet cores. The 
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -187,7 +189,7 @@ def stand_in(seconds: float = 0.0) -> None:
             time.sleep(seconds)
             if on_samples:
                 on_samples(len(positions))
-            return {name: np.sin(positions).astype(np.float32) for name in OF_ONE_PASS}
+            return {name: 2 + np.sin(positions, dtype=np.float32) for name in OF_ONE_PASS}
 
     pieces.Pieces.scorer = lambda *_: Stub()
     pieces.Pieces._size = lambda *_: load.Size(1000, 500, 200)
@@ -203,12 +205,14 @@ def overhead(given: argparse.Namespace, folder: Path) -> dict:
     beyond = {}
     for engine in given.engines:
         if engine == "ray":
-            os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_raylet_start_wait_time_s": "300"}
+            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
             import ray
+
+            from staff.runs.on_ray import start_here
 
             hook = {"worker_process_setup_hook": lambda: stand_in(given.seconds)}
             here = {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "log_to_driver": False}
-            ray.init(num_cpus=2, runtime_env=hook, **here)
+            start_here(ray.init, num_cpus=2, runtime_env=hook, **here)
         told = progress(folder, workers=2, threads=1, engine=engine, fork=engine != "ray")
         first, last = (next(at for at, done in told if done >= rows) for rows in (8, 4 * given.shards))
         beyond[engine] = (last - first) / (given.shards // 2 - 1) - given.seconds
@@ -220,41 +224,70 @@ def overhead(given: argparse.Namespace, folder: Path) -> dict:
     }
 
 
+def peak(process: int) -> int:
+    """MB that a process held at most, of mapped files what it looked at."""
+    told = Path(f"/proc/{process}/status").read_text()
+    return int(told.partition("VmHWM:")[2].split()[0]) // 1024
+
+
+class Fresh:
+    """A worker with a stub for a model, in a process that shares nothing with the driver's."""
+
+    peaks: ClassVar[dict[str, int]] = {}
+
+    def __init__(self, path, name, rank, count, threads):
+        told = f"sys.path.insert(0, {str(Path(__file__).parent)!r}); import scale; scale.stand_in()"
+        code = f"import sys; {told}; from staff.cli import main; sys.exit(main())"
+        ranks = {"RANK": rank, "WORLD_SIZE": count, "OMP_NUM_THREADS": threads}
+        environment = {**os.environ, **{key: str(value) for key, value in ranks.items()}}
+        command = [sys.executable, "-c", code, "worker", "--run", str(path), "--name", name, "--quiet"]
+        self._rank, self._process = rank, subprocess.Popen(command, env=environment)
+
+    def poll(self):
+        return self._process.poll()
+
+    def kill(self) -> None:
+        self.peaks[f"worker {self._rank}"] = peak(self._process.pid)
+        self._process.kill()
+
+
 def memory(given: argparse.Namespace, folder: Path) -> dict:
-    """The peak of driver and workers, a stub in place of the model."""
-    from staff import jobs
-    from staff.config import ScoreConfig, from_mapping
+    """The peak of driver and workers, a stub in place of each model, and the seconds of each stage."""
+    maker = FORK.Process(target=make_inputs, args=(given, folder, given.rows, 16, given.words))
+    maker.start()
+    maker.join()
+    shutil.copytree(folder / "m", folder / "d")
+
+    from staff import pipeline
+    from staff.config import SelectConfig, from_mapping
     from staff.runs import crew
 
-    make_inputs(given, folder, given.rows, 16, given.words)
-
     stand_in()
-    crew.launch = Forked
-    reached: dict[str, int] = {}
-    plain = {
-        "data": (str(folder / "pool.jsonl"),),
-        "model": str(folder / "m"),
-        "output": str(folder / "s.parquet"),
-    }
-    began = time.monotonic()
+    crew.launch = Fresh
+    stages: list[tuple[str, float, float, int]] = []
 
-    def tell(stage: str, *_: int) -> None:
-        if stage not in reached:
-            reached[stage] = round(time.monotonic() - began)
-            held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-            print(f"{reached[stage]} s: {stage}; the driver held {held} MB", file=sys.stderr)
+    def tell(stage: str, done: int = 0, total: int = 1) -> None:
+        name = f"behind: {stage}" if done == total else stage
+        if not stages or stages[-1][0] != name:
+            stages.append((name, time.monotonic(), time.process_time(), peak(os.getpid())))
 
-    jobs.score(
-        from_mapping(ScoreConfig, {**plain, "workers": 2, "threads": 1}, "benchmark"), on_progress=tell
-    )
-    whose = {"driver": resource.RUSAGE_SELF, "largest worker": resource.RUSAGE_CHILDREN}
-    mb = {name: resource.getrusage(who).ru_maxrss // 1024 for name, who in whose.items()}
+    plain = {"data": (str(folder / "pool.jsonl"),), "target": str(folder / "m"), "draft": str(folder / "d")}
+    plain |= {"method": ("staff",), "pruning_rate": (0.8,), "output": str(folder / "x")}
+    tell("begin")
+    config = from_mapping(SelectConfig, {**plain, "workers": 2, "threads": 1}, "benchmark")
+    (run,) = pipeline.select(config, on_progress=tell)
+    tell("end")
+    spent = [
+        {"stage": name, "seconds": round(at - began), "cpu": round(cpu - before), "driver_MB": held}
+        for (name, began, before, _), (_, at, cpu, held) in itertools.pairwise(stages)
+    ]
     return {
         "rows": given.rows,
         "tokens_a_row": given.words * 1.5,
-        "peak_MB": mb,
-        "reached_at_s": reached,
-        "seconds": round(time.monotonic() - began),
+        "kept": len(run.indices),
+        "peak_MB": {"driver": peak(os.getpid()), **Fresh.peaks},
+        "stages": spent,
+        "load": os.getloadavg()[0],
     }
 
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from staff.comparison.evaluate import evaluate
 from staff.config import EvaluateConfig, Spread
 from staff.models import adapters, load
 from staff.models.files import resolve
-from staff.runs import answers, crew, pieces, store, worker
+from staff.runs import answers, crew, on_ray, pieces, store, worker
 from staff.runs.store import RunFolder
 from staff.scoring import scorer as scoring
 from staff.scoring import shards
@@ -412,3 +413,19 @@ def test_workers_of_the_command_line_make_the_same_bytes(alone, data, family, tm
     )
     assert done.returncode == 0, done.stderr
     assert {name: (tmp_path / "x" / name).read_bytes() for name in RESULTS} == {n: alone[n] for n in RESULTS}
+
+
+def test_ray_is_started_again_where_it_was_too_slow(caplog):
+    tries = []
+
+    def too_slow(until, **how):
+        tries.append(how)
+        if len(tries) < until:
+            raise Exception("The current node timed out during startup.")
+
+    on_ray.start_here(partial(too_slow, 2), num_cpus=1)
+    assert tries == [{"num_cpus": 1}] * 2
+    assert "it is tried again: The current node timed out" in caplog.text
+    with pytest.raises(ValueError, match="did not start in 3 tries: The current node timed out"):
+        on_ray.start_here(partial(too_slow, 9))
+    assert len(tries) == 5

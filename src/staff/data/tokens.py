@@ -16,6 +16,8 @@ from staff.data.rows import Rows
 from staff.data.samples import CUT, SHORTENED, SPELLED, STRIPPED, LongRow, Sampler
 from staff.data.turns import Example
 
+COUNTED_AT_ONCE = 10_000  # samples
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -87,7 +89,7 @@ class Pool:
         starts = self.offsets[1:-1]
         # the token before belongs to another sample
         keep[starts[self.is_response[starts] & ~self.is_response[starts - 1]] - 1] = False
-        offsets = np.concatenate([[0], np.cumsum(keep)])[self.offsets]
+        offsets = np.concatenate([[0], np.cumsum(_counted(keep, self.offsets))])
         return Pool(self.input_ids[keep], self.is_response[keep], offsets)
 
     def prompts_alone(self) -> Pool:
@@ -96,7 +98,7 @@ class Pool:
         for start, stop in zip(self.offsets[:-1].tolist(), self.offsets[1:].tolist(), strict=True):
             before = np.flatnonzero(~self.is_response[start:stop])
             keep[start : start + (int(before[-1]) + 1 if len(before) else 1)] = True
-        offsets = np.concatenate([[0], np.cumsum(keep)])[self.offsets]
+        offsets = np.concatenate([[0], np.cumsum(_counted(keep, self.offsets))])
         return Pool(self.input_ids[keep], np.zeros(int(keep.sum()), bool), offsets)
 
     def ids(self, i: int) -> np.ndarray:
@@ -113,13 +115,21 @@ class Pool:
         without a look at the others."""
         if positions is not None:
             return np.array([np.count_nonzero(self.response(i)) for i in positions], np.int64)
-        counted = np.zeros(len(self), np.int64)
+        counted = _counted(self.is_response, self.offsets)
         filled = np.flatnonzero(self.lengths)
-        starts = self.offsets[filled]
-        if len(starts):
-            counted[filled] = np.add.reduceat(self.is_response, starts, dtype=np.int64)
-            counted[filled] -= self.is_response[starts]
+        counted[filled] -= self.is_response[self.offsets[filled]]
         return counted
+
+
+def _counted(flags: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """(n,) int64 flags that are set in each sample; some samples at a time, a sum takes 8 bytes a flag."""
+    counted = np.zeros(len(offsets) - 1, np.int64)
+    filled = np.flatnonzero(np.diff(offsets))
+    for at in range(0, len(filled), COUNTED_AT_ONCE):
+        some = filled[at : at + COUNTED_AT_ONCE]
+        first, end = offsets[some[0]], offsets[some[-1] + 1]
+        counted[some] = np.add.reduceat(flags[first:end], offsets[some] - first, dtype=np.int64)
+    return counted
 
 
 @dataclass(frozen=True)

@@ -235,7 +235,8 @@ def check_room(
         len(part.weight)
         for part in (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
     )
-    beyond = np.flatnonzero(pool.input_ids >= np.where(pool.is_response, min(rows, labels), rows))
+    beyond = np.flatnonzero(pool.input_ids >= min(rows, labels))
+    beyond = beyond[pool.is_response[beyond] | (pool.input_ids[beyond] >= rows)]
     if len(beyond):
         row = numbers[np.searchsorted(pool.offsets, beyond[0], "right") - 1]
         raise ValueError(

@@ -6,12 +6,18 @@ see. So one way of telling faults holds for every engine, and a shard costs no m
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from staff.runs.crew import ANEW
+
+logger = logging.getLogger(__name__)
+
+STARTS = 3  # tries
 
 
 def start_actor(address: str | None, path: Path, name: str, rank: int, count: int, threads: int) -> Actor:
@@ -22,6 +28,7 @@ def start_actor(address: str | None, path: Path, name: str, rank: int, count: in
     """
     if address is None:  # Ray on this machine alone: it is to listen where no other can reach it
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # and to tell nobody
     try:
         import ray
     except ImportError:
@@ -29,16 +36,32 @@ def start_actor(address: str | None, path: Path, name: str, rank: int, count: in
     if not ray.is_initialized():
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
         if address is None:  # nothing of it can be reached from elsewhere
-            quiet |= {
-                "include_dashboard": False,
-                "_node_ip_address": "127.0.0.1",
-                "num_cpus": count * threads,
-            }
-        try:
-            ray.init(address, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ValueError(f"--ray-address {address}: {error}") from error
+            here = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+            start_here(ray.init, **quiet, **here, num_cpus=count * threads)
+        else:
+            try:
+                ray.init(address, **quiet)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise ValueError(f"--ray-address {address}: {error}") from error
     return Actor(str(path.resolve()), name, rank, count, threads)
+
+
+def start_here(init: Callable[..., object], **how: Any) -> None:
+    """Have Ray start on this machine, again where it is too slow: its raylet ends if its agents, two Python
+    processes, are not there within 15 seconds, whatever it is told.
+
+    Raises:
+        ValueError: it was too slow in every try.
+    """
+    for left in reversed(range(STARTS)):
+        try:
+            init(**how)
+            return
+        except Exception as error:  # Ray has no other word for it
+            if not left:
+                cure = "free some of its cores, or take --engine local"
+                raise ValueError(f"Ray did not start in {STARTS} tries: {error} {cure}") from error
+            logger.warning("Ray did not start on this machine; it is tried again: %s", error)
 
 
 class Actor:
