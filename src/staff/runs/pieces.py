@@ -631,12 +631,13 @@ class Pieces:
     def _calibrate(self, name: str, folder: Path) -> None:
         """The mean norm of each weight, over samples drawn for it alone: verification never sees the whole
         pool."""
-        if files.read_arrays(folder / "site_means.npz") is not None:
-            return
         pool, stage = self.pool(name), Stage("calibrate", name)
         draws = np.random.default_rng([self.config.seed, 2])
         positions = np.sort(draws.choice(len(pool), min(CALIBRATION, len(pool)), replace=False))
         shards = Shards(folder, "site_means", {0: positions}, pool.lengths, self.config.scoring.batch_tokens)
+        if files.read_arrays(folder / "site_means.npz") is not None:
+            shards.file(0).unlink(missing_ok=True)  # a kill right behind the means leaves it
+            return
         on_samples = self._counter(stage, len(positions))
         run = self._runner(Pass(name, "site_norms"), shards, stage, on_samples, folder.name)
         means = read_shards(shards, run, on_samples)[0][SUMS] / len(positions)
