@@ -93,7 +93,7 @@ COMMANDS = {
     "evaluate": one_model(EvaluateConfig, "answers.jsonl", max_new_tokens=4),
     "compare": compare,
     "whisper": asking("whisper"),
-    "mods": asking("mods", quality_column="quality", option=["seed_share=0.2"], target_epochs=1),
+    "mods": asking("mods", quality_column="quality", option=["alpha=2", "seed_share=0.2"], target_epochs=1),
 }
 WALKS = [(command, "stubs") for command in STEP]
 WALKS += [
