@@ -73,7 +73,6 @@ class Answerer:
 def stand_in(put=setattr):
     """Put them in place; for good, unless `put` is a monkeypatch's."""
     put(pieces, "Scorer", Scorer)
-    put(pieces, "train_lora", tune)
     put(training, "train_lora", tune)
     put(load, "load_model", lambda source, *_: SimpleNamespace(seed=len(str(source.folder))))
     put(load, "measure", lambda model: load.Size(1000, 500, 200))

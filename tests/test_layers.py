@@ -116,6 +116,10 @@ def test_kernels_know_no_transformers():
     )
 
 
+def test_what_trains_is_loaded_where_something_is_trained():
+    assert not loads("import staff.runs.pieces", "transformers.trainer", "peft", "datasets", "sympy")
+
+
 FRONT_DOORS = {"cli", "__init__"}  # name what they call as it is named: commands, and the public API
 IN_EVERY_FILE = {"logger"}
 

@@ -25,7 +25,6 @@ from staff.data.turns import Example
 from staff.methods.top import loss_ratios
 from staff.models import adapters, apart, drafts, families, load
 from staff.models.files import Source, resolve, tokenizer_fingerprint
-from staff.models.finetune import train_lora
 from staff.planning import SNAPSHOTS
 from staff.runs import account, answers, asked, keys
 from staff.runs.aside import Aside
@@ -284,7 +283,10 @@ class Pieces:
             }
             account.spend(self.run.work, stage, once=folder.name, **numbers)
             how = source, self.dtype, self.device, engine.trust_remote_code, engine.load_in, cut
-            tune: Any = partial(apart.train_apart, launch=config.launch) if is_apart else train_lora
+            tune: Any = partial(apart.train_apart, launch=config.launch)
+            if not is_apart:
+                from staff.models.finetune import train_lora as tune  # and 250 MB of libraries
+
             tune(
                 apart.loaded_as(*how) if is_apart else model,
                 pool,
