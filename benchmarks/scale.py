@@ -205,7 +205,7 @@ def overhead(given: argparse.Namespace, folder: Path) -> dict:
     beyond = {}
     for engine in given.engines:
         if engine == "ray":
-            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+            os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_worker_niceness": "0"}
             import ray
 
             from staff.runs.on_ray import start_here
@@ -224,10 +224,10 @@ def overhead(given: argparse.Namespace, folder: Path) -> dict:
     }
 
 
-def peak(process: int) -> int:
-    """MB that a process held at most, of mapped files what it looked at."""
+def held(process: int, what: str = "VmHWM") -> int:
+    """MB that a process held at most, files that it looked at counted; "RssAnon": what is its own now."""
     told = Path(f"/proc/{process}/status").read_text()
-    return int(told.partition("VmHWM:")[2].split()[0]) // 1024
+    return int(told.partition(f"{what}:")[2].split()[0]) // 1024
 
 
 class Fresh:
@@ -247,7 +247,7 @@ class Fresh:
         return self._process.poll()
 
     def kill(self) -> None:
-        self.peaks[f"worker {self._rank}"] = peak(self._process.pid)
+        self.peaks[f"worker {self._rank}"] = held(self._process.pid)
         self._process.kill()
 
 
@@ -264,12 +264,13 @@ def memory(given: argparse.Namespace, folder: Path) -> dict:
 
     stand_in()
     crew.launch = Fresh
-    stages: list[tuple[str, float, float, int]] = []
+    stages: list[tuple[str, float, float, int, int]] = []
 
     def tell(stage: str, done: int = 0, total: int = 1) -> None:
         name = f"behind: {stage}" if done == total else stage
         if not stages or stages[-1][0] != name:
-            stages.append((name, time.monotonic(), time.process_time(), peak(os.getpid())))
+            mb = [held(os.getpid(), what) for what in ("VmHWM", "RssAnon")]
+            stages.append((name, time.monotonic(), time.process_time(), *mb))
 
     plain = {"data": (str(folder / "pool.jsonl"),), "target": str(folder / "m"), "draft": str(folder / "d")}
     plain |= {"method": ("staff",), "pruning_rate": (0.8,), "output": str(folder / "x")}
@@ -278,14 +279,14 @@ def memory(given: argparse.Namespace, folder: Path) -> dict:
     (run,) = pipeline.select(config, on_progress=tell)
     tell("end")
     spent = [
-        {"stage": name, "seconds": round(at - began), "cpu": round(cpu - before), "driver_MB": held}
-        for (name, began, before, _), (_, at, cpu, held) in itertools.pairwise(stages)
+        {"stage": name, "seconds": round(at - began), "cpu": round(cpu - before), "MB": peak, "own_MB": own}
+        for (name, began, before, *_), (_, at, cpu, peak, own) in itertools.pairwise(stages)
     ]
     return {
         "rows": given.rows,
         "tokens_a_row": given.words * 1.5,
         "kept": len(run.indices),
-        "peak_MB": {"driver": peak(os.getpid()), **Fresh.peaks},
+        "peak_MB": {"driver": held(os.getpid()), **Fresh.peaks},
         "stages": spent,
         "load": os.getloadavg()[0],
     }

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import logging
+import mmap
 import os
 import platform
 import re
@@ -287,6 +288,12 @@ def map_arrays(path: Path) -> dict[str, np.ndarray] | None:
     except DAMAGE:
         logger.warning("%s is damaged; it is made again", path)
         return None
+
+
+def let_go(array: np.ndarray) -> None:
+    """Of a mapped array, take out of memory what was looked at; it is read again where it is needed."""
+    if isinstance(array, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
+        array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
 
 def fingerprint(key: Any) -> str:

@@ -212,6 +212,7 @@ class Pieces:
         self.rows, self._pools = in_common(self.rows, pools)
         for base in {id(source): base for base, source in self.sources.items()}.values():
             self._check_room(base, self.pool(names[base]), self.rows.numbers)
+            files.let_go(self.pool(names[base]).input_ids)  # the workers' to look at
         return self.rows
 
     def set_aside(self, aside: Aside) -> None:
