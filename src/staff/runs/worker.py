@@ -209,7 +209,8 @@ class _Worker:
                     if not sign["hung"] and (sign["offer"], sign["shard"]) == (offer, number)
                     if sign["makes_it"] or name < self._name
                 ]
-                if not ahead:
+                # the driver takes its offer back before it clears the shards that are done
+                if not ahead and (files.read_checked(self._run.work / OFFER) or {}).get("id") == offer:
                     self.sign(makes_it=True)
                     return number
         return None
