@@ -23,6 +23,8 @@ SOAK_layouts := tests/test_gradnorm.py tests/test_finetune.py tests/test_prefix.
 # modules are compiled as they are first imported: pip compiling all of them takes longer than the rest of it
 unexport PYTHONDONTWRITEBYTECODE
 
+unexport PYTHONPATH  # what is installed is what is tried
+
 .PHONY: demo test soak trainers chromium gpu docs dist newest clean
 
 demo: .venv/ready $(DEMO_MODEL) $(DEMO_DRAFT) $(DEMO_POOL)

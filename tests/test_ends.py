@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -703,7 +704,7 @@ def test_a_finished_run_is_recognised_within_three_seconds_and_without_torch(who
 def test_the_manifest_says_what_the_run_was_made_of_and_its_config_makes_it_again_elsewhere(whole, tmp_path):
     folder, _ = whole
     manifest = json.loads((folder / "x" / "manifest.json").read_text())
-    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["versions"]["torch"] == version("torch")  # torch itself may add +cu130 to it
     assert set(manifest["inputs"]) == {"data", "draft", "target"}
     assert manifest["settings"]["num_regions"] == 5
     assert (manifest["seed"], manifest["device"], manifest["dtype"]) == (
@@ -737,7 +738,7 @@ def test_the_manifest_says_what_the_run_was_made_of_and_its_config_makes_it_agai
 
 def test_the_log_has_stages_and_versions_and_no_text_of_the_user(whole):
     log = (whole[0] / "x" / "work" / "log.txt").read_text()
-    for part in (*STAGES, f"torch {torch.__version__}", "done"):
+    for part in (*STAGES, f"torch {version('torch')}", "done"):
         assert part in log
     assert "What is" not in log
     assert all(row["response"] not in log for row in make_rows(60))
