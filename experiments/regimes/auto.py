@@ -1,4 +1,5 @@
-"""What auto chooses in a regime, by try-outs judged by loss: a line in auto.csv beside this file.
+"""What auto chooses in a regime, by try-outs judged by loss; a line in auto.csv beside this file, in the place
+of an earlier one:
 
     python experiments/regimes/auto.py REGIME SEED [WAY ...]
 
@@ -28,7 +29,7 @@ REGIMES = {
     "mixed": {**FAMILY, "pruning_rate": 0.9, "full_epochs": 15 / 15},
     "clean-98": {**FAMILY, "pruning_rate": 0.98, "full_epochs": 15 / 3, "try_cost": 0.5},
     "noisy": {**COMMON, "pruning_rate": 0.8, "full_epochs": 12 / 8, "learning_rate": 1e-3}
-    | {"num_regions": 12, "verification_budget": 5, "target": SMOL, "draft": SMOL},
+    | {"num_regions": 12, "verification_budget": 5, "target": SMOL, "draft": SMOL, "try_cost": 6.0},
 }
 # a pool of 1,200 rows is small: a try-out of 15 steps is a fifth of a pass, so that a few take more than the
 # fine-tuning that they are to save; what they need was given
