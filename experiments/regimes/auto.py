@@ -1,5 +1,4 @@
-"""What auto chooses in a regime, by try-outs judged by loss; a line in auto.csv beside this file, in the place
-of an earlier one:
+"""What auto chooses in a regime, by try-outs judged by loss: a line in auto.csv beside this file.
 
     python experiments/regimes/auto.py REGIME SEED [WAY ...]
 

@@ -259,7 +259,7 @@ def report(folder: Path, metrics_of: Mapping[str, tuple[str, ...]], plots: bool 
     judged = {(task, metric): judge_cells(folder, rows, task, metric) for task, metric in shown}
     differences = corrected([d for key, cells in judged.items() for d in compare_cells(cells, *key)])
     seeds = len({row["seed"] for row in rows if row["seed"]})
-    over = "the test rows" if seeds < 3 else "both (two-level bootstrap)"
+    over = "the test rows" if seeds < 2 else "both (two-level bootstrap)"
     text = [
         "# Quality",
         f"Means over {seeds} seed{'s' * (seeds != 1)} and all test rows, with {LEVEL:.0%} intervals over "
