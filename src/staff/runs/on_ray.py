@@ -29,6 +29,7 @@ def start_actor(address: str | None, path: Path, name: str, rank: int, count: in
     if address is None:  # Ray on this machine alone: it is to listen where no other can reach it
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # and to tell nobody
+        os.environ.setdefault("RAY_worker_niceness", "0")  # its 15 waits for a core beside anything else
     try:
         import ray
     except ImportError:
