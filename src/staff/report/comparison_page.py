@@ -126,9 +126,8 @@ def _verdict(against: Lines, baseline: str, seeds: int) -> str:
         )
         parts += [f"<h3>{title}</h3><ul>{''.join(items)}</ul>"] if places else []
     if seeds < 3:
-        what = "the spread between runs is hardly known" + ": the intervals are of the test rows" * (
-            seeds < 2
-        )
+        what = "the spread between runs is hardly known"
+        what += ": the intervals are of the test rows" * (seeds < 2)
         parts.append(f'<ul class="warnings"><li>Of {seeds} seed{"s" * (seeds != 1)} {what}.</li></ul>')
     return section_of(head, *parts, kind="verdict")
 

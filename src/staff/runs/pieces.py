@@ -284,10 +284,11 @@ class Pieces:
             }
             account.spend(self.run.work, stage, once=folder.name, **numbers)
             how = source, self.dtype, self.device, engine.trust_remote_code, engine.load_in, cut
-            tune: Any = partial(apart.train_apart, launch=config.launch)
-            if not is_apart:
+            tune: Any
+            if is_apart:
+                tune = partial(apart.train_apart, launch=config.launch)
+            else:
                 from staff.models.finetune import train_lora as tune  # and 250 MB of libraries
-
             tune(
                 apart.loaded_as(*how) if is_apart else model,
                 pool,
